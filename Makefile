@@ -1,0 +1,50 @@
+# `make serve` and `make test` are all that a fresh machine needs (Python, gcc, make).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+HOST ?= 127.0.0.1
+PORT ?= 8000
+DEMO ?= $(HOME)/.cache/overcommit/demo
+PYTEST_FLAGS ?=
+# On a machine with a GPU, pip takes the CUDA build of PyTorch; elsewhere the pinned CPU build.
+HAS_GPU := $(wildcard /dev/nvidiactl)
+CONSTRAINTS := $(if $(HAS_GPU),,-c constraints.txt)
+SOURCES := $(wildcard runtime/*.c runtime/*.h)
+
+.PHONY: install serve test test-quick lint bench clean
+
+install: $(VENV)/.installed
+
+# The stamp depends on what decides the environment; Python files are used in place.
+$(VENV)/.installed: pyproject.toml constraints.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# PyTorch first and alone: a bare requirement would pull the CUDA packages in.
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev,bench]'
+	touch $@
+
+serve: install
+	$(BIN)/overcommit demo $(DEMO)
+	$(BIN)/overcommit serve $(DEMO) --host $(HOST) --port $(PORT)
+
+test: install
+	$(BIN)/python -m coverage erase
+	COVERAGE_PROCESS_START=$(CURDIR)/setup.cfg $(BIN)/python -m coverage run -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+bench: install
+	$(BIN)/python -m overcommit.bench variants --quick --check
+	$(BIN)/python -m overcommit.bench chaos --quick --check
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f runtime/*.so .coverage .coverage.*

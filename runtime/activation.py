@@ -1,0 +1,224 @@
+"""From a worker's wish to weights in memory: residency's decisions, carried out.
+
+Joins the pure residency core with the mover and the workers: turns its actions into messages and
+their answers back into its events.  Keeps a record of each activation for status and metrics.
+
+Invariants
+ 1. Every StartLoad goes to the mover once per mover incarnation; after a mover's death the loads in
+    flight are sent again, to the same extents (nobody reads them before they are published).
+ 2. A worker gets VersionInfo before the first Placed of a version.
+ 3. A version that kills workers is refused while it is in quarantine, and disturbs nobody else.
+
+Called by the supervisor, from its one thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from overcommit.runtime.config import ACTIVATIONS_KEPT, Settings
+from overcommit.runtime.errors import Overloaded
+from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.messages import (
+    ActivationFailed,
+    Forget,
+    Load,
+    LoadDone,
+    Placed,
+)
+from overcommit.runtime.quarantine import Quarantine
+from overcommit.runtime.registry import Entry, Registry, to_info
+from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad
+
+log = logging.getLogger("overcommit.activation")
+
+
+@dataclass(slots=True, frozen=True)
+class Activation:
+    """One finished load: what it moved, and how long each stage took (wall time)."""
+
+    slot: int
+    source: str
+    nbytes: int
+    read_ns: int
+    copy_ns: int
+    total_ns: int
+    direct: bool
+
+
+@dataclass(slots=True, frozen=True)
+class _Running:
+    message: Load
+    asked_ns: int
+
+
+class Activations:
+    """Wishes in, messages out."""
+
+    def __init__(
+        self, settings: Settings, residency: Residency, registry: Registry, fleet: Fleet
+    ) -> None:
+        self._settings = settings
+        self._residency = residency
+        self._registry = registry
+        self._fleet = fleet
+        self._running: dict[int, _Running] = {}
+        self._verified: set[str] = set()
+        self.quarantine = Quarantine()
+        self.records: collections.deque[Activation] = collections.deque(maxlen=ACTIVATIONS_KEPT)
+        self.bytes_read = 0
+        self.bytes_copied = 0
+
+    # --- from workers ---------------------------------------------------------------------------
+    def on_activate(self, worker: Child, slot: int, now_ns: int) -> None:
+        """A worker has requests for this version and cannot run them."""
+        entry = self._registry.by_slot(slot)
+        if entry is None or not entry.image_path:
+            worker.post(
+                ActivationFailed(slot=slot, code="not_found", message="the version is gone")
+            )
+            return
+        blocked_s = self.quarantine.blocked(slot, now_ns)
+        if blocked_s is not None:
+            worker.post(
+                ActivationFailed(
+                    slot=slot,
+                    code="unavailable",
+                    message=f"model '{entry.name}' version {entry.version} is in quarantine for "
+                    f"{blocked_s:.0f} s: workers died while they ran it; see the server's log",
+                    retry_after_s=blocked_s,
+                )
+            )
+            return
+        self._tell(worker, entry)
+        self.apply(self._residency.want(slot, worker.seat.index, now_ns), now_ns)
+
+    def on_worker_gone(self, worker: Child, now_ns: int) -> None:
+        """Read from a dead worker's status what it was doing; let go of what it waited for."""
+        self._residency.forget_waiter(worker.seat.index)
+        if worker.status is None or worker.process.kill_asked:
+            return
+        _, started_ns, _, slot, _ = worker.status.read()
+        entry = self._registry.by_slot(slot) if started_ns else None
+        if entry is not None:
+            log.warning(
+                "worker %d died while it ran %s version %s",
+                *(worker.seat.index, entry.name, entry.version),
+            )
+            self.quarantine.on_worker_died(slot, now_ns)
+
+    def _tell(self, worker: Child, entry: Entry) -> None:
+        if entry.slot not in worker.told:
+            worker.told.add(entry.slot)
+            worker.post(to_info(entry))
+
+    # --- from the mover -------------------------------------------------------------------------
+    def on_load_done(self, done: LoadDone, now_ns: int) -> None:
+        """A load ended; publish or refuse."""
+        running = self._running.pop(done.job, None)
+        if running is None:
+            return
+        load, total_ns = running.message, now_ns - running.asked_ns
+        if done.ok:
+            if load.source == "disk":
+                self._verified.add(load.path)
+            copies = load.source == "host" or load.host is not None
+            self.bytes_read += done.read_bytes
+            self.bytes_copied += load.nbytes if copies else 0
+            self.records.append(
+                Activation(
+                    slot=load.slot,
+                    source=load.source,
+                    nbytes=load.nbytes,
+                    read_ns=done.read_ns,
+                    copy_ns=done.copy_ns,
+                    total_ns=total_ns,
+                    direct=done.direct,
+                )
+            )
+        else:
+            log.error("load of %s failed: %s", load.path, done.message)
+        actions = self._residency.on_load_done(done.job, done.ok, done.message, now_ns, total_ns)
+        self.apply(actions, now_ns)
+
+    def on_mover_ready(self) -> None:
+        """A fresh mover: it gets every load that is in flight."""
+        for load in self._residency.loads_in_flight():
+            self._send(self._running[load.job].message)
+
+    # --- from the registry ----------------------------------------------------------------------
+    def add(self, entry: Entry, now_ns: int) -> None:
+        """A version can be served from now on; a pinned one is loaded at once."""
+        self._residency.add(
+            *(entry.slot, entry.name, entry.nbytes),
+            pinned=entry.config.pin,
+            priority=entry.config.priority,
+        )
+        if entry.config.pin:
+            self.apply(self._residency.want(entry.slot, -1, now_ns), now_ns)
+
+    def remove(self, slot: int, now_ns: int) -> None:
+        """A version is served no more; workers drop its program and mapping."""
+        self.apply(self._residency.remove(slot, now_ns), now_ns)
+        for worker in self._fleet.of_kind("worker"):
+            if slot in worker.told:
+                worker.told.discard(slot)
+                worker.post(Forget(slot=slot))
+
+    # --- carrying out ---------------------------------------------------------------------------
+    def tick(self, now_ns: int) -> None:
+        """Retry wishes that waited for room."""
+        self.apply(self._residency.tick(now_ns), now_ns)
+
+    def apply(self, actions: Iterable[Action], now_ns: int) -> None:
+        """Turn residency's actions into messages."""
+        for action in actions:
+            if isinstance(action, StartLoad):
+                message = self._to_load(action)
+                self._running[action.job] = _Running(message, now_ns)
+                self._send(message)
+            elif isinstance(action, Publish):
+                placed = Placed(
+                    slot=action.slot,
+                    generation=action.generation,
+                    extents=tuple((offset, length) for offset, length in action.extents),
+                )
+                for waiter in action.waiters:
+                    worker = self._fleet.worker(waiter)
+                    if worker is not None:
+                        worker.post(placed)
+            elif isinstance(action, Refuse):
+                failed = ActivationFailed(
+                    slot=action.slot,
+                    code=action.code or Overloaded.code,
+                    message=action.message,
+                    retry_after_s=action.retry_after_s,
+                )
+                for waiter in action.waiters:
+                    worker = self._fleet.worker(waiter)
+                    if worker is not None:
+                        worker.post(failed)
+
+    def _to_load(self, load: StartLoad) -> Load:
+        entry = self._registry.by_slot(load.slot)
+        assert entry is not None, "a load starts only for a version that is registered"
+        mode = self._settings.verify
+        verify = mode == "always" or (mode == "first" and entry.image_path not in self._verified)
+        return Load(
+            job=load.job,
+            slot=load.slot,
+            source=load.source,
+            path=entry.image_path,
+            nbytes=entry.nbytes,
+            host=None if load.host is None else tuple((a, b) for a, b in load.host),
+            device=tuple((a, b) for a, b in load.device),
+            verify=verify,
+        )
+
+    def _send(self, message: Load) -> None:
+        # No mover now: the load stays in flight, and the next mover gets it when it is ready.
+        for mover in self._fleet.of_kind("mover"):
+            mover.post(message)

@@ -1,0 +1,244 @@
+"""What a front end asks on behalf of a client and only the supervisor knows.
+
+Operations: `index`, `load`, `unload`, `models`, `metrics`, `ensure`, `status`.  Every reply is bytes
+that the front end passes on.
+
+Invariants
+ 1. One `AdminReply` (in parts, if long) for each `Admin`; an unknown operation or a wrong argument
+    is answered with an error, never dropped.
+ 2. Totals never shrink: what a front end had counted when it died is kept.
+
+Called by the supervisor, from its one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES
+from overcommit.runtime.errors import BadRequest, OvercommitError
+from overcommit.runtime.exposition import exposition
+from overcommit.runtime.fleet import Child
+from overcommit.runtime.house import House
+from overcommit.runtime.messages import Admin, AdminReply, Counters, ModelCounters
+from overcommit.runtime.registry import Entry, State
+
+MODELS_PAGE_MAX = 1000
+
+# Index states as V2 clients know them.
+_INDEX_STATE = {
+    State.READY: "READY",
+    State.PACKING: "LOADING",
+    State.UNAVAILABLE: "UNAVAILABLE",
+    State.UNLOADED: "UNAVAILABLE",
+}
+
+
+def add_counters(total: Counters, more: Counters) -> Counters:
+    """Add two sets of totals; gauges (`in_flight`, `blocks_used`) are taken from neither."""
+    models = {counters.slot: counters for counters in total.models}
+    for counters in more.models:
+        old = models.get(counters.slot)
+        if old is not None:
+            names = [name for name in counters.__struct_fields__ if name != "slot"]
+            summed = {name: getattr(old, name) + getattr(counters, name) for name in names}
+            counters = ModelCounters(slot=old.slot, **summed)
+        models[counters.slot] = counters
+    return Counters(
+        requests=total.requests + more.requests,
+        errors=total.errors + more.errors,
+        late_completions=total.late_completions + more.late_completions,
+        retries=total.retries + more.retries,
+        models=tuple(models.values()),
+    )
+
+
+class Administration:
+    """Answers `Admin` messages."""
+
+    def __init__(self, house: House, catalogue: Catalogue) -> None:
+        self.house = house
+        self.catalogue = catalogue
+        self._past = Counters()
+        self._operations: dict[str, Callable[[Admin], bytes]] = {
+            "index": self._index,
+            "load": self._load,
+            "unload": self._unload,
+            "models": self._models,
+            "metrics": self._metrics,
+            "ensure": self._ensure,
+            "status": self._status,
+        }
+
+    def on_admin(self, front: Child, request: Admin, now_ns: int) -> None:
+        """Carry one operation out and answer."""
+        status = 200
+        try:
+            operation = self._operations.get(request.operation)
+            if operation is None:
+                raise BadRequest(f"unknown operation '{request.operation}'")
+            body = operation(request)
+        except OvercommitError as error:
+            status = error.http_status
+            body = msgspec.json.encode({"error": error.message})
+        for start in range(0, max(len(body), 1), ADMIN_REPLY_PART_BYTES):
+            part = body[start : start + ADMIN_REPLY_PART_BYTES]
+            more = start + ADMIN_REPLY_PART_BYTES < len(body)
+            front.post(AdminReply(id=request.id, status=status, body=part, more=more))
+
+    def keep_counters(self, counters: Counters) -> None:
+        """A front end died with these totals."""
+        self._past = add_counters(self._past, counters)
+
+    def totals(self) -> Counters:
+        """Sum over the living and the dead front ends."""
+        total = self._past
+        for front in self.house.fleet.of_kind("front_end"):
+            total = add_counters(total, front.counters)
+        return total
+
+    # --- operations -----------------------------------------------------------------------------
+    def _index(self, request: Admin) -> bytes:
+        only_ready = bool(request.arguments.get("ready", False))
+        rows = [
+            {
+                "name": entry.name,
+                "version": entry.version,
+                "state": _INDEX_STATE[entry.state],
+                "reason": entry.reason or ("unloaded" if entry.state is State.UNLOADED else ""),
+            }
+            for entry in self.house.registry.entries()
+            if not entry.retired and (entry.state is State.READY or not only_ready)
+        ]
+        return msgspec.json.encode(rows)
+
+    def _load(self, request: Admin) -> bytes:
+        name = _text(request, "name")
+        affected = self.house.registry.set_loaded(name)
+        now_ns = time.monotonic_ns()
+        for entry in affected:
+            if entry.state is State.READY:
+                self.house.activations.add(entry, now_ns)
+            elif entry.state is State.PACKING:
+                self.catalogue.packing.add(entry.slot)
+        self.catalogue.announce_routes(affected, [], now_ns)
+        return b"{}"
+
+    def _unload(self, request: Admin) -> bytes:
+        affected = self.house.registry.set_unloaded(_text(request, "name"))
+        now_ns = time.monotonic_ns()
+        self.catalogue.announce_routes(affected, [], now_ns)
+        for entry in affected:
+            self.catalogue.packing.drop(entry.slot)
+            self.house.activations.remove(entry.slot, now_ns)
+        return b"{}"
+
+    def _ensure(self, request: Admin) -> bytes:
+        slot = request.arguments.get("slot")
+        if not isinstance(slot, int):
+            raise BadRequest("'ensure' needs the argument 'slot'")
+        self.catalogue.ensure(slot)
+        return b"{}"
+
+    def _models(self, request: Admin) -> bytes:
+        offset = _number(request, "offset", 0)
+        limit = min(_number(request, "limit", 100), MODELS_PAGE_MAX)
+        entries = self.house.registry.page(offset, limit)
+        counters = {counters.slot: counters for counters in self.totals().models}
+        now_ns = time.monotonic_ns()
+        return msgspec.json.encode(
+            {
+                "models": [self._row(entry, counters, now_ns) for entry in entries],
+                "total": sum(1 for _ in self.house.registry.entries()),
+                **self._tiers(),
+            }
+        )
+
+    def _row(
+        self, entry: Entry, counters: dict[int, ModelCounters], now_ns: int
+    ) -> dict[str, object]:
+        usage = self.house.gate.usage(entry.slot)
+        known = entry.state is State.READY
+        view = self.house.residency.view(entry.slot) if known else None
+        counted = counters.get(entry.slot)
+        last_ns = usage.last_used_ns
+        return {
+            "name": entry.name,
+            "version": entry.version,
+            "state": entry.state.name,
+            "reason": entry.reason,
+            "engine": entry.engine,
+            "tier": view.tier.name if view is not None else "",
+            "loading": bool(view is not None and view.state.name == "LOADING"),
+            "device_bytes": view.device_bytes if view is not None else 0,
+            "host_bytes": view.host_bytes if view is not None else 0,
+            "bytes": entry.nbytes,
+            "requests": counted.success + counted.failure if counted else 0,
+            "last_used_s": (now_ns - last_ns) / 1e9 if last_ns else None,
+            "pinned": bool(entry.config is not None and entry.config.pin),
+            "loads_from_disk": view.loads_from_disk if view is not None else 0,
+            "loads_from_host": view.loads_from_host if view is not None else 0,
+            "evictions": view.evictions if view is not None else 0,
+        }
+
+    def _tiers(self) -> dict[str, object]:
+        residency = self.house.residency
+        host = residency.host
+        return {
+            "device": {
+                "capacity": residency.device.capacity_bytes,
+                "used": residency.device.used_bytes,
+            },
+            "host": {
+                "capacity": host.capacity_bytes if host is not None else 0,
+                "used": host.used_bytes if host is not None else 0,
+            },
+        }
+
+    def _status(self, request: Admin) -> bytes:
+        activations = self.house.activations
+        fronts = [
+            {"seat": front.seat.index, **_without_models(front.counters)}
+            for front in self.house.fleet.of_kind("front_end")
+        ]
+        return msgspec.json.encode(
+            {
+                "processes": self.house.fleet.describe(),
+                **self._tiers(),
+                "totals": {
+                    **msgspec.to_builtins(self.house.residency.totals()),
+                    "bytes_read": activations.bytes_read,
+                    "bytes_copied": activations.bytes_copied,
+                },
+                "packing": len(self.catalogue.packing),
+                "activations": list(activations.records),
+                "front_ends": fronts,
+                "requests": _without_models(self.totals()),
+            }
+        )
+
+    def _metrics(self, request: Admin) -> bytes:
+        return exposition(self.house, self.totals())
+
+
+def _without_models(counters: Counters) -> dict[str, int]:
+    names = [name for name in counters.__struct_fields__ if name != "models"]
+    return {name: getattr(counters, name) for name in names}
+
+
+def _text(request: Admin, name: str) -> str:
+    value = request.arguments.get(name)
+    if not isinstance(value, str):
+        raise BadRequest(f"'{request.operation}' needs the argument '{name}'")
+    return value
+
+
+def _number(request: Admin, name: str, default: int) -> int:
+    value = request.arguments.get(name, default)
+    if not isinstance(value, int) or value < 0:
+        raise BadRequest(f"'{name}' must be a whole number of at least 0")
+    return value

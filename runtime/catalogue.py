@@ -1,0 +1,225 @@
+"""What can be served: the repository watched, versions packed, front ends told.
+
+Joins the repository scan (a helper thread), the registry, the pack queue and the front ends' routing
+tables.
+
+Invariants
+ 1. Front ends learn of a version before it may be asked for, and a replaced version's successor is
+    announced before the old one's route is taken away.
+ 2. A version leaves memory only after its route is gone, nothing waits for it and no worker runs it.
+ 3. A broken model changes nothing but its own entry.
+
+Called by the supervisor, from its one thread; only `_scan_forever` runs in the helper thread, and
+only `_results` and the bell are shared with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from pathlib import Path
+
+from overcommit.runtime import repository
+from overcommit.runtime.config import (
+    CONTROL_MESSAGE_BYTES_MAX,
+    RETIRE_GRACE_S,
+)
+from overcommit.runtime.control import encoded_bytes
+from overcommit.runtime.example import example_request
+from overcommit.runtime.fleet import Child
+from overcommit.runtime.house import House
+from overcommit.runtime.messages import Pack, PackDone, Route, Routes
+from overcommit.runtime.packing import Packing
+from overcommit.runtime.process import Process
+from overcommit.runtime.registry import Entry, State, to_route
+
+log = logging.getLogger("overcommit.catalogue")
+
+
+def route_messages(routes: list[Route]) -> list[Routes]:
+    """Split a table into messages that fit a datagram; the last one is `complete`."""
+    messages: list[Routes] = []
+    part: list[Route] = []
+    nbytes = 0
+    for route in routes:
+        size = encoded_bytes(Routes(upsert=(route,)))
+        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
+            messages.append(Routes(upsert=tuple(part), complete=False))
+            part, nbytes = [], 0
+        part.append(route)
+        nbytes += size
+    messages.append(Routes(upsert=tuple(part), complete=True))
+    return messages
+
+
+class Catalogue:
+    """The registry and everything that changes it."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+        self.registry = house.registry
+        self.packing = Packing(
+            house.settings, self._start_packer, self._describe_pack, self._on_packed
+        )
+        self.scanner_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._results: queue.SimpleQueue[list[repository.VersionSource]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._scan_now = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._retiring: dict[int, int] = {}  # slot -> not before
+        self._told_fronts: set[tuple[int, int]] = set()
+        self._is_scanned = False
+
+    # --- the repository -------------------------------------------------------------------------
+    def start(self) -> None:
+        """Begin to watch the repository; the first result comes through `scanner_fd`."""
+        self._thread = threading.Thread(target=self._scan_forever, name="scanner", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the packer and the scanner."""
+        self.packing.close()
+        self._closing.set()
+        self._scan_now.set()
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self.scanner_fd)
+
+    def _scan_forever(self) -> None:
+        roots = [Path(root) for root in self.house.settings.repositories]
+        last: list[repository.VersionSource] | None = None
+        while not self._closing.is_set():
+            try:
+                sources = repository.scan(roots, is_first=last is None)
+            except OSError as error:
+                log.error("the repository cannot be read: %s", error)
+                sources = last if last is not None else []
+            if sources != last:
+                last = sources
+                self._results.put(sources)
+                os.eventfd_write(self.scanner_fd, 1)
+            self._scan_now.wait(self.house.settings.scan_interval_s)
+            self._scan_now.clear()
+
+    def on_scanned(self, now_ns: int) -> None:
+        """Apply what the scanner saw."""
+        os.eventfd_read(self.scanner_fd)
+        while not self._results.empty():
+            changes = self.registry.apply_scan(self._results.get())
+            for slot in changes.to_pack:
+                self.packing.add(slot)
+            upsert: list[Entry] = []
+            for slot in (*changes.added, *changes.changed):
+                entry = self.registry.by_slot(slot)
+                if entry is None:
+                    continue
+                if entry.state is State.READY:
+                    self.house.activations.add(entry, now_ns)
+                upsert.append(entry)
+            self.announce_routes(upsert, changes.removed, now_ns)
+            log.info(
+                "repository: %d versions, %d added, %d changed, %d removed, %d to pack",
+                *(len(list(self.registry.entries())), len(changes.added), len(changes.changed)),
+                *(len(changes.removed), len(changes.to_pack)),
+            )
+        self._is_scanned = True
+
+    # --- packing --------------------------------------------------------------------------------
+    def _start_packer(self) -> Process | None:
+        return self.house.fleet.start_torch("packer")
+
+    def _describe_pack(self, slot: int, job: int) -> Pack | None:
+        entry = self.registry.by_slot(slot)
+        if entry is None or entry.config is None:
+            return None
+        settings = self.house.settings
+        return Pack(
+            job=job,
+            name=entry.name,
+            version=entry.version,
+            folder=entry.folder,
+            config=entry.config,
+            cache_dir=settings.cache_dir,
+            allow_code=settings.allow_code,
+        )
+
+    def _on_packed(self, slot: int, done: PackDone) -> None:
+        import time
+
+        now_ns = time.monotonic_ns()
+        entry = self.registry.by_slot(slot)
+        if entry is None:
+            return
+        if not done.ok:
+            log.error("%s version %s: %s", entry.name, entry.version, done.message)
+        removed = self.registry.on_packed(slot, done)
+        entry = self.registry.by_slot(slot)
+        changed = [] if entry is None else [entry]
+        if entry is not None and entry.state is State.READY:
+            self.house.activations.add(entry, now_ns)
+        self.announce_routes(changed, removed, now_ns)
+
+    def ensure(self, slot: int) -> None:
+        """A request waits for this version's image."""
+        self.packing.hurry(slot)
+
+    def on_bind_failed(self, slot: int, message: str) -> None:
+        """A worker cannot load the program of a version."""
+        entry = self.registry.by_slot(slot)
+        if entry is not None:
+            log.error("%s version %s cannot be bound: %s", entry.name, entry.version, message)
+
+    # --- front ends -----------------------------------------------------------------------------
+    def announce_routes(self, changed: list[Entry], removed: list[int], now_ns: int) -> None:
+        """Tell every front end; take what is removed out of memory when nothing uses it."""
+        if changed or removed:
+            messages = route_messages([to_route(entry) for entry in changed])
+            if removed:
+                messages[-1] = Routes(
+                    upsert=messages[-1].upsert, removed=tuple(removed), complete=True
+                )
+            for front in self.house.fleet.of_kind("front_end", ready=False):
+                if (front.seat.index, front.epoch) in self._told_fronts:
+                    for message in messages:
+                        front.post(message)
+        for slot in removed:
+            self.packing.drop(slot)
+            self._retiring[slot] = now_ns + int(RETIRE_GRACE_S * 1e9)
+
+    def _tell_all(self, front: Child) -> None:
+        for message in route_messages([to_route(entry) for entry in self.registry.entries()]):
+            front.post(message)
+        self._told_fronts.add((front.seat.index, front.epoch))
+
+    # --- time -----------------------------------------------------------------------------------
+    def step(self, now_ns: int) -> None:
+        """Pack, tell new front ends, let retired versions go."""
+        self.packing.step(now_ns)
+        if self._is_scanned:
+            for front in self.house.fleet.of_kind("front_end", ready=False):
+                if (front.seat.index, front.epoch) not in self._told_fronts:
+                    self._tell_all(front)
+        for slot, not_before_ns in list(self._retiring.items()):
+            usage = self.house.gate.usage(slot)
+            if now_ns >= not_before_ns and not usage.waiting and not usage.leases:
+                del self._retiring[slot]
+                self.house.activations.remove(slot, now_ns)
+                self.house.gate.forget(slot)
+                self.registry.release(slot)
+
+    def announce(self, age_s: str) -> None:
+        """Say that the server serves, and show a request to try."""
+        fleet, residency = self.house.fleet, self.house.residency
+        entries = list(self.registry.entries())
+        ready = [entry for entry in entries if entry.state is State.READY]
+        log.info(
+            "serving on http://%s:%d after %s s: %d versions, %d ready to use, %d to pack",
+            *(self.house.settings.host, fleet.port, age_s),
+            *(len(entries), len(ready), len(self.packing)),
+        )
+        log.info("%s", residency)
+        if ready:
+            url = f"http://{self.house.settings.host}:{fleet.port}"
+            print(example_request(url, to_route(ready[0])), flush=True)

@@ -1,0 +1,149 @@
+"""Every limit and every setting, in one place.
+
+Limits are constants of the design: a queue, loop, retry, wait or body that has no entry here has
+no business being unbounded.  `Settings` is what an operator chooses; it crosses to every child
+process in its `Start` message.  `ModelConfig` is what a model's folder says (`model.toml`) or what
+was inferred.  Units are the last word of a name.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+
+# --- memory -------------------------------------------------------------------------------------
+PAGE_BYTES: Final = 4 * KIB
+SMALL_CHUNK_BYTES: Final = 2 * MIB
+LARGE_CHUNK_BYTES: Final = 64 * MIB
+SLAB_MODEL_BYTES_MAX: Final = 1 * MIB  # models up to here share 2 MiB slab chunks
+TENSOR_ALIGN_BYTES: Final = 256
+IMAGE_ALIGN_BYTES: Final = 4 * KIB
+READ_BYTES: Final = 8 * MIB  # one O_DIRECT read; also the unit of a digest
+READS_IN_FLIGHT: Final = 4
+LOADS_IN_FLIGHT_MAX: Final = 4
+MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
+DEVICE_SHARE: Final = 0.40  # of what is available, when no flag says otherwise (CPU only)
+HOST_SHARE: Final = 0.25
+
+# --- processes and rings ------------------------------------------------------------------------
+VERSIONS_MAX: Final = 65_536  # slots: the submission's model field is a u16
+FRONT_ENDS_MAX: Final = 32
+WORKERS_MAX: Final = 64
+RING_SLOTS: Final = 1024
+POP_MAX: Final = 64
+CONTROL_MESSAGE_BYTES_MAX: Final = 128 * KIB
+CONTROL_FDS_MAX: Final = 64
+CONTROL_BACKLOG_MAX: Final = 4096  # messages a child may leave unread before it counts as hung
+HEARTBEAT_NS: Final = 1_000_000_000
+RESTART_BUDGET: Final = 30  # deaths ...
+RESTART_WINDOW_S: Final = 60.0  # ... within this window before a seat is BROKEN
+RESTART_BACKOFF_S: Final = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+START_TIMEOUT_S: Final = 120.0
+REAP_TIMEOUT_S: Final = 10.0
+STOP_TIMEOUT_S: Final = 5.0  # for a child to leave after Stop, then SIGKILL
+PACKER_IDLE_S: Final = 30.0  # an idle packer is sent home
+PACK_TRIES_MAX: Final = 2  # a packer that dies twice over one version means a broken version
+RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after its route is gone
+ACTIVATIONS_KEPT: Final = 4096  # activation records for status
+ADMIN_REPLY_PART_BYTES: Final = 64 * KIB
+BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
+QUARANTINE_DEATHS: Final = 3  # workers that died while running one version, in RESTART_WINDOW_S
+QUARANTINE_S: Final = 30.0
+LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+
+# --- requests -----------------------------------------------------------------------------------
+NAME_CHARS_MAX: Final = 256
+ID_CHARS_MAX: Final = 1024
+TENSORS_MAX: Final = 256
+RANK_MAX: Final = 16
+HEADER_BYTES_MAX: Final = 64 * KIB
+JSON_BYTES_MAX: Final = 64 * MIB
+BODY_BYTES_MAX: Final = 64 * MIB
+PAYLOAD_BYTES: Final = 256 * MIB  # ingress, and as much egress, per front end
+BLOCK_BYTES_MIN: Final = 1 * KIB
+BLOCK_BYTES_MAX: Final = 64 * MIB
+PIPELINE_MAX: Final = 64  # parsed requests that one connection may have waiting
+REQUEST_TIMEOUT_MS: Final = 60_000
+RETRIES_MAX: Final = 1
+
+# --- batching -----------------------------------------------------------------------------------
+BATCH_SIZE_MAX: Final = 32
+BATCH_SIZE_LIMIT: Final = 4096
+QUEUE_SIZE_MAX: Final = 1024
+QUEUE_DELAY_US: Final = 0
+BOUND_MODELS_MAX: Final = 2048  # bound programs that a worker keeps
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator chose.  `None` means: decide from the machine."""
+
+    repositories: tuple[str, ...] = ()
+    cache_dir: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    front_ends: int = 1
+    workers: int = 1
+    worker_threads: int | None = None
+    device_memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    allow_code: bool = False
+    policy: str = "lru"
+    verify: Literal["first", "always", "never"] = "first"
+    payload_bytes: int = PAYLOAD_BYTES
+    body_bytes_max: int = BODY_BYTES_MAX
+    ring_slots: int = RING_SLOTS
+    spin_ns: int | None = None
+    scan_interval_s: float = 2.0
+    request_timeout_ms: int = REQUEST_TIMEOUT_MS
+    keep_alive_s: int = 75
+    drain_timeout_s: float = 30.0
+    log_level: str = "info"
+    access_log: bool = False
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One input or output.
+
+    `shape` is the full shape, -1 where the size varies; where the model batches, axis 0 is the
+    batch.  `axes` names the varying axes ("batch", "sequence"): requests of one batch may differ
+    in an axis only if `pad` is set on every input that has it, and an output axis of the same name
+    is cut back to the request's own size afterwards.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...] = ()
+    pad: float | None = None
+    optional: bool = False
+
+
+class Batching(msgspec.Struct, frozen=True, kw_only=True):
+    """How requests for one model are gathered.  `max_batch_size` 0: the model does not batch."""
+
+    max_batch_size: int = BATCH_SIZE_MAX
+    max_queue_delay_us: int = QUEUE_DELAY_US
+    max_queue_size: int = QUEUE_SIZE_MAX
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What `model.toml` says; everything may be absent."""
+
+    engine: str | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    batching: Batching = msgspec.field(default_factory=Batching)
+    pin: bool = False
+    priority: int = 0
+    weight: int = 1  # share of a worker among the models that wait, 1..100
+    warm_up: bool = True
+    timeout_ms: int | None = None
+    allow_code: bool = False
+    entry: str | None = None  # model.py: "file.py:ClassName"
+    parameters: dict[str, str | int | float | bool] = {}

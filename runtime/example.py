@@ -1,0 +1,74 @@
+"""A request to try, printed when the server is ready: curl, and Python with tritonclient."""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from overcommit.runtime.config import TensorSpec
+from overcommit.runtime.messages import Route
+
+_SIZE: Final = 4  # of an axis that varies; the batch axis gets 1
+_ELEMENTS_MAX: Final = 64  # a longer example is no use on a command line
+_NUMPY: Final = {"FP32": "float32", "FP64": "float64", "FP16": "float16", "BOOL": "bool"}
+
+
+def example_shape(spec: TensorSpec) -> list[int]:
+    """Fill in the varying axes of a shape."""
+    return [
+        size if size >= 0 else (1 if axis == 0 else _SIZE) for axis, size in enumerate(spec.shape)
+    ]
+
+
+def example_body(route: Route) -> dict[str, object] | None:
+    """Return a V2 inference request of ones for this model; None when it would be too long."""
+    inputs = []
+    for spec in route.inputs:
+        if spec.optional:
+            continue
+        shape = example_shape(spec)
+        elements = 1
+        for size in shape:
+            elements *= size
+        if elements > _ELEMENTS_MAX:
+            return None
+        value: object = "text" if spec.datatype == "BYTES" else spec.datatype == "BOOL" or 1
+        inputs.append(
+            {
+                "name": spec.name,
+                "datatype": spec.datatype,
+                "shape": shape,
+                "data": [value] * elements,
+            }
+        )
+    return {"inputs": inputs}
+
+
+def example_request(url: str, route: Route) -> str:
+    """Return text that shows how to call this model at `url`."""
+    body = example_body(route)
+    if body is None:
+        return f"Try it:\n\n  curl {url}/v2/models/{route.name}\n"
+    code = [
+        "import numpy, tritonclient.http as triton",
+        f'client = triton.InferenceServerClient("{url.removeprefix("http://")}")',
+        "inputs = []",
+    ]
+    for spec in route.inputs:
+        if spec.optional:
+            continue
+        dtype = _NUMPY.get(spec.datatype, spec.datatype.lower())
+        array = f'numpy.ones({example_shape(spec)}, "{dtype}")'
+        code += [
+            f'inputs.append(triton.InferInput("{spec.name}", {example_shape(spec)}, '
+            f'"{spec.datatype}"))',
+            f"inputs[-1].set_data_from_numpy({array})",
+        ]
+    output = route.outputs[0].name if route.outputs else ""
+    code.append(f'print(client.infer("{route.name}", inputs).as_numpy("{output}"))')
+    text = json.dumps(body)
+    lines = "\n".join(f"  {line}" for line in code)
+    return (
+        f"Try it:\n\n  curl {url}/v2/models/{route.name}/infer -d '{text}'\n\n"
+        f"or in Python, with tritonclient:\n\n{lines}\n"
+    )

@@ -1,0 +1,123 @@
+"""Metrics as Prometheus text, from the supervisor's own state and the front ends' totals.
+
+Names start with `overcommit_`.  Per-model series are limited to the models with the most requests;
+the rest is one series named `_other`, so that twenty thousand models do not flood a scraper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from overcommit.runtime.messages import Counters, ModelCounters
+
+if TYPE_CHECKING:
+    from overcommit.runtime.house import House
+
+MODELS_SHOWN_MAX: Final = 100
+OTHER: Final = "_other"
+
+
+class _Snapshot(Collector):
+    """One scrape."""
+
+    def __init__(self, house: House, totals: Counters) -> None:
+        self._house = house
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        yield from self._requests()
+        yield from self._models()
+        yield from self._residency()
+        yield from self._processes()
+
+    def _requests(self) -> Iterator[Metric]:
+        totals = self._totals
+        for name, text, value in (
+            ("requests", "Inference requests answered", totals.requests),
+            ("request_errors", "Inference requests answered with an error", totals.errors),
+            ("request_retries", "Requests sent again after a worker's death", totals.retries),
+            ("late_completions", "Answers that came for no request", totals.late_completions),
+        ):
+            yield CounterMetricFamily(f"overcommit_{name}", text, value)
+        fronts = [front.counters for front in self._house.fleet.of_kind("front_end")]
+        in_flight = sum(counters.in_flight for counters in fronts)
+        blocks = sum(counters.blocks_used for counters in fronts)
+        yield GaugeMetricFamily("overcommit_requests_in_flight", "Requests in flight", in_flight)
+        yield GaugeMetricFamily("overcommit_payload_blocks_used", "Payload blocks in use", blocks)
+
+    def _models(self) -> Iterator[Metric]:
+        counted = sorted(self._totals.models, key=lambda c: c.success + c.failure, reverse=True)
+        shown, rest = counted[:MODELS_SHOWN_MAX], counted[MODELS_SHOWN_MAX:]
+        for field, text in (
+            ("success", "Requests answered"),
+            ("failure", "Requests failed"),
+            ("queue_ns", "Nanoseconds requests waited in a worker"),
+            ("compute_ns", "Nanoseconds requests were computed"),
+            ("request_ns", "Nanoseconds requests took in all"),
+        ):
+            family = CounterMetricFamily(
+                f"overcommit_model_{field}", text, labels=("model", "version")
+            )
+            for counters in shown:
+                entry = self._house.registry.by_slot(counters.slot)
+                if entry is not None:
+                    family.add_metric((entry.name, entry.version), _field(counters, field))
+            if rest:
+                family.add_metric((OTHER, ""), sum(_field(counters, field) for counters in rest))
+            yield family
+
+    def _residency(self) -> Iterator[Metric]:
+        residency, activations = self._house.residency, self._house.activations
+        totals = residency.totals()
+        for name in totals.__slots__:
+            text = f"Residency: {name.replace('_', ' ')}"
+            yield CounterMetricFamily(f"overcommit_{name}", text, getattr(totals, name))
+        yield CounterMetricFamily(
+            "overcommit_read_bytes", "Bytes of weights read from disk", activations.bytes_read
+        )
+        yield CounterMetricFamily(
+            "overcommit_copied_bytes", "Bytes copied to DEVICE", activations.bytes_copied
+        )
+        capacity = GaugeMetricFamily(
+            "overcommit_tier_capacity_bytes", "Bytes a tier may hold", labels=("tier",)
+        )
+        used = GaugeMetricFamily(
+            "overcommit_tier_used_bytes", "Bytes a tier holds", labels=("tier",)
+        )
+        for tier, allocator in (("device", residency.device), ("host", residency.host)):
+            if allocator is not None:
+                capacity.add_metric((tier,), allocator.capacity_bytes)
+                used.add_metric((tier,), allocator.used_bytes)
+        yield capacity
+        yield used
+
+    def _processes(self) -> Iterator[Metric]:
+        deaths = CounterMetricFamily(
+            "overcommit_process_deaths", "Child processes that died", labels=("kind",)
+        )
+        live = GaugeMetricFamily(
+            "overcommit_processes_ready", "Child processes that serve", labels=("kind",)
+        )
+        for kind in ("front_end", "worker", "mover"):
+            seats = [seat for seat in self._house.fleet.seats if seat.kind == kind]
+            deaths.add_metric((kind,), sum(seat.deaths for seat in seats))
+            live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))  # type: ignore[arg-type]
+        yield deaths
+        yield live
+
+
+def _field(counters: ModelCounters, name: str) -> float:
+    return float(getattr(counters, name))
+
+
+def exposition(house: House, totals: Counters) -> bytes:
+    """Return the Prometheus text of this instant."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(house, totals))
+    return generate_latest(registry)

@@ -1,0 +1,289 @@
+"""The children of a supervisor in their seats, the memory that each one owns, and their links.
+
+Owns per incarnation: a doorbell (eventfd) and, for a worker, its page (status and leases), for a
+front end, its ingress and egress arenas.  Makes a fresh link for every pair of a live front end and
+a live worker, hands it to both, and keeps nothing of it.
+
+Invariants
+ 1. A seat is occupied by at most one process; its epoch grows with every incarnation.
+ 2. A link belongs to two incarnations.  It is announced when both are ready, and `LinkDown` is sent
+    only when one of them is dead and reaped; it is never repaired or used again.
+ 3. Every descriptor that is made for an incarnation is closed when the incarnation is reaped.
+
+Called by the supervisor, from its one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from overcommit.runtime import _shm
+from overcommit.runtime.config import VERSIONS_MAX, Settings
+from overcommit.runtime.memory import SharedMemory, create_memfd
+from overcommit.runtime.messages import Counters, Kind, LinkDown, LinkUp, Message, Start
+from overcommit.runtime.process import ForkServer, Process, spawn
+from overcommit.runtime.seats import Seat, SeatState
+
+log = logging.getLogger("overcommit.fleet")
+
+
+@dataclass(slots=True)
+class Child:
+    """One incarnation in a seat."""
+
+    seat: Seat
+    process: Process
+    epoch: int
+    fds: dict[str, int] = field(default_factory=dict)
+    page: mmap.mmap | None = None
+    leases: _shm.LeasePage | None = None
+    status: _shm.StatusPage | None = None
+    is_ready: bool = False
+    told: set[int] = field(default_factory=set)  # slots whose VersionInfo this worker has
+    counters: Counters = field(default_factory=Counters)
+
+    def post(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Send; a child that leaves too many messages unread is hung and is killed."""
+        try:
+            if not self.process.control.post(message, fds):
+                log.error("%r does not read its control socket: killed", self.seat)
+                self.process.kill()
+        except OSError:
+            self.process.kill()  # it is dying; the pidfd will tell
+
+
+class Fleet:
+    """All seats of a server.
+
+    `on_gone(child)` is called after a child was reaped and its links were taken down.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        memory: SharedMemory,
+        on_forked: Callable[[Process], None],
+        on_gone: Callable[[Child], None],
+    ) -> None:
+        self.settings = settings
+        self.memory = memory
+        self.seats: list[Seat] = [
+            *(Seat("front_end", index) for index in range(settings.front_ends)),
+            Seat("mover", 0),
+            *(Seat("worker", index) for index in range(settings.workers)),
+        ]
+        self.children: dict[int, Child] = {}  # by id(seat)
+        self.listen_fds: dict[int, int] = {}
+        self.port = settings.port
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.is_closing = False
+        self.is_draining = False
+        self.fork_server: ForkServer | None = None
+        self._on_forked = on_forked
+        self._on_gone = on_gone
+
+    # --- looking --------------------------------------------------------------------------------
+    def of_kind(self, kind: Kind, *, ready: bool = True) -> Iterator[Child]:
+        """Iterate over the children of a kind, by default only those that are ready."""
+        for seat in self.seats:
+            child = self.children.get(id(seat))
+            if child is not None and seat.kind == kind and (child.is_ready or not ready):
+                yield child
+
+    def worker(self, index: int) -> Child | None:
+        """Return the ready worker in this seat."""
+        return next((c for c in self.of_kind("worker") if c.seat.index == index), None)
+
+    def lease_pages(self) -> tuple[_shm.LeasePage, ...]:
+        """Return the lease pages of every worker that is not reaped."""
+        return tuple(c.leases for c in self.of_kind("worker", ready=False) if c.leases is not None)
+
+    # --- starting -------------------------------------------------------------------------------
+    def use_fork_server(self) -> None:
+        """Start the fork server, or start it again after its death."""
+        if self.settings.start_method == "forkserver":
+            self.fork_server = ForkServer(self._on_forked)
+
+    def start_due(self, now_ns: int) -> None:
+        """Start every seat whose time has come."""
+        for seat in self.seats:
+            if self.is_draining and seat.kind == "front_end":
+                continue
+            if id(seat) not in self.children and seat.can_start(now_ns):
+                self._start(seat, now_ns)
+
+    def start_torch(self, kind: Kind) -> Process | None:
+        """Start a child that needs torch; None: the fork server is not ready yet."""
+        server = self.fork_server
+        if server is None or server.unfit is not None:
+            return spawn(kind)
+        # While torch is being imported there, a spawned child would not be sooner.
+        return server.fork(kind) if server.is_ready else None
+
+    def _start(self, seat: Seat, now_ns: int) -> None:
+        process = self.start_torch(seat.kind) if seat.kind == "worker" else spawn(seat.kind)
+        if process is None:
+            return
+        seat.on_started(process.pid or 0, now_ns)
+        child = Child(seat, process, seat.epoch)
+        self.children[id(seat)] = child
+        self._equip(child)
+
+    def _equip(self, child: Child) -> None:
+        """Make what this incarnation owns and send Start."""
+        seat, memory = child.seat, self.memory
+        send: dict[str, int] = {}
+        if seat.kind in ("worker", "front_end"):
+            child.fds["doorbell"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            send["doorbell"] = child.fds["doorbell"]
+        if seat.kind == "worker":
+            self._make_page(child)
+            send |= {"supervisor_bell": self.bell, "residency": memory.residency_fd}
+            send |= {"page": child.fds["page"], "device": memory.device_fd}
+        elif seat.kind == "front_end":
+            for name in ("ingress", "egress"):
+                child.fds[name] = create_memfd(name, self.settings.payload_bytes)
+            send["listen"] = self.listen_fds[seat.index]
+            send |= {name: child.fds[name] for name in ("ingress", "egress")}
+        elif seat.kind == "mover":
+            send["device"] = memory.device_fd
+            if memory.host_fd is not None:
+                send["host"] = memory.host_fd
+        start = Start(
+            kind=seat.kind,
+            seat=seat.index,
+            epoch=child.epoch,
+            settings=self.settings,
+            device_bytes=memory.device_bytes,
+            host_bytes=memory.host_bytes,
+            port=self.port,
+            fds=tuple(send),
+        )
+        child.post(start, tuple(send.values()))
+
+    @staticmethod
+    def _make_page(child: Child) -> None:
+        nbytes = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
+        child.fds["page"] = create_memfd("page", nbytes)
+        child.page = mmap.mmap(child.fds["page"], nbytes, prot=mmap.PROT_READ)
+        child.status = _shm.StatusPage(child.page, 0, False)
+        child.leases = _shm.LeasePage(child.page, _shm.STATUS_BYTES, VERSIONS_MAX, False)
+
+    # --- links ----------------------------------------------------------------------------------
+    def on_ready(self, child: Child, pid: int, now_ns: int) -> None:
+        """Note that a child serves, and link it with every peer that does."""
+        child.seat.on_ready(now_ns)
+        child.is_ready = True
+        log.info("%s %d is ready (pid %d)", child.seat.kind, child.seat.index, pid)
+        if child.seat.kind == "worker":
+            for front in self.of_kind("front_end"):
+                self._link(front, child)
+        elif child.seat.kind == "front_end":
+            for worker in self.of_kind("worker"):
+                self._link(child, worker)
+
+    def _link(self, front: Child, worker: Child) -> None:
+        slots = self.settings.ring_slots
+        half = _shm.ring_bytes(slots)
+        fd = create_memfd("link", 2 * half)
+        try:
+            with mmap.mmap(fd, 2 * half) as link:
+                _shm.create_ring(link, 0, slots, 1, front.epoch, worker.epoch)
+                _shm.create_ring(link, half, slots, 2, worker.epoch, front.epoch)
+            size = self.settings.payload_bytes
+            for child, peer, extra in (
+                (worker, front, ("ingress", "egress")),
+                (front, worker, ("page",)),
+            ):
+                owner = front if child is worker else worker
+                message = LinkUp(
+                    seat=peer.seat.index,
+                    epoch=peer.epoch,
+                    slot_count=slots,
+                    completion_offset=half,
+                    payload_bytes=size,
+                    fds=("link", "peer_doorbell", *extra),
+                )
+                fds = (fd, peer.fds["doorbell"], *(owner.fds[name] for name in extra))
+                child.post(message, fds)
+        finally:
+            os.close(fd)
+
+    # --- ending ---------------------------------------------------------------------------------
+    def reap(self, child: Child, now_ns: int) -> None:
+        """Handle a death: release, tell the peers, let the seat decide when to start again."""
+        ending = child.process.close()
+        child.seat.on_dead(now_ns)
+        del self.children[id(child.seat)]
+        expected = self.is_closing and not child.process.kill_asked
+        log.log(
+            logging.INFO if expected else logging.WARNING,
+            *("%s %d ended: %s", child.seat.kind, child.seat.index, ending),
+        )
+        peers: Kind | None = {"worker": "front_end", "front_end": "worker"}.get(child.seat.kind)  # type: ignore[assignment]
+        if peers is not None and child.is_ready:
+            for peer in self.of_kind(peers):
+                peer.post(LinkDown(seat=child.seat.index, epoch=child.epoch))
+        self._on_gone(child)
+        # The page is read in on_gone, for what the worker was doing; only then it goes.
+        child.status = child.leases = None
+        child.page = None
+        for fd in child.fds.values():
+            os.close(fd)
+        child.fds.clear()
+
+    def kill_overdue(self, now_ns: int, batch_timeout_ns: int) -> None:
+        """Kill what does not get ready and what is stuck in a batch."""
+        for child in list(self.children.values()):
+            if child.seat.start_overdue(now_ns):
+                log.error("%r did not get ready in time: killed", child.seat)
+                child.process.kill()
+            elif child.is_ready and child.status is not None:
+                started_ns = child.status.read()[1]
+                if started_ns and now_ns - started_ns > batch_timeout_ns:
+                    log.error("%r is stuck in a batch: killed", child.seat)
+                    child.process.kill()
+
+    def close(self) -> None:
+        """Kill and reap whatever is left; nothing survives this."""
+        self.is_closing = True
+        server = self.fork_server
+        processes = [child.process for child in self.children.values()]
+        for process in processes:
+            process.kill()
+        if server is not None:
+            server.process.kill()
+            server.process.close()
+            self.fork_server = None
+        for child in list(self.children.values()):
+            self.reap(child, time.monotonic_ns())
+        for fd in self.listen_fds.values():
+            os.close(fd)
+        self.listen_fds.clear()
+        os.close(self.bell)
+
+    def describe(self) -> list[dict[str, object]]:
+        """Return one row a seat, for status and tests."""
+        rows: list[dict[str, object]] = []
+        for seat in self.seats:
+            child = self.children.get(id(seat))
+            rows.append(
+                {
+                    "kind": seat.kind,
+                    "seat": seat.index,
+                    "epoch": seat.epoch,
+                    "pid": child.process.pid if child else None,
+                    "state": seat.state.name,
+                    "deaths": seat.deaths,
+                }
+            )
+        return rows
+
+    def is_broken(self) -> bool:
+        """Whether a seat has used up its restart budget."""
+        return any(seat.state is SeatState.BROKEN for seat in self.seats)

@@ -1,0 +1,57 @@
+"""The parts of the supervisor, put together.
+
+Owns nothing but the order in which they are built and closed; each part's module says what it does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from overcommit.runtime.activation import Activations
+from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.config import Settings
+from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.gate import SharedGate
+from overcommit.runtime.memory import SharedMemory
+from overcommit.runtime.policy import make_policy
+from overcommit.runtime.process import Process
+from overcommit.runtime.registry import Registry
+from overcommit.runtime.residency import Residency
+from overcommit.runtime.telemetry import Telemetry, budgets
+
+log = logging.getLogger("overcommit")
+
+
+class House:
+    """Memory, seats, registry and residency of one server."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_forked: Callable[[Process], None],
+        on_gone: Callable[[Child], None],
+    ) -> None:
+        self.settings = settings
+        self.telemetry = Telemetry()
+        budget = budgets(settings, self.telemetry)
+        device = ChunkAllocator(budget.device_bytes)
+        host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
+        self.registry = Registry(settings.cache_dir)
+        policy = make_policy(settings.policy)
+        self.memory = SharedMemory(device.capacity_bytes, host.capacity_bytes if host else 0)
+        self.fleet = Fleet(settings, self.memory, on_forked, on_gone)
+        self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
+        self.residency = Residency(device, host, policy, self.gate)
+        self.activations = Activations(settings, self.residency, self.registry, self.fleet)
+
+    def on_worker_gone(self, worker: Child, now_ns: int) -> None:
+        """Settle what a dead worker held, before its page is released."""
+        if worker.leases is not None:
+            self.gate.keep_uses(worker.leases, [e.slot for e in self.registry.entries()])
+        self.activations.on_worker_gone(worker, now_ns)
+
+    def close(self) -> None:
+        """Kill every child, then let the memory go."""
+        self.fleet.close()
+        self.memory.close()

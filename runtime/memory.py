@@ -1,0 +1,45 @@
+"""The memory that all processes share, owned by the supervisor as descriptors.
+
+Invariants
+ 1. Every piece is a sealed memfd: it has no name, nothing to unlink, and no peer can shrink it
+    under another.  It lives as long as a process holds it, and dies with the last one.
+ 2. The supervisor maps only the residency table; weights it never touches.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+
+from overcommit.runtime import _shm
+from overcommit.runtime.config import VERSIONS_MAX
+
+
+def create_memfd(name: str, nbytes: int) -> int:
+    """Make a memfd of this size, sealed against shrinking and growing."""
+    fd = os.memfd_create(f"overcommit-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, nbytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+class SharedMemory:
+    """The arenas and the residency table of one server."""
+
+    def __init__(self, device_bytes: int, host_bytes: int) -> None:
+        self.device_bytes = device_bytes
+        self.host_bytes = host_bytes
+        self.device_fd = create_memfd("device", device_bytes)
+        self.host_fd = create_memfd("host", host_bytes) if host_bytes else None
+        nbytes = _shm.table_bytes(VERSIONS_MAX)
+        self.residency_fd = create_memfd("residency", nbytes)
+        self._map = mmap.mmap(self.residency_fd, nbytes)
+        self.table = _shm.ResidencyTable(self._map, 0, VERSIONS_MAX, True)
+
+    def close(self) -> None:
+        """Let go; the memory itself goes when the last process has."""
+        del self.table
+        for fd in (self.device_fd, self.host_fd, self.residency_fd):
+            if fd is not None:
+                os.close(fd)

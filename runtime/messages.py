@@ -1,0 +1,349 @@
+"""All control messages, and nothing else.
+
+They travel as MessagePack over AF_UNIX SEQPACKET (see `control.py`), one message a datagram.  A
+message that carries file descriptors names them in `fds`, in the order in which they are attached;
+whoever receives it owns them.  Extents are `(offset, length)` in bytes inside an arena.
+
+Who sends what:
+
+    supervisor -> all        Start, Drain, Stop
+    supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, ActivationFailed, Forget
+    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply
+    supervisor -> mover      Load
+    supervisor -> packer     Pack
+    all -> supervisor        Ready
+    worker -> supervisor     Activate, BindFailed
+    front end -> supervisor  Admin, Counters
+    mover -> supervisor      LoadDone, Populated
+    packer -> supervisor     PackProgress, PackDone
+    supervisor -> fork server   Fork, Preload, Stop
+    fork server -> supervisor   Ready, Unfit, Forked, Exited
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from overcommit.runtime.config import ModelConfig, Settings, TensorSpec
+
+Kind = Literal["front_end", "worker", "mover", "packer"]
+Extents = tuple[tuple[int, int], ...]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base: the class name is the tag on the wire."""
+
+
+class Start(Message, frozen=True):
+    """First message to every child.
+
+    fds, worker: doorbell, supervisor_bell, residency, page (its own lease page + status), device
+    fds, front end: doorbell, listen, ingress, egress
+    fds, mover: device, host (absent when there is no host tier)
+    fds, packer: none
+    """
+
+    kind: Kind
+    seat: int
+    epoch: int
+    settings: Settings
+    device_bytes: int = 0
+    host_bytes: int = 0
+    port: int = 0
+    fds: tuple[str, ...] = ()
+
+
+class Ready(Message, frozen=True):
+    """The child has everything it needs and serves."""
+
+    pid: int
+
+
+class Drain(Message, frozen=True):
+    """Front end: stop accepting, finish what is in flight, then exit 0."""
+
+    timeout_s: float
+
+
+class Stop(Message, frozen=True):
+    """Exit 0 now."""
+
+
+class LinkUp(Message, frozen=True):
+    """A fresh link between one front-end and one worker incarnation.
+
+    The link memfd holds the submission ring at offset 0 and the completion ring at
+    `completion_offset`.  fds to the worker: link, peer_doorbell, ingress, egress.
+    fds to the front end: link, peer_doorbell, page (the worker's status, to read post mortem).
+    """
+
+    seat: int  # of the peer
+    epoch: int  # of the peer
+    slot_count: int
+    completion_offset: int
+    payload_bytes: int = 0
+    fds: tuple[str, ...] = ()
+
+
+class LinkDown(Message, frozen=True):
+    """The peer is dead and reaped: nothing can write to its memory any more."""
+
+    seat: int
+    epoch: int
+
+
+class VersionInfo(Message, frozen=True):
+    """What a worker must know to serve the version in `slot`."""
+
+    slot: int
+    name: str
+    version: str
+    image_path: str
+    nbytes: int  # of the arena image, a multiple of PAGE_BYTES
+    config: ModelConfig  # inputs and outputs filled in
+
+
+class Activate(Message, frozen=True):
+    """Worker: requests wait here for this version; tell me when it is resident, and where."""
+
+    slot: int
+
+
+class Placed(Message, frozen=True):
+    """The version is RESIDENT in the DEVICE arena at these extents, for this generation."""
+
+    slot: int
+    generation: int
+    extents: Extents
+
+
+class ActivationFailed(Message, frozen=True):
+    """It cannot be made resident now; answer what waits with this error."""
+
+    slot: int
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+class BindFailed(Message, frozen=True):
+    """Worker: the program of this version cannot be loaded or bound; it is broken."""
+
+    slot: int
+    message: str
+
+
+class Forget(Message, frozen=True):
+    """The version was removed or unloaded: drop its program and mapping."""
+
+    slot: int
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """What a front end must know of one version."""
+
+    slot: int
+    name: str
+    version: str
+    state: Literal["ready", "packing", "unloaded", "unavailable"]
+    reason: str = ""
+    platform: str = ""
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    max_batch_size: int = 0
+    timeout_ms: int | None = None
+
+
+class Routes(Message, frozen=True):
+    """Changes of the routing table; long tables come as several messages, the last is `complete`."""
+
+    upsert: tuple[Route, ...] = ()
+    removed: tuple[int, ...] = ()
+    complete: bool = True
+
+
+class Admin(Message, frozen=True):
+    """Front end: an operation that only the supervisor can do.
+
+    operations: index, load, unload, models, metrics, ensure (pack this slot now), status
+    """
+
+    id: int
+    operation: str
+    arguments: dict[str, str | int | float | bool | None] = {}
+
+
+class AdminReply(Message, frozen=True):
+    """`status` is an HTTP status; `body` is JSON, or Prometheus text for `metrics`.
+
+    A body too long for one datagram comes in parts, the last one with `more` False.
+    """
+
+    id: int
+    status: int
+    body: bytes
+    more: bool = False
+
+
+class ModelCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """Running totals of one front-end incarnation for one version."""
+
+    slot: int
+    success: int = 0
+    failure: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    request_ns: int = 0
+    batches: int = 0  # sum over successes of 1 / batch size, times 1000
+
+
+class Counters(Message, frozen=True):
+    """Totals so far of a front end; sent every second, and before each `metrics` operation."""
+
+    requests: int = 0
+    errors: int = 0
+    in_flight: int = 0
+    blocks_used: int = 0
+    late_completions: int = 0
+    retries: int = 0
+    models: tuple[ModelCounters, ...] = ()
+
+
+class Load(Message, frozen=True):
+    """Mover: bring one image to these places.
+
+    source "disk": read into `host` if given and copy on to `device` if given, else read straight
+    into `device`.  source "host": copy `host` to `device`.
+    """
+
+    job: int
+    slot: int
+    source: Literal["disk", "host"]
+    path: str
+    nbytes: int
+    host: Extents | None = None
+    device: Extents | None = None
+    verify: bool = True
+
+
+class LoadDone(Message, frozen=True):
+    """The job ended.  `read_ns` and `copy_ns` are wall time in each stage."""
+
+    job: int
+    ok: bool
+    message: str = ""
+    read_bytes: int = 0
+    read_ns: int = 0
+    copy_ns: int = 0
+    direct: bool = False  # O_DIRECT was used
+
+
+class Populated(Message, frozen=True):
+    """The mover has touched every page of the arenas."""
+
+    seconds: float
+
+
+class Pack(Message, frozen=True):
+    """Packer: make the image of one model version."""
+
+    job: int
+    name: str
+    version: str
+    folder: str
+    config: ModelConfig
+    cache_dir: str
+    allow_code: bool
+
+
+class PackProgress(Message, frozen=True):
+    """How far the job is, in bytes of image."""
+
+    job: int
+    done: int
+    total: int
+
+
+class PackDone(Message, frozen=True):
+    """The image exists, or why it does not."""
+
+    job: int
+    ok: bool
+    message: str = ""
+    image_path: str = ""
+    content_key: str = ""
+    program_key: str = ""
+    nbytes: int = 0
+    engine: str = ""
+    config: ModelConfig = ModelConfig()
+
+
+class Fork(Message, frozen=True):
+    """Fork server: make a child that runs `kind` on the control socket that comes along.
+
+    fds: control
+    """
+
+    kind: Kind
+    ticket: int
+    fds: tuple[str, ...] = ()
+
+
+class Forked(Message, frozen=True):
+    """The child exists.  fds: pidfd"""
+
+    ticket: int
+    pid: int
+    fds: tuple[str, ...] = ()
+
+
+class Exited(Message, frozen=True):
+    """A forked child was reaped; `status` is as from waitpid."""
+
+    pid: int
+    status: int
+
+
+class Preload(Message, frozen=True):
+    """Fork server: import these modules too, for the children to come."""
+
+    modules: tuple[str, ...]
+
+
+class Unfit(Message, frozen=True):
+    """The fork server's self-check failed: start children by spawn instead."""
+
+    reason: str
+
+
+AnyMessage = (
+    Start
+    | Ready
+    | Drain
+    | Stop
+    | LinkUp
+    | LinkDown
+    | VersionInfo
+    | Activate
+    | Placed
+    | ActivationFailed
+    | BindFailed
+    | Forget
+    | Routes
+    | Admin
+    | AdminReply
+    | Counters
+    | Load
+    | LoadDone
+    | Populated
+    | Pack
+    | PackProgress
+    | PackDone
+    | Fork
+    | Forked
+    | Exited
+    | Preload
+    | Unfit
+)

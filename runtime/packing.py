@@ -1,0 +1,133 @@
+"""The queue of versions that need an image, and the packer process that makes them.
+
+One packer at a time: packing is bound by the disk, and foreground loads go first.  The packer may
+run a model's code, so it is a process of its own; when it dies over a version twice, that version is
+broken, and nothing else is disturbed.
+
+Invariants
+ 1. A slot is queued or being packed at most once.
+ 2. Every slot that was added ends in exactly one `on_done(slot, PackDone)`, unless it was dropped.
+
+Called by the supervisor, from its one thread.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable
+
+from overcommit.runtime.config import PACK_TRIES_MAX, PACKER_IDLE_S, Settings
+from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Start, Stop
+from overcommit.runtime.process import Process
+
+log = logging.getLogger("overcommit.packing")
+
+
+class Packing:
+    """The pack queue.
+
+    `start_packer` makes the process, `describe(slot)` the job (None: not wanted any more).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        start_packer: Callable[[], Process | None],
+        describe: Callable[[int, int], Pack | None],
+        on_done: Callable[[int, PackDone], None],
+    ) -> None:
+        self._settings = settings
+        self._start_packer = start_packer
+        self._describe = describe
+        self._on_done = on_done
+        self._queue: collections.deque[int] = collections.deque()
+        self._tries: dict[int, int] = {}
+        self._job = 0
+        self._idle_since_ns = 0
+        self._is_ready = False
+        self.current: int | None = None
+        self.progress: tuple[int, int] = (0, 0)
+        self.process: Process | None = None
+
+    def __len__(self) -> int:
+        """Versions that still need packing, the current one included."""
+        return len(self._queue) + (self.current is not None)
+
+    def add(self, slot: int) -> None:
+        """Queue a version."""
+        if slot != self.current and slot not in self._queue:
+            self._queue.append(slot)
+
+    def hurry(self, slot: int) -> None:
+        """Somebody waits for this one: it goes next."""
+        if slot in self._queue:
+            self._queue.remove(slot)
+            self._queue.appendleft(slot)
+
+    def drop(self, slot: int) -> None:
+        """The version is gone."""
+        if slot in self._queue:
+            self._queue.remove(slot)
+
+    def step(self, now_ns: int) -> None:
+        """Start a packer when there is work, give it the next job, send it home when idle."""
+        if self._queue and self.process is None:
+            self.process = self._start_packer()
+            if self.process is not None:
+                start = Start(kind="packer", seat=0, epoch=1, settings=self._settings)
+                self.process.control.post(start)
+        if self.process is None or not self._is_ready or self.current is not None:
+            return
+        while self._queue:
+            slot = self._queue.popleft()
+            self._job += 1
+            job = self._describe(slot, self._job)
+            if job is not None:
+                log.info("packing %s version %s", job.name, job.version)
+                self.current, self.progress = slot, (0, 0)
+                self.process.control.post(job)
+                return
+        if not self._idle_since_ns:
+            self._idle_since_ns = now_ns
+        elif now_ns - self._idle_since_ns > PACKER_IDLE_S * 1e9:
+            self.process.control.post(Stop())
+            self._is_ready = False
+
+    def on_message(self, message: object, now_ns: int) -> None:
+        """Handle what the packer said."""
+        if isinstance(message, Ready):
+            self._is_ready = True
+        elif isinstance(message, PackProgress) and message.job == self._job:
+            self.progress = (message.done, message.total)
+        elif isinstance(message, PackDone) and message.job == self._job:
+            self._finish(message)
+        self._idle_since_ns = 0
+        self.step(now_ns)
+
+    def on_dead(self, ending: str) -> None:
+        """The packer is reaped; its job is tried once more."""
+        self.process, self._is_ready, self._idle_since_ns = None, False, 0
+        slot = self.current
+        if slot is None:
+            return
+        self._tries[slot] = self._tries.get(slot, 0) + 1
+        if self._tries[slot] < PACK_TRIES_MAX:
+            self.current = None
+            self._queue.appendleft(slot)
+            return
+        message = f"the packer process died ({ending}) while it packed this version"
+        self._finish(PackDone(job=self._job, ok=False, message=message))
+
+    def _finish(self, done: PackDone) -> None:
+        slot, self.current = self.current, None
+        if slot is not None:
+            self._tries.pop(slot, None)
+            self._on_done(slot, done)
+
+    def close(self) -> None:
+        """End the packer."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.close()
+            self.process = None

@@ -1,0 +1,141 @@
+"""Starting, watching and ending the child processes of a server.
+
+Owns the launch of children (by exec, or through the fork server), their control sockets and their
+pidfds.  Knows nothing of models or rings.
+
+Invariants
+ 1. A child is dead when its pidfd says so, not when it is silent: until then what it could write to
+    stays its own.
+ 2. Whatever was started is ended: `Process.close` is called once for each, on every path.
+
+Called by the supervisor, from its one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from overcommit.runtime.config import REAP_TIMEOUT_S
+from overcommit.runtime.control import ControlSocket, socket_pair
+from overcommit.runtime.messages import Exited, Fork, Forked, Kind, Preload, Unfit
+
+log = logging.getLogger("overcommit.process")
+
+
+@dataclass(slots=True)
+class Process:
+    """One running child: its pid, its pidfd (None until the fork server has answered), its socket."""
+
+    kind: str
+    control: ControlSocket
+    pid: int | None = None
+    pidfd: int | None = None
+    popen: subprocess.Popen[bytes] | None = None
+    kill_asked: bool = False
+    is_mute: bool = False  # it has closed its control socket
+
+    def kill(self) -> None:
+        """SIGKILL; a child that the fork server has not named yet is killed when it is."""
+        self.kill_asked = True
+        if self.pidfd is not None:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+
+    def close(self) -> str:
+        """Reap and release everything; return how it ended, in words."""
+        ending = "ended"
+        if self.popen is not None:
+            code = self.popen.wait()
+            ending = f"signal {-code}" if code < 0 else f"exit status {code}"
+        elif self.pidfd is not None and not _is_dead(self.pidfd):
+            ending = "left behind: it does not die"  # only a driver that hangs can do that
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+        self.control.close()
+        return ending
+
+
+def _is_dead(pidfd: int) -> bool:
+    return bool(select.select((pidfd,), (), (), REAP_TIMEOUT_S)[0])
+
+
+def spawn(kind: str) -> Process:
+    """Start a child by exec, in a fresh interpreter."""
+    ours, theirs = socket_pair()
+    try:
+        # -P: the working directory must not get onto the child's import path.
+        popen = subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "overcommit.runtime.child"),
+                *(kind, str(theirs), str(os.getpid())),
+            ],
+            pass_fds=(theirs,),
+            stdin=subprocess.DEVNULL,
+        )
+    finally:
+        os.close(theirs)
+    return Process(kind, ControlSocket(ours), popen.pid, os.pidfd_open(popen.pid), popen)
+
+
+class ForkServer:
+    """The supervisor's handle on the fork server.
+
+    `on_forked(process)` is called when a child of it has got its pidfd.
+    """
+
+    def __init__(self, on_forked: Callable[[Process], None]) -> None:
+        self.process = spawn("fork_server")
+        self.is_ready = False
+        self.unfit: str | None = None
+        self._on_forked = on_forked
+        self._waiting: dict[int, Process] = {}
+        self._ticket = 0
+
+    def fork(self, kind: Kind) -> Process:
+        """Ask for a child; its pid and pidfd come later."""
+        ours, theirs = socket_pair()
+        try:
+            self._ticket += 1
+            child = Process(kind, ControlSocket(ours))
+            self._waiting[self._ticket] = child
+            message = Fork(kind=kind, ticket=self._ticket, fds=("control",))
+            self.process.control.post(message, (theirs,))
+        finally:
+            os.close(theirs)
+        return child
+
+    def preload(self, modules: tuple[str, ...]) -> None:
+        """Import these in the fork server, for the children to come."""
+        self.process.control.post(Preload(modules=modules))
+
+    def on_message(self, message: object, fds: dict[str, int]) -> None:
+        """Handle what the fork server said."""
+        if isinstance(message, Forked):
+            child = self._waiting.pop(message.ticket)
+            child.pid, child.pidfd = message.pid, fds["pidfd"]
+            if child.kill_asked:
+                child.kill()
+            self._on_forked(child)
+        elif isinstance(message, Unfit):
+            self.unfit = message.reason
+            log.warning("the fork server is unfit (%s): workers are spawned", message.reason)
+        elif isinstance(message, Exited):
+            code = os.waitstatus_to_exitcode(message.status)
+            if code:
+                log.warning("forked process %d ended with %d", message.pid, code)
+
+    def abandon(self) -> list[Process]:
+        """Return the children that were asked for and will never come; the server is dead."""
+        waiting = list(self._waiting.values())
+        self._waiting.clear()
+        return waiting

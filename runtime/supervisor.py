@@ -1,0 +1,375 @@
+"""The supervisor: the one process that decides, and that every other process hangs on.
+
+It owns the memory descriptors, the registry, residency and the seats.  It never touches weights, is
+never on the path of a request, and imports neither torch nor CUDA.  One thread, one place where it
+blocks (`Supervisor.run`); the repository scan runs in a helper thread because it waits for the disk.
+
+Invariants
+ 1. Everything that is started or made is ended or closed in `close`, on every path out.
+ 2. An event is handled to its end before the next one is looked at.
+ 3. SIGTERM or SIGINT: no new connections, every accepted request is answered, exit 0.  A second
+    signal ends at once.
+
+State machine
+
+    STARTING --first front end, worker, mover ready [_on_ready]--> SERVING
+    STARTING | SERVING --SIGTERM, SIGINT [_drain]--> DRAINING
+    DRAINING --last front end gone, or drain_timeout_s over [_step]--> STOPPED
+
+Called by the command line: `run(settings)` returns the exit status.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+
+from overcommit.runtime.administration import Administration
+from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.config import BATCH_TIMEOUT_S, STOP_TIMEOUT_S, Settings
+from overcommit.runtime.errors import ConfigurationError, OvercommitError, ProtocolError
+from overcommit.runtime.fleet import Child
+from overcommit.runtime.house import House
+from overcommit.runtime.messages import (
+    Activate,
+    Admin,
+    BindFailed,
+    Counters,
+    Drain,
+    LoadDone,
+    Populated,
+    Ready,
+    Stop,
+)
+from overcommit.runtime.process import Process
+
+log = logging.getLogger("overcommit")
+
+TICK_S = 0.5
+
+
+class Phase(enum.Enum):
+    """What the whole server is doing."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Supervisor:
+    """The event loop around a `House`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.phase = Phase.STARTING
+        self._selector = selectors.DefaultSelector()
+        self._deadline_ns = 0
+        self._broken_seen = False
+        self._started_ns = time.monotonic_ns()
+        self.house = House(settings, self._watch_forked, self._on_child_gone)
+        self.catalogue = Catalogue(self.house)
+        self.administration = Administration(self.house, self.catalogue)
+        self._signals, self._signals_write = socket.socketpair()
+
+    # --- life -----------------------------------------------------------------------------------
+    def run(self) -> int:
+        """Serve until told to stop; return the exit status."""
+        house = self.house
+        try:
+            self._listen()
+            self._catch_signals()
+            self._selector.register(house.fleet.bell, selectors.EVENT_READ, self._on_bell)
+            self._selector.register(
+                self.catalogue.scanner_fd, selectors.EVENT_READ, self._on_scanned
+            )
+            house.fleet.use_fork_server()
+            if house.fleet.fork_server is not None:
+                self._watch(house.fleet.fork_server.process, None)
+            self.catalogue.start()
+            while self.phase is not Phase.STOPPED:
+                self._step()
+                for key, _ in self._selector.select(self._timeout_s()):
+                    key.data()
+        finally:
+            self.close()
+        return 0
+
+    def close(self) -> None:
+        """End every child and release everything."""
+        self.catalogue.close()
+        self._stop_children()
+        self.house.close()
+        signal.set_wakeup_fd(-1)
+        self._selector.close()
+        self._signals.close()
+        self._signals_write.close()
+
+    def _listen(self) -> None:
+        """Bind one listening socket per front end; the kernel spreads connections over them.
+
+        The supervisor keeps them, so that what queues at a front end that died is served by its
+        successor.
+        """
+        settings, fleet = self.house.settings, self.house.fleet
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        try:
+            if settings.port:
+                # With SO_REUSEPORT a second server would silently share the port: look first.
+                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((settings.host, settings.port))
+            for index in range(settings.front_ends):
+                listener = socket.socket(family, socket.SOCK_STREAM)
+                fleet.listen_fds[index] = listener.fileno()
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                listener.setblocking(False)
+                try:
+                    listener.bind((settings.host, fleet.port))
+                    listener.listen(2048)
+                    fleet.port = listener.getsockname()[1]
+                finally:
+                    listener.detach()
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose "
+                f"another --port or --host"
+            ) from error
+
+    def _catch_signals(self) -> None:
+        self._signals.setblocking(False)
+        self._signals_write.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: None)
+        signal.set_wakeup_fd(self._signals_write.fileno(), warn_on_full_buffer=False)
+        self._selector.register(self._signals, selectors.EVENT_READ, self._on_signal)
+
+    # --- one turn -------------------------------------------------------------------------------
+    def _timeout_s(self) -> float:
+        now_ns = time.monotonic_ns()
+        times = [now_ns + int(TICK_S * 1e9)]
+        if (tick_ns := self.house.residency.next_tick_ns()) is not None:
+            times.append(tick_ns)
+        times += [at for seat in self.house.fleet.seats if (at := seat.start_at_ns()) is not None]
+        if self.phase is Phase.DRAINING:
+            times.append(self._deadline_ns)
+        if any(c.process.control.has_backlog for c in self.house.fleet.children.values()):
+            times.append(now_ns + 1_000_000)
+        return max(0.0, (min(times) - now_ns) / 1e9)
+
+    def _step(self) -> None:
+        now_ns = time.monotonic_ns()
+        house = self.house
+        house.fleet.start_due(now_ns)
+        for child in house.fleet.children.values():
+            self._watch(child.process, child)
+        house.activations.tick(now_ns)
+        house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
+        self.catalogue.step(now_ns)
+        if self.catalogue.packing.process is not None:
+            self._watch(self.catalogue.packing.process, None)
+        if house.fleet.is_broken() and not self._broken_seen:
+            self._broken_seen = True
+            log.error("a process dies again and again: see its log above; it is not started again")
+        if self.phase is Phase.DRAINING:
+            fronts = list(house.fleet.of_kind("front_end", ready=False))
+            if not fronts or now_ns >= self._deadline_ns:
+                if fronts:
+                    log.error("%d front ends did not drain in time", len(fronts))
+                self.phase = Phase.STOPPED
+
+    # --- events ---------------------------------------------------------------------------------
+    def _watch(self, process: Process, child: Child | None) -> None:
+        """Listen to a process's socket and death; safe to repeat."""
+        known = self._selector.get_map()
+        if process.control.fileno() not in known and not process.is_mute:
+            self._selector.register(
+                process.control, selectors.EVENT_READ, lambda: self._on_control(process, child)
+            )
+        if process.pidfd is not None and process.pidfd not in known:
+            self._selector.register(
+                process.pidfd, selectors.EVENT_READ, lambda: self._on_death(process, child)
+            )
+        try:
+            process.control.flush()
+        except OSError:
+            process.is_mute = True
+
+    def _watch_forked(self, process: Process) -> None:
+        for child in self.house.fleet.children.values():
+            if child.process is process:
+                child.seat.on_started(process.pid or 0, time.monotonic_ns())
+                self._watch(process, child)
+                return
+        self._watch(process, None)
+
+    def _unwatch(self, process: Process) -> None:
+        known = self._selector.get_map()
+        for fileobj in (process.control, process.pidfd):
+            if fileobj is not None and fileobj in known:
+                self._selector.unregister(fileobj)
+
+    def _on_control(self, process: Process, child: Child | None) -> None:
+        """Handle everything that a child has said."""
+        while True:
+            try:
+                received = process.control.try_receive()
+            except EOFError:
+                # It closed its end, so it is leaving; what counts is the pidfd.
+                process.is_mute = True
+                if process.control.fileno() in self._selector.get_map():
+                    self._selector.unregister(process.control)
+                return
+            except ProtocolError:
+                log.exception("%s broke the control protocol: killed", process.kind)
+                process.kill()
+                return
+            if received is None:
+                return
+            message, fds = received
+            try:
+                self._on_message(process, child, message, fds)
+            except Exception:  # the supervisor loop's boundary: one bad event must not end it
+                log.exception("a %s from %s failed", type(message).__name__, process.kind)
+
+    def _on_message(
+        self, process: Process, child: Child | None, message: object, fds: dict[str, int]
+    ) -> None:
+        now_ns = time.monotonic_ns()
+        house = self.house
+        server = house.fleet.fork_server
+        if child is None:
+            if server is not None and process is server.process:
+                if isinstance(message, Ready):
+                    server.is_ready = True
+                    log.info("the fork server is ready after %s s", self._age_s())
+                server.on_message(message, fds)
+            elif process is self.catalogue.packing.process:
+                self.catalogue.packing.on_message(message, now_ns)
+            return
+        if isinstance(message, Ready):
+            self._on_ready(child, message, now_ns)
+        elif isinstance(message, Activate):
+            house.activations.on_activate(child, message.slot, now_ns)
+        elif isinstance(message, LoadDone):
+            house.activations.on_load_done(message, now_ns)
+        elif isinstance(message, Admin):
+            self.administration.on_admin(child, message, now_ns)
+        elif isinstance(message, Counters):
+            child.counters = message
+        elif isinstance(message, BindFailed):
+            self.catalogue.on_bind_failed(message.slot, message.message)
+        elif isinstance(message, Populated):
+            log.info("the arenas are warm after %.1f s", message.seconds)
+
+    def _on_ready(self, child: Child, message: Ready, now_ns: int) -> None:
+        house = self.house
+        house.fleet.on_ready(child, message.pid, now_ns)
+        if child.seat.kind == "mover":
+            house.activations.on_mover_ready()
+        if self.phase is Phase.STARTING and all(
+            any(house.fleet.of_kind(kind)) for kind in ("front_end", "worker", "mover")
+        ):
+            self.phase = Phase.SERVING
+            self.catalogue.announce(self._age_s())
+        if self.phase is Phase.DRAINING and child.seat.kind == "front_end":
+            child.post(Drain(timeout_s=house.settings.drain_timeout_s))
+
+    def _on_death(self, process: Process, child: Child | None) -> None:
+        self._on_control(process, child)  # what it said before it died still counts
+        self._unwatch(process)
+        house = self.house
+        if child is not None:
+            house.fleet.reap(child, time.monotonic_ns())
+        elif process is self.catalogue.packing.process:
+            self.catalogue.packing.on_dead(process.close())
+        elif house.fleet.fork_server is not None and process is house.fleet.fork_server.process:
+            log.warning("the fork server ended: %s", process.close())
+            lost = house.fleet.fork_server.abandon()
+            for orphan in [c for c in house.fleet.children.values() if c.process in lost]:
+                self._unwatch(orphan.process)
+                house.fleet.reap(orphan, time.monotonic_ns())
+            house.fleet.use_fork_server()
+            self._watch(house.fleet.fork_server.process, None)
+
+    def _on_child_gone(self, child: Child) -> None:
+        now_ns = time.monotonic_ns()
+        if child.seat.kind == "worker":
+            self.house.on_worker_gone(child, now_ns)
+        elif child.seat.kind == "front_end":
+            self.administration.keep_counters(child.counters)
+
+    def _on_bell(self) -> None:
+        """A worker dropped a lease while somebody waits for room."""
+        try:
+            os.eventfd_read(self.house.fleet.bell)
+        except BlockingIOError:
+            return
+        self.house.activations.tick(time.monotonic_ns())
+
+    def _on_scanned(self) -> None:
+        try:
+            self.catalogue.on_scanned(time.monotonic_ns())
+        except OvercommitError as error:
+            log.error("the repository scan failed: %s", error)
+
+    # --- stopping -------------------------------------------------------------------------------
+    def _on_signal(self) -> None:
+        numbers = self._signals.recv(4096)
+        if not any(number in (signal.SIGTERM, signal.SIGINT) for number in numbers):
+            return
+        if self.phase is Phase.DRAINING:
+            log.warning("second signal: stopping at once")
+            self.phase = Phase.STOPPED
+            return
+        self._drain()
+
+    def _drain(self) -> None:
+        house = self.house
+        timeout_s = house.settings.drain_timeout_s
+        log.info("draining: no new connections, at most %.0f s for what is in flight", timeout_s)
+        self.phase = Phase.DRAINING
+        house.fleet.is_draining = True
+        self._deadline_ns = time.monotonic_ns() + int((timeout_s + STOP_TIMEOUT_S) * 1e9)
+        for child in house.fleet.of_kind("front_end", ready=False):
+            child.post(Drain(timeout_s=timeout_s))
+        for fd in house.fleet.listen_fds.values():
+            os.close(fd)
+        house.fleet.listen_fds.clear()
+
+    def _stop_children(self) -> None:
+        """Ask politely, wait a little; `Fleet.close` kills what stays."""
+        fleet = self.house.fleet
+        fleet.is_closing = True
+        children = [c for c in fleet.children.values() if c.seat.kind != "front_end"]
+        for child in children:
+            child.post(Stop())
+        deadline_ns = time.monotonic_ns() + int(STOP_TIMEOUT_S * 1e9)
+        with selectors.DefaultSelector() as dying:
+            for child in children:
+                if child.process.pidfd is not None:
+                    dying.register(child.process.pidfd, selectors.EVENT_READ, child)
+            while dying.get_map() and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+                for key, _ in dying.select(left_ns / 1e9):
+                    dying.unregister(key.fileobj)
+
+    def _age_s(self) -> str:
+        return f"{(time.monotonic_ns() - self._started_ns) / 1e9:.2f}"
+
+
+def run(settings: Settings) -> int:
+    """Serve with these settings until SIGTERM or SIGINT.
+
+    Raises ConfigurationError before anything is started when the settings cannot be served.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s supervisor %(message)s",
+    )
+    os.environ["OVERCOMMIT_CHILD_LOG_LEVEL"] = settings.log_level.upper()
+    return Supervisor(settings).run()
