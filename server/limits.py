@@ -1,0 +1,39 @@
+"""Limits of the front end alone; those that other processes must know are in `runtime/config.py`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from overcommit.runtime.config import KIB, MIB
+
+# --- connections --------------------------------------------------------------------------------
+CONNECTIONS_MAX: Final = 16_384
+HEADER_LINES_MAX: Final = 256
+HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a request to the end of its headers
+BODY_TIMEOUT_S: Final = 120.0  # from there to the end of its body
+WRITE_TIMEOUT_S: Final = 60.0  # a client that does not read its answer
+LINGER_S: Final = 1.0  # reading on after a refusal, so that the client gets to see it
+SMALL_BODY_BYTES: Final = 64 * KIB  # bodies up to here do not count against the body budget
+JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their headers
+
+# --- requests -----------------------------------------------------------------------------------
+HELD_REQUESTS_MAX: Final = 1024  # requests that wait for a worker, or for a version's image
+RESUBMITS_MAX: Final = 16  # moves of one request away from dead workers that had not run it
+REGROWS_MAX: Final = 2  # larger egress blocks for one request
+SWEEP_S: Final = 0.05  # granularity of deadlines and connection time-outs
+ERROR_TEXT_BYTES_MAX: Final = 16 * KIB  # of a worker's message
+PLANS_MAX: Final = 64  # remembered block layouts per version
+PATHS_MAX: Final = 65_536  # remembered request paths
+RETRY_AFTER_S: Final = 1.0  # when nothing better is known
+
+# --- loop and control ---------------------------------------------------------------------------
+DRAIN_ROUNDS_MAX: Final = 8  # ring sweeps before other connections get their turn
+CONTROL_ROUNDS_MAX: Final = 64
+DRAIN_GRACE_S: Final = 1.0  # idle connections stay this long, to be told `Connection: close`
+ADMIN_TIMEOUT_S: Final = 60.0
+ADMIN_PENDING_MAX: Final = 256
+ADMIN_REPLY_BYTES_MAX: Final = 64 * MIB
+ADMIN_PAGE_MAX: Final = 1000  # rows of one page of a listing
+COUNTERS_PERIOD_S: Final = 1.0
+COUNTERS_MODELS_MAX: Final = 600  # of one message; a ModelCounters is at most 170 bytes long
+POPULATE_STEP_BYTES: Final = 16 * MIB
