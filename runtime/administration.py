@@ -112,7 +112,7 @@ class Administration:
                 "reason": entry.reason or ("unloaded" if entry.state is State.UNLOADED else ""),
             }
             for entry in self.house.registry.entries()
-            if not entry.retired and (entry.state is State.READY or not only_ready)
+            if entry.state is State.READY or not only_ready
         ]
         return msgspec.json.encode(rows)
 
@@ -153,7 +153,7 @@ class Administration:
         return msgspec.json.encode(
             {
                 "models": [self._row(entry, counters, now_ns) for entry in entries],
-                "total": sum(1 for _ in self.house.registry.entries()),
+                "total": len(self.house.registry),
                 **self._tiers(),
             }
         )
@@ -179,7 +179,7 @@ class Administration:
             "bytes": entry.nbytes,
             "requests": counted.success + counted.failure if counted else 0,
             "last_used_s": (now_ns - last_ns) / 1e9 if last_ns else None,
-            "pinned": bool(entry.config is not None and entry.config.pin),
+            "pinned": entry.config.pin,
             "loads_from_disk": view.loads_from_disk if view is not None else 0,
             "loads_from_host": view.loads_from_host if view is not None else 0,
             "evictions": view.evictions if view is not None else 0,

@@ -19,6 +19,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from pathlib import Path
 
 from overcommit.runtime import repository
@@ -121,7 +122,7 @@ class Catalogue:
             self.announce_routes(upsert, changes.removed, now_ns)
             log.info(
                 "repository: %d versions, %d added, %d changed, %d removed, %d to pack",
-                *(len(list(self.registry.entries())), len(changes.added), len(changes.changed)),
+                *(len(self.registry), len(changes.added), len(changes.changed)),
                 *(len(changes.removed), len(changes.to_pack)),
             )
         self._is_scanned = True
@@ -132,7 +133,7 @@ class Catalogue:
 
     def _describe_pack(self, slot: int, job: int) -> Pack | None:
         entry = self.registry.by_slot(slot)
-        if entry is None or entry.config is None:
+        if entry is None or entry.retired or entry.source_config is None:
             return None
         settings = self.house.settings
         return Pack(
@@ -140,14 +141,12 @@ class Catalogue:
             name=entry.name,
             version=entry.version,
             folder=entry.folder,
-            config=entry.config,
+            config=entry.source_config,
             cache_dir=settings.cache_dir,
             allow_code=settings.allow_code,
         )
 
     def _on_packed(self, slot: int, done: PackDone) -> None:
-        import time
-
         now_ns = time.monotonic_ns()
         entry = self.registry.by_slot(slot)
         if entry is None:

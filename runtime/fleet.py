@@ -215,6 +215,12 @@ class Fleet:
             os.close(fd)
 
     # --- ending ---------------------------------------------------------------------------------
+    def kill(self, child: Child, reason: str, now_ns: int) -> None:
+        """SIGKILL a child that cannot go on."""
+        log.error("%r %s: killed", child.seat, reason)
+        child.seat.on_kill_sent(now_ns)
+        child.process.kill()
+
     def reap(self, child: Child, now_ns: int) -> None:
         """Handle a death: release, tell the peers, let the seat decide when to start again."""
         ending = child.process.close()
@@ -241,13 +247,11 @@ class Fleet:
         """Kill what does not get ready and what is stuck in a batch."""
         for child in list(self.children.values()):
             if child.seat.start_overdue(now_ns):
-                log.error("%r did not get ready in time: killed", child.seat)
-                child.process.kill()
+                self.kill(child, "did not get ready in time", now_ns)
             elif child.is_ready and child.status is not None:
                 started_ns = child.status.read()[1]
                 if started_ns and now_ns - started_ns > batch_timeout_ns:
-                    log.error("%r is stuck in a batch: killed", child.seat)
-                    child.process.kill()
+                    self.kill(child, "is stuck in a batch", now_ns)
 
     def close(self) -> None:
         """Kill and reap whatever is left; nothing survives this."""

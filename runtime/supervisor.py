@@ -155,7 +155,9 @@ class Supervisor:
         times = [now_ns + int(TICK_S * 1e9)]
         if (tick_ns := self.house.residency.next_tick_ns()) is not None:
             times.append(tick_ns)
-        times += [at for seat in self.house.fleet.seats if (at := seat.start_at_ns()) is not None]
+        # A seat that is already due waits for something else, which is an event of its own.
+        starts = [seat.start_at_ns() for seat in self.house.fleet.seats]
+        times += [at for at in starts if at is not None and at > now_ns]
         if self.phase is Phase.DRAINING:
             times.append(self._deadline_ns)
         if any(c.process.control.has_backlog for c in self.house.fleet.children.values()):

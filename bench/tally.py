@@ -1,0 +1,83 @@
+"""What a load generator counted; the sum over connections and processes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from overcommit.bench.histogram import Histogram
+
+EXAMPLES_MAX: Final = 12
+
+
+class Tally(msgspec.Struct, kw_only=True):
+    """Counts of one run.
+
+    Invariant: `sent` is the sum of `right`, `wrong`, `errors`, `broken` and `unanswered`, once the run
+    is over: every request has exactly one fate.  `unexpected` counts answers to no request.
+    """
+
+    sent: int = 0
+    right: int = 0
+    wrong: int = 0
+    errors: int = 0  # answers with another status than 200
+    broken: int = 0  # the connection died while the request waited for its answer
+    unanswered: int = 0  # no answer within the plan's timeout
+    unexpected: int = 0
+    connects: int = 0
+    connect_errors: int = 0
+    statuses: dict[str, int] = {}
+    targets: dict[str, int] = {}
+    examples: list[str] = []
+    histogram: dict[str, list[int]] = {}
+    started_ns: int = 0
+    ended_ns: int = 0
+    silence_ns: int = 0  # the longest time without any answer, over all connections
+
+    def note(self, example: str) -> None:
+        """Keep the first few explanations."""
+        if len(self.examples) < EXAMPLES_MAX:
+            self.examples.append(example)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run was."""
+        return (self.ended_ns - self.started_ns) / 1e9
+
+    @property
+    def rate(self) -> float:
+        """Right answers a second."""
+        return self.right / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def accounted(self) -> int:
+        """Requests whose fate is known."""
+        return self.right + self.wrong + self.errors + self.broken + self.unanswered
+
+    def times(self) -> Histogram:
+        """The times of right answers."""
+        return Histogram.from_wire(self.histogram) if self.histogram else Histogram()
+
+
+def merge(tallies: list[Tally]) -> Tally:
+    """Add up what several processes counted at the same time."""
+    total = Tally()
+    times = Histogram()
+    for tally in tallies:
+        for name in ("sent", "right", "wrong", "errors", "broken", "unanswered", "unexpected"):
+            setattr(total, name, getattr(total, name) + getattr(tally, name))
+        total.connects += tally.connects
+        total.connect_errors += tally.connect_errors
+        for ours, theirs in ((total.statuses, tally.statuses), (total.targets, tally.targets)):
+            for key, count in theirs.items():
+                ours[key] = ours.get(key, 0) + count
+        for example in tally.examples:
+            total.note(example)
+        times.merge(tally.times())
+    total.histogram = times.to_wire()
+    total.started_ns = min((tally.started_ns for tally in tallies), default=0)
+    total.ended_ns = max((tally.ended_ns for tally in tallies), default=0)
+    # Silence of all together is at most that of the least silent.
+    total.silence_ns = min((tally.silence_ns for tally in tallies), default=0)
+    return total

@@ -1,0 +1,109 @@
+"""Arenas (a tier's memory) and mappings (a version's stable addresses in one process).
+
+An arena is one sealed memfd.  A mapping is a range of address space that is reserved once per
+version and process; whatever chunks hold the version now are mapped into it, in order.
+
+Invariants
+ 1. A mapping's address never changes while it is open: tensors that were made over it stay valid
+    across eviction and reload into other chunks.
+ 2. What is not mapped is PROT_NONE: a use of evicted weights is a fault, never another model's bytes.
+ 3. A mapping is read-only; only the mover maps an arena writable.
+ 4. A view keeps its mapping alive; a mapping with views is never unreserved under them.
+
+Called by workers (Mapping) and by the mover (Arena).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from overcommit.runtime import _shm
+from overcommit.runtime.config import PAGE_BYTES
+from overcommit.runtime.memory import create_memfd
+
+
+class Arena:
+    """One tier's memory in this process.  Owns `fd` and its whole mapping, if there is one."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        self.fd = fd
+        self.nbytes = nbytes
+        self._address: int | None = None
+
+    @classmethod
+    def create(cls, name: str, nbytes: int) -> Arena:
+        """Make a fresh arena of this size, a multiple of 4096."""
+        return cls(create_memfd(name, nbytes), nbytes)
+
+    @classmethod
+    def from_fd(cls, fd: int, nbytes: int) -> Arena:
+        """Take over a descriptor that another process made."""
+        return cls(fd, nbytes)
+
+    def map_all(self, writable: bool) -> int:
+        """Map the whole arena once; return its address."""
+        if self._address is None:
+            address = _shm.reserve(self.nbytes)
+            _shm.map_fixed(address, self.fd, 0, self.nbytes, writable, False)
+            self._address = address
+        return self._address
+
+    def close(self) -> None:
+        """Unmap and close; views of it must be gone."""
+        if self._address is not None:
+            _shm.release(self._address, self.nbytes)
+            self._address = None
+        os.close(self.fd)
+
+
+class Mapping:
+    """A version's address range, read-only, `nbytes` long (rounded up to a page)."""
+
+    def __init__(self, arena_fd: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.generation: int | None = None
+        self._reserved = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+        self._arena_fd = arena_fd
+        self.address = _shm.reserve(self._reserved)
+
+    def map(
+        self, extents: Sequence[tuple[int, int]], generation: int, populate: bool = True
+    ) -> None:
+        """Map these extents in order, over whatever was mapped before.
+
+        `populate` also faults the pages in, which moves that cost out of the first request.
+        Raises ValueError when the extents are shorter than the image, OSError from mmap; after an
+        error nothing is mapped.
+        """
+        self.generation = None
+        at = 0
+        try:
+            for offset, length in extents:
+                length = min(length, self._reserved - at)
+                if length <= 0:
+                    break
+                _shm.map_fixed(self.address + at, self._arena_fd, offset, length, False, populate)
+                at += length
+            if at < self._reserved:
+                raise ValueError(f"extents hold {at} bytes, the image has {self._reserved}")
+        except BaseException:
+            self.unmap()
+            raise
+        self.generation = generation
+
+    def unmap(self) -> None:
+        """Give the chunks back; the address range stays."""
+        self.generation = None
+        _shm.unmap_fixed(self.address, self._reserved)
+
+    def view(self) -> memoryview:
+        """Return the image's bytes, read-only.  It is valid to read only while mapped."""
+        return _shm.view(self.address, self.nbytes, False)
+
+    def close(self) -> None:
+        """Give the address range back.  Every view and tensor over it must be gone."""
+        if self.address:
+            _shm.release(self.address, self._reserved)
+            self.address = 0
+            self.generation = None

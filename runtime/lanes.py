@@ -1,0 +1,174 @@
+"""A worker's queue for one version: jobs by shape, earliest deadline first.
+
+Owns the jobs that wait for one version.  Jobs of equal `shape_key` can share a batch; each key has
+its own heap, ordered by deadline and then by arrival, so that with one time-out for all a lane is a
+plain queue.
+
+Invariants
+ 1. `count` is the number of jobs in the heaps, `rows` the sum of their rows.
+ 2. A batch holds jobs of one shape key, at least one, and at most `rows_max` rows unless it is a
+    single job; its padded bytes stay within BATCH_BYTES_MAX unless it is a single job.
+ 3. Within a shape key, no job is taken before one with an earlier deadline.
+ 4. No job whose deadline is over is taken into a batch.
+
+Pure.  Called by the batcher alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Final
+
+from overcommit.runtime.config import MIB, QUEUE_SIZE_MAX, ModelConfig
+from overcommit.runtime.payload import TensorPlace
+
+# Padding multiplies bytes: one long request among 31 short ones must not become gigabytes.
+BATCH_BYTES_MAX: Final = 256 * MIB
+NEVER_NS: Final = (1 << 63) - 1
+
+# Bits of a submission's `flags`.
+RUN_ALONE: Final = 1  # it was in the batch of a worker that died: it must not take others with it
+
+
+@dataclass(slots=True, frozen=True)
+class Limits:
+    """What a version's config says about its lane."""
+
+    rows_max: int = 1
+    delay_ns: int = 0
+    jobs_max: int = QUEUE_SIZE_MAX
+    weight: int = 1
+    priority: int = 0
+
+
+def limits_of(config: ModelConfig) -> Limits:
+    """Read a lane's limits from its version's config; a version that does not batch has one row."""
+    batching = config.batching
+    return Limits(
+        rows_max=max(1, batching.max_batch_size),
+        delay_ns=batching.max_queue_delay_us * 1000 if batching.max_batch_size > 1 else 0,
+        jobs_max=batching.max_queue_size,
+        weight=max(1, config.weight),
+        priority=config.priority,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request in a worker.  `link` names the incarnation of the front end it came from."""
+
+    request_id: int
+    slot: int
+    link: int
+    deadline_ns: int
+    taken_ns: int
+    in_offset: int = 0
+    in_length: int = 0
+    out_offset: int = 0
+    out_capacity: int = 0
+    alone: bool = False
+    # Filled in when the version is known.
+    rows: int = 1
+    row_bytes: int = 0
+    shape_key: Hashable = None
+    places: tuple[TensorPlace, ...] = ()
+
+
+Heap = list[tuple[int, int, Job]]  # (deadline_ns, order of arrival, job)
+
+
+def _first(heap: Heap) -> tuple[int, int]:
+    return heap[0][0], heap[0][1]
+
+
+class Lane:
+    """The jobs that wait for one version."""
+
+    __slots__ = ("_sequence", "_shapes", "count", "limits", "rows", "slot")
+
+    def __init__(self, slot: int, limits: Limits) -> None:
+        self.slot = slot
+        self.limits = limits
+        self.count = 0
+        self.rows = 0
+        self._shapes: dict[Hashable, Heap] = {}
+        self._sequence = 0
+
+    def push(self, job: Job) -> None:
+        """Queue a job."""
+        key = ("alone", job.request_id) if job.alone else job.shape_key
+        heap = self._shapes.get(key)
+        if heap is None:
+            heap = self._shapes[key] = []
+        self._sequence += 1
+        heapq.heappush(heap, (job.deadline_ns, self._sequence, job))
+        self.count += 1
+        self.rows += job.rows
+
+    def take(self, now_ns: int, expired: list[Job]) -> list[Job]:
+        """Take one batch; what is found expired on the way goes to `expired`.  May be empty."""
+        while self._shapes:
+            heap = min(self._shapes.values(), key=_first)
+            jobs = self._take_from(heap, now_ns, expired)
+            if not heap:
+                self._drop_empty()
+            if jobs:
+                return jobs
+        return []
+
+    def expire(self, now_ns: int, expired: list[Job]) -> None:
+        """Move every job whose deadline is over to `expired`."""
+        for heap in self._shapes.values():
+            while heap and heap[0][0] <= now_ns:
+                expired.append(self._pop(heap))
+        self._drop_empty()
+
+    def remove(self, gone: Callable[[Job], bool]) -> list[Job]:
+        """Take out every job for which `gone` is true.  Linear: cancels and lost links are rare."""
+        removed: list[Job] = []
+        for heap in self._shapes.values():
+            out = [entry[2] for entry in heap if gone(entry[2])]
+            if out:
+                heap[:] = [entry for entry in heap if not gone(entry[2])]
+                heapq.heapify(heap)
+                removed += out
+        self.count -= len(removed)
+        self.rows -= sum(job.rows for job in removed)
+        self._drop_empty()
+        return removed
+
+    def first_deadline_ns(self) -> int:
+        """The earliest deadline; NEVER_NS when the lane is empty."""
+        return min((heap[0][0] for heap in self._shapes.values()), default=NEVER_NS)
+
+    def oldest_ns(self) -> int:
+        """When the job was taken that has waited longest; NEVER_NS when the lane is empty."""
+        taken = (entry[2].taken_ns for heap in self._shapes.values() for entry in heap)
+        return min(taken, default=NEVER_NS)
+
+    def _take_from(self, heap: Heap, now_ns: int, expired: list[Job]) -> list[Job]:
+        jobs: list[Job] = []
+        rows = widest = 0
+        while heap:
+            job = heap[0][2]
+            if job.deadline_ns <= now_ns:
+                expired.append(self._pop(heap))
+                continue
+            grown = rows + job.rows
+            widest = max(widest, job.row_bytes)
+            if jobs and (grown > self.limits.rows_max or grown * widest > BATCH_BYTES_MAX):
+                break
+            jobs.append(self._pop(heap))
+            rows = grown
+        return jobs
+
+    def _pop(self, heap: Heap) -> Job:
+        job = heapq.heappop(heap)[2]
+        self.count -= 1
+        self.rows -= job.rows
+        return job
+
+    def _drop_empty(self) -> None:
+        self._shapes = {key: heap for key, heap in self._shapes.items() if heap}

@@ -1,0 +1,349 @@
+"""Making room in a tier.
+
+A `Room` is a tier's allocator and the versions that hold bytes of it.  Asked to place a version, it
+takes free bytes, or chooses victims and takes theirs.  DEVICE and HOST differ in who may be a victim and
+in what evicting means; both are here.
+
+Invariants
+ 1. The allocator's used bytes are the bytes of the holders' extents, and no two holders share a byte.
+ 2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that requests
+    wait for is one only for a desperate wish, and only STARVING_S after it was published.  The last
+    word is the port's `try_evict`: it asks the leases.
+ 3. On HOST a copy that a load reads or writes is never a victim, nor one that a queued wish will read.
+    Victims are first those that DEVICE also holds: losing that copy costs nothing now.
+ 4. Nothing is evicted for a wish that the victims at hand cannot satisfy, unless it is desperate; then
+    what it frees stays free until it fits (residency lets nobody else take it).
+ 5. Of the versions that the policy offers, the set that leaves is minimal: none could have stayed.
+    Small models that share a slab chunk leave together where a part of a chunk helps nobody.
+
+Called by residency.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+from overcommit.runtime._shm import ABSENT
+from overcommit.runtime.allocator import ChunkAllocator, Extent
+from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
+from overcommit.runtime.policy import Policy
+
+STARVING_S: Final = 1.0  # a wish that waited so long may take what others wait for
+STARVING_NS: Final = int(STARVING_S * 1e9)
+
+Extents = tuple[Extent, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Usage:
+    """What the workers' pages say of a version, summed."""
+
+    waiting: int  # requests queued for it
+    uses: int  # requests run, ever
+    last_used_ns: int
+    leases: int
+
+
+class Port(Protocol):
+    """Shared memory, as residency sees it; `gate.SharedGate` is the real one."""
+
+    def try_evict(self, slot: int, generation: int) -> bool:
+        """Take the version out of use; False, and nothing has changed, if a worker holds a lease."""
+
+    def usage(self, slot: int) -> Usage:
+        """Read the workers' counters for the version."""
+
+    def set_state(self, slot: int, state: int, generation: int) -> None:
+        """Write the version's state word."""
+
+    def set_hungry(self, hungry: bool) -> None:
+        """Ask workers to ring when they drop a lease."""
+
+
+class State(Enum):
+    """See the diagram in `residency`."""
+
+    DISK = "disk"
+    LOADING = "loading"
+    DEVICE = "device"
+    HOST = "host"
+
+
+@dataclass(slots=True, eq=False)
+class Version:
+    """What residency knows of one version."""
+
+    slot: int
+    name: str
+    nbytes: int
+    pinned: bool
+    priority: int
+    generation: int  # of the latest publish in this slot
+    state: State = State.DISK
+    device: Extents | None = None  # set while LOADING or DEVICE
+    host: Extents | None = None  # set while HOST, and maybe while LOADING or DEVICE
+    is_leaving: bool = False  # removed, but still leased or loading
+    waiters: set[int] = field(default_factory=set)
+    published_ns: int = 0
+    uses: int = 0  # as last told to the policy
+    failures: int = 0  # loads that failed in a row
+    retry_ns: int = 0  # refused until then
+    last_error: str = ""
+    loads_from_disk: int = 0
+    loads_from_host: int = 0
+    evictions: int = 0  # from DEVICE
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running totals since the start; they never shrink."""
+
+    loads_from_disk: int = 0
+    loads_from_host: int = 0
+    evictions_device: int = 0
+    evictions_host: int = 0
+    refusals: int = 0
+    bytes_loaded: int = 0
+    attaches: int = 0  # wishes answered at once, without a load
+
+
+class Room:
+    """One tier; subclasses say who may leave it and how."""
+
+    def __init__(self, allocator: ChunkAllocator, policy: Policy, totals: Totals) -> None:
+        self.allocator = allocator
+        self.holders: dict[int, Version] = {}
+        self._policy = policy
+        self._totals = totals
+        self._slabs: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
+
+    # --- what a tier must say -------------------------------------------------------------------
+    def extents(self, version: Version) -> Extents | None:
+        """Return the bytes that the version holds here."""
+        raise NotImplementedError
+
+    def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
+        """Yield those that may leave now, the least precious first."""
+        raise NotImplementedError
+
+    def _may_leave(self, version: Version) -> bool:
+        raise NotImplementedError
+
+    def _try_evict(self, version: Version) -> bool:
+        raise NotImplementedError
+
+    # --- holding --------------------------------------------------------------------------------
+    def try_place(self, version: Version, now_ns: int, *, desperate: bool) -> Extents | None:
+        """Find bytes for the version, evicting others where that is allowed and enough."""
+        extents = self.allocator.try_allocate(version.nbytes)
+        if extents is None:
+            extents = self._try_make_room(version.nbytes, now_ns, desperate)
+        if extents is not None:
+            self.holders[version.slot] = version
+            if version.nbytes <= SLAB_MODEL_BYTES_MAX:
+                self._slabs[_slab(extents)].add(version.slot)
+        return extents
+
+    def release(self, version: Version, extents: Extents) -> None:
+        """Give the version's bytes back."""
+        del self.holders[version.slot]
+        if version.nbytes <= SLAB_MODEL_BYTES_MAX:
+            mates = self._slabs[_slab(extents)]
+            mates.discard(version.slot)
+            if not mates:
+                del self._slabs[_slab(extents)]
+        self.allocator.free(extents)
+
+    # --- making room ----------------------------------------------------------------------------
+    def _try_make_room(self, nbytes: int, now_ns: int, desperate: bool) -> Extents | None:
+        missing = self.allocator.footprint(nbytes) - self.allocator.free_bytes
+        offers = self._offers(now_ns, desperate)
+        chosen: list[Version] = []
+        freed = 0
+        while freed < missing and (victim := next(offers, None)) is not None:
+            chosen.append(victim)
+            freed += self._footprint(victim)
+        if freed < missing and not desperate:
+            return None
+        kept, spared = self._without_superfluous(chosen, freed - missing)
+        for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
+            if victim.slot not in self.holders or not (is_checked or self._may_leave(victim)):
+                continue
+            if not self._try_evict(victim):
+                continue
+            extents = self.allocator.try_allocate(nbytes)
+            if extents is not None:
+                return extents
+        return None
+
+    def _footprint(self, version: Version) -> int:
+        return self.allocator.footprint(version.nbytes)
+
+    def _without_superfluous(
+        self, chosen: list[Version], surplus: int
+    ) -> tuple[list[Version], list[Version]]:
+        """Split the choice into those that must go and those that may stay, the precious first.
+
+        The policy's order alone would evict three small models and then the big one that made them
+        pointless.
+        """
+        kept, spared = [], []
+        for victim in reversed(chosen):
+            size = self._footprint(victim)
+            if size <= surplus:
+                surplus -= size
+                spared.append(victim)
+            else:
+                kept.append(victim)
+        return kept[::-1], spared[::-1]
+
+    def _in_turn(
+        self, kept: list[Version], rest: Iterable[Version]
+    ) -> Iterator[tuple[Version, bool]]:
+        """Yield victims, and whether they were checked, until the caller has what it needs.
+
+        Bytes may suffice and still be no help: pages in slabs that others keep.  So where a victim
+        lived in a slab, its mates go next, which frees the whole chunk, before the policy is asked
+        for more.
+        """
+        slabs = self._slabs_of(kept)
+        yield from ((victim, True) for victim in kept)
+        yield from self._mates(slabs)
+        for victim in rest:
+            slabs = self._slabs_of([victim])
+            yield victim, True
+            yield from self._mates(slabs)
+
+    def _slabs_of(self, victims: Iterable[Version]) -> list[int]:
+        extents = (self.extents(v) for v in victims if v.nbytes <= SLAB_MODEL_BYTES_MAX)
+        return list(dict.fromkeys(_slab(held) for held in extents if held is not None))
+
+    def _mates(self, slabs: list[int]) -> Iterator[tuple[Version, bool]]:
+        # The emptiest slab first: it takes the fewest evictions to free its chunk.
+        for slab in sorted(slabs, key=lambda s: len(self._slabs.get(s, ()))):
+            for slot in sorted(self._slabs.get(slab, ())):
+                if slot in self.holders:
+                    yield self.holders[slot], False
+
+
+class DeviceRoom(Room):
+    """DEVICE: whoever leaves has to be asked for, through the port."""
+
+    def __init__(
+        self, allocator: ChunkAllocator, policy: Policy, totals: Totals, port: Port
+    ) -> None:
+        super().__init__(allocator, policy, totals)
+        self._port = port
+
+    def extents(self, version: Version) -> Extents | None:
+        """Return the version's bytes on DEVICE."""
+        return version.device
+
+    def pinned_bytes(self, besides: Version) -> int:
+        """Bytes that no wish can ever get."""
+        return sum(
+            self._footprint(version)
+            for version in self.holders.values()
+            if version.pinned and version is not besides
+        )
+
+    def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
+        candidates = [slot for slot, version in self.holders.items() if _is_evictable(version)]
+        refreshed: set[int] = set()
+        queued_for: list[Version] = []
+        for slot in self._policy.victims(candidates, now_ns):
+            version = self.holders.get(slot)
+            if version is None or not _is_evictable(version):
+                continue
+            usage = self._port.usage(slot)
+            if usage.uses != version.uses and slot not in refreshed:
+                # Used since the policy last heard of it: it comes again in its right place.
+                refreshed.add(slot)
+                version.uses = usage.uses
+                self._policy.on_use(slot, usage.uses, usage.last_used_ns)
+            elif usage.leases:
+                continue
+            elif usage.waiting:
+                queued_for.append(version)
+            else:
+                yield version
+        if desperate:
+            # What was published a moment ago has not had its turn: two models that want the same
+            # bytes would evict each other before either runs.
+            yield from (v for v in queued_for if now_ns - v.published_ns >= STARVING_NS)
+
+    def _may_leave(self, version: Version) -> bool:
+        if not _is_evictable(version):
+            return False
+        usage = self._port.usage(version.slot)
+        return not usage.leases and not usage.waiting
+
+    def _try_evict(self, version: Version) -> bool:
+        """DEVICE -> HOST or DISK: free of cost, weights are immutable and the host copy stays."""
+        if not self.try_let_go(version):
+            return False
+        version.evictions += 1
+        self._totals.evictions_device += 1
+        self._policy.on_evict(version.slot)
+        return True
+
+    def try_let_go(self, version: Version) -> bool:
+        """Take the version off DEVICE unless a worker runs it."""
+        assert version.state is State.DEVICE
+        assert version.device is not None
+        if not self._port.try_evict(version.slot, version.generation):
+            return False
+        self.release(version, version.device)
+        version.device = None
+        version.state = State.DISK if version.host is None else State.HOST
+        self._port.set_state(version.slot, ABSENT, version.generation)
+        return True
+
+
+class HostRoom(Room):
+    """HOST: only the mover touches it, so nobody has to be asked."""
+
+    def extents(self, version: Version) -> Extents | None:
+        """Return the version's bytes on HOST."""
+        return version.host
+
+    def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
+        idle = [version for version in self.holders.values() if self._may_leave(version)]
+        yield from (version for version in idle if version.pinned)
+        both = [v.slot for v in idle if v.state is State.DEVICE and not v.pinned]
+        # The other way round: the copy of what stays on DEVICE longest is needed last.
+        for slot in reversed(list(self._policy.victims(both, now_ns))):
+            yield self.holders[slot]
+        only = [v.slot for v in idle if v.state is State.HOST and not v.pinned]
+        for slot in self._policy.victims(only, now_ns):
+            if slot in self.holders:
+                yield self.holders[slot]
+
+    def _may_leave(self, version: Version) -> bool:
+        return version.state is not State.LOADING and not version.waiters
+
+    def _try_evict(self, version: Version) -> bool:
+        self.drop(version)
+        self._totals.evictions_host += 1
+        return True
+
+    def drop(self, version: Version) -> None:
+        """HOST -> DISK, or DEVICE with a host copy -> DEVICE alone."""
+        assert version.host is not None
+        self.release(version, version.host)
+        version.host = None
+        if version.state is State.HOST:
+            version.state = State.DISK
+
+
+def _is_evictable(version: Version) -> bool:
+    return version.state is State.DEVICE and not version.pinned and not version.is_leaving
+
+
+def _slab(extents: Extents) -> int:
+    return extents[0].offset // SMALL_CHUNK_BYTES

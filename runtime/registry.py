@@ -1,0 +1,383 @@
+"""The registry: every version that the server knows, and what can be done with it.
+
+A version has a slot, the small number that names it in shared memory and on the rings.
+
+Invariants
+ 1. At most one entry is current for a (name, version).  A slot belongs to one entry until
+    `release`; a freed slot is used again last, so that late messages do not meet another version.
+ 2. A version that changed on disk gets a new entry in a new slot.  The old entry stays current
+    until the new one is READY; if the new files are broken, it stays and carries the reason.
+ 3. A broken version is listed with its reason and changes nothing else.
+ 4. An unloaded model stays unloaded until it is asked for, whatever changes on disk.
+
+State machine
+
+    (none) -> READY       [apply_scan: an image is known]
+    (none) -> PACKING     [apply_scan: none is known]
+    (none) -> UNAVAILABLE [apply_scan: the folder is broken]
+    PACKING -> READY | UNAVAILABLE            [on_packed]
+    PACKING | READY -> UNLOADED               [set_unloaded]
+    UNLOADED | UNAVAILABLE -> READY | PACKING [set_loaded]
+    any -> retired -> (none)                  [apply_scan or on_packed, release]
+
+Called by the supervisor, from its one thread, and by `overcommit pack`.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from overcommit.runtime.config import VERSIONS_MAX, ModelConfig
+from overcommit.runtime.errors import NotFound, RepositoryError
+from overcommit.runtime.messages import PackDone, Route, VersionInfo
+from overcommit.runtime.pack_index import PackIndex
+from overcommit.runtime.repository import VersionSource
+
+log = logging.getLogger("overcommit.registry")
+
+# Slots that always lie idle, so that even a full registry never uses a freed slot at once.
+IDLE_SLOTS: Final = 64
+_BROKEN_CONFIG: Final = ModelConfig()
+
+
+class State(enum.Enum):
+    """What a version is good for; the values are those of `messages.Route.state`."""
+
+    PACKING = "packing"
+    READY = "ready"
+    UNAVAILABLE = "unavailable"
+    UNLOADED = "unloaded"
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One version.  `config` has inputs and outputs filled in once the version is packed."""
+
+    slot: int
+    name: str
+    version: str
+    folder: str
+    fingerprint: str
+    config: ModelConfig
+    state: State
+    reason: str = ""
+    image_path: str = ""
+    nbytes: int = 0
+    engine: str = ""
+    program_key: str = ""
+    retired: bool = False
+    source_config: ModelConfig | None = None  # as in model.toml; None: broken on disk
+    seen: VersionSource | None = None  # by the last scan; may be what a successor is made from
+
+
+@dataclass(slots=True)
+class RegistryChanges:
+    """Slots that a scan touched.
+
+    `added` and `changed` are to be announced (a changed version's new slot, once it is current),
+    `removed` leaves when nothing uses it, `to_pack` needs an image.
+    """
+
+    added: list[int] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)
+    to_pack: list[int] = field(default_factory=list)
+
+
+class Registry:
+    """All entries, by slot and by name."""
+
+    def __init__(self, cache_dir: str | os.PathLike[str], slots_max: int = VERSIONS_MAX) -> None:
+        self.index = PackIndex(cache_dir)
+        self._slots_max = slots_max
+        self._fresh = 0
+        self._free: collections.deque[int] = collections.deque()
+        self._leaving: set[int] = set()
+        self._slots: dict[int, Entry] = {}
+        self._current: dict[tuple[str, str], Entry] = {}
+        self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves
+        self._unloaded: set[str] = set()
+        self._names: dict[str, list[Entry]] | None = None
+        self._ordered: list[Entry] = []
+
+    # --- looking up -----------------------------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield what is current, by name and numeric version."""
+        self._by_name()
+        return iter(self._ordered)
+
+    def page(self, offset: int, limit: int) -> list[Entry]:
+        """Return one page of `entries`."""
+        self._by_name()
+        return self._ordered[offset : offset + limit]
+
+    def by_slot(self, slot: int) -> Entry | None:
+        """Return the entry of a slot: current, a successor, or retired but still in use."""
+        return self._slots.get(slot)
+
+    def find(self, name: str, version: str | None = None) -> Entry:
+        """Return a version; without a version, the newest that can be used, else the newest.
+
+        Raises NotFound.
+        """
+        versions = self._by_name().get(name)
+        if not versions:
+            raise NotFound(f"Request for unknown model: '{name}' is not found")
+        if version:
+            entry = self._current.get((name, version))
+            if entry is None:
+                known = ", ".join(entry.version for entry in versions[:20])
+                raise NotFound(
+                    f"Request for unknown model: '{name}' version {version} is not found; there "
+                    f"is {known}"
+                )
+            return entry
+        for entry in reversed(versions):
+            if entry.state in (State.READY, State.PACKING):
+                return entry
+        return versions[-1]
+
+    def _by_name(self) -> dict[str, list[Entry]]:
+        if self._names is None:
+            self._ordered = sorted(self._current.values(), key=_order)
+            self._names = {}
+            for entry in self._ordered:
+                self._names.setdefault(entry.name, []).append(entry)
+        return self._names
+
+    # --- what the disk says ---------------------------------------------------------------------
+    def apply_scan(self, sources: Iterable[VersionSource]) -> RegistryChanges:
+        """Take over what a scan found."""
+        changes = RegistryChanges()
+        seen: set[tuple[str, str]] = set()
+        for source in sources:
+            key = (source.name, source.version)
+            if key in seen:
+                continue
+            seen.add(key)
+            if source.settling:
+                continue
+            entry = self._current.get(key)
+            if entry is None:
+                self._add(source, changes)
+            elif source != entry.seen:
+                self._change(entry, source, changes)
+        for key, entry in list(self._current.items()):
+            if key not in seen:
+                self._retire_successor(entry, changes)
+                self._retire(entry)
+                del self._current[key]
+                changes.removed.append(entry.slot)
+        self._unloaded.intersection_update(name for name, _ in seen)
+        self._names = None
+        return changes
+
+    def _add(self, source: VersionSource, changes: RegistryChanges) -> None:
+        entry = self._make(source)
+        if entry is None:
+            return
+        self._current[source.name, source.version] = entry
+        changes.added.append(entry.slot)
+        if entry.state is State.PACKING:
+            changes.to_pack.append(entry.slot)
+
+    def _change(self, entry: Entry, source: VersionSource, changes: RegistryChanges) -> None:
+        """The files of a known version are not what they were."""
+        entry.seen = source
+        self._retire_successor(entry, changes)
+        if entry.state is State.READY:
+            if source.fingerprint == entry.fingerprint and source.error is None:
+                entry.reason = ""  # the old files are back
+                return
+            if source.error is not None:
+                entry.reason = f"serving the version from before its last change: {source.error}"
+                log.warning("%s version %s: %s", entry.name, entry.version, entry.reason)
+                return
+        successor = self._make(source)
+        if successor is None:
+            return
+        if entry.state is State.READY and successor.state is State.PACKING:
+            self._successors[entry.slot] = successor
+            changes.to_pack.append(successor.slot)
+            return
+        self._retire(entry)
+        self._current[entry.name, entry.version] = successor
+        changes.changed.append(successor.slot)
+        changes.removed.append(entry.slot)
+        if successor.state is State.PACKING:
+            changes.to_pack.append(successor.slot)
+
+    def _make(self, source: VersionSource) -> Entry | None:
+        """Give a source a slot and the state that it can have now."""
+        slot = self._take_slot()
+        if slot is None:
+            log.error(
+                "%s version %s is left out: the limit of %d versions is reached",
+                *(source.name, source.version, self._slots_max - IDLE_SLOTS),
+            )
+            return None
+        entry = Entry(
+            slot=slot,
+            name=source.name,
+            version=source.version,
+            folder=source.folder,
+            fingerprint=source.fingerprint,
+            config=source.config or _BROKEN_CONFIG,
+            state=State.PACKING,
+            source_config=source.config,
+            seen=source,
+        )
+        self._slots[slot] = entry
+        if source.config is None:
+            entry.state, entry.reason = State.UNAVAILABLE, source.error or "its folder is broken"
+            return entry
+        known = self.index.find(source.folder, source.fingerprint, source.config)
+        if known is not None:
+            _take_facts(entry, known)
+            entry.state = State.READY
+        if source.name in self._unloaded:
+            entry.state = State.UNLOADED
+        return entry
+
+    # --- what the packer says -------------------------------------------------------------------
+    def on_packed(self, slot: int, done: PackDone) -> list[int]:
+        """Take over a packer's answer; return the slots that are to be removed now."""
+        entry = self._slots.get(slot)
+        if entry is None or entry.source_config is None:
+            return []
+        if done.ok:
+            source = (entry.folder, entry.fingerprint, entry.source_config)
+            _take_facts(entry, self.index.add(*source, done))
+        current = self._current.get((entry.name, entry.version))
+        if current is None or entry.retired:
+            return []
+        if current is not entry:
+            return self._on_successor_packed(current, entry, done)
+        if entry.state is not State.UNLOADED:
+            entry.state = State.READY if done.ok else State.UNAVAILABLE
+        entry.reason = "" if done.ok else done.message
+        return []
+
+    def _on_successor_packed(self, old: Entry, entry: Entry, done: PackDone) -> list[int]:
+        del self._successors[old.slot]
+        if not done.ok:
+            old.reason = f"serving the version from before its last change: {done.message}"
+            del self._slots[entry.slot]
+            self._free.append(entry.slot)  # nobody has heard of it
+            return []
+        entry.state = old.state if old.state is State.UNLOADED else State.READY
+        self._retire(old)
+        self._current[entry.name, entry.version] = entry
+        self._names = None
+        return [old.slot]
+
+    # --- what the operator says -----------------------------------------------------------------
+    def set_unloaded(self, name: str) -> list[Entry]:
+        """Take a model out of service; return the entries that changed.  Raises NotFound."""
+        self.find(name)
+        self._unloaded.add(name)
+        affected = [
+            entry for entry in self._by_name()[name] if entry.state in (State.READY, State.PACKING)
+        ]
+        for entry in affected:
+            entry.state = State.UNLOADED
+        return affected
+
+    def set_loaded(self, name: str) -> list[Entry]:
+        """Put a model into service, or try a failed one again; return the entries that changed.
+
+        Those without an image are PACKING.  Raises NotFound, and RepositoryError when the model's
+        folder is broken.
+        """
+        self.find(name)
+        self._unloaded.discard(name)
+        versions = self._by_name()[name]
+        affected = []
+        for entry in versions:
+            if entry.source_config is None or entry.state in (State.READY, State.PACKING):
+                continue
+            has_image = bool(entry.image_path) and os.path.exists(entry.image_path)
+            entry.state = State.READY if has_image else State.PACKING
+            entry.reason = ""
+            affected.append(entry)
+        if all(entry.source_config is None for entry in versions):
+            raise RepositoryError(f"model '{name}' cannot be loaded: {versions[-1].reason}")
+        return affected
+
+    # --- slots ----------------------------------------------------------------------------------
+    def release(self, slot: int) -> None:
+        """Nothing uses the slot of a removed version any more."""
+        assert slot in self._leaving, f"slot {slot} is released but was not removed"
+        self._leaving.remove(slot)
+        self._slots.pop(slot, None)
+        self._free.append(slot)
+
+    def _retire(self, entry: Entry) -> None:
+        entry.retired = True
+        self._leaving.add(entry.slot)
+        if not entry.image_path:
+            # It never served, so nobody may ask for it; only its slot stays taken until `release`.
+            del self._slots[entry.slot]
+
+    def _retire_successor(self, entry: Entry, changes: RegistryChanges) -> None:
+        successor = self._successors.pop(entry.slot, None)
+        if successor is not None:
+            self._retire(successor)
+            changes.removed.append(successor.slot)
+
+    def _take_slot(self) -> int | None:
+        if self._fresh < self._slots_max:
+            self._fresh += 1
+            return self._fresh - 1
+        return self._free.popleft() if len(self._free) > IDLE_SLOTS else None
+
+
+def _order(entry: Entry) -> tuple[str, int, str]:
+    number = int(entry.version) if entry.version.isdecimal() and len(entry.version) < 20 else -1
+    return entry.name, number, entry.version
+
+
+def _take_facts(entry: Entry, done: PackDone) -> None:
+    entry.config = done.config
+    entry.image_path = done.image_path
+    entry.nbytes = done.nbytes
+    entry.engine = done.engine
+    entry.program_key = done.program_key
+
+
+def to_route(entry: Entry) -> Route:
+    """Return what a front end must know."""
+    config = entry.config
+    return Route(
+        slot=entry.slot,
+        name=entry.name,
+        version=entry.version,
+        state=entry.state.value,
+        reason=entry.reason,
+        platform=entry.engine,
+        inputs=config.inputs,
+        outputs=config.outputs,
+        max_batch_size=config.batching.max_batch_size,
+        timeout_ms=config.timeout_ms,
+    )
+
+
+def to_info(entry: Entry) -> VersionInfo:
+    """Return what a worker must know."""
+    return VersionInfo(
+        slot=entry.slot,
+        name=entry.name,
+        version=entry.version,
+        image_path=entry.image_path,
+        nbytes=entry.nbytes,
+        config=entry.config,
+    )

@@ -1,0 +1,297 @@
+"""The repository: which model versions the operator's folders hold.
+
+    ROOT/<model>/[<version number>/]files        optional model.toml in either folder
+
+`scan` looks at names, sizes and times alone; of the files it reads only `model.toml`, and that once
+per change.  Without version folders the model folder itself is version "1".
+
+Invariants
+ 1. Every folder of a root that does not start with "." yields at least one VersionSource: a folder
+    that cannot be served says why in `error`, and never hides another one.
+ 2. Two scans with nothing changed between them are equal, so equality means "nothing to do".
+ 3. No file outside a root is ever reached: a symlink that leaves its root makes its version broken.
+ 4. A version whose folder changed within the last SETTLE_NS is `settling` (somebody is copying into
+    it) unless this is the first scan; what it says is not final.
+
+Called by the supervisor's scanner thread and by `overcommit pack`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from overcommit.runtime.config import NAME_CHARS_MAX, VERSIONS_MAX, ModelConfig
+from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.model_toml import FILE_NAME, merge, read_toml, to_config
+
+SETTLE_NS: Final = 1_000_000_000
+FILES_MAX: Final = 10_000  # of one version
+DEPTH_MAX: Final = 8  # folders inside a version
+ENTRIES_MAX: Final = 1_000_000  # of one root or model folder
+
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+_SKIPPED: Final = frozenset({"__pycache__", "lost+found"})
+
+
+@dataclass(slots=True, frozen=True)
+class VersionSource:
+    """One version as it lies on disk.
+
+    Unless it is `settling`, `config` is None exactly when `error` says why the version cannot be
+    served.  `fingerprint` changes whenever a file of the version or a model.toml above it does.
+    """
+
+    name: str
+    version: str
+    folder: str
+    fingerprint: str
+    config: ModelConfig | None
+    error: str | None = None
+    settling: bool = False
+
+
+class _Folder(NamedTuple):
+    name: str
+    path: str
+    is_link: bool
+
+
+@dataclass(slots=True)
+class _Files:
+    """What a walk over one version found."""
+
+    rows: list[str]
+    newest_ns: int = 0
+    toml: tuple[str, int, int] | None = None  # path, size, mtime of the folder's own model.toml
+
+
+class _Vanished(Exception):
+    """A folder or file went away between two looks at it."""
+
+
+def name_error(name: str) -> str | None:
+    """Say what is wrong with a model's name; None when nothing is."""
+    if len(name) > NAME_CHARS_MAX:
+        return f"the name is longer than {NAME_CHARS_MAX} characters; rename the folder"
+    if not _NAME.fullmatch(name) or ".." in name:
+        return (
+            f"'{_printable(name)}' is no model name: names consist of A-Z, a-z, 0-9, '.', '_' and "
+            f"'-', start with a letter or digit and hold no '..'; rename the folder"
+        )
+    return None
+
+
+def scan(roots: Iterable[str | os.PathLike[str]], *, is_first: bool = True) -> list[VersionSource]:
+    """Look at every root; the result is ordered by root, name and version.
+
+    A model name that two roots hold is served from the first.  Raises OSError when a root itself
+    cannot be read.
+    """
+    settled_before_ns = time.time_ns() - SETTLE_NS if not is_first else None
+    sources: list[VersionSource] = []
+    names: set[str] = set()
+    for root in roots:
+        real_root = os.path.realpath(root)
+        for folder in _model_folders(real_root):
+            problem = name_error(folder.name)
+            name = folder.name if problem is None else _printable(folder.name)
+            if name in names:
+                continue
+            names.add(name)
+            if problem is None:
+                sources.extend(_scan_model(real_root, folder, settled_before_ns))
+            else:
+                sources.append(VersionSource(name, "1", folder.path, "", None, problem))
+            if len(sources) >= VERSIONS_MAX:
+                return sources[:VERSIONS_MAX]
+    return sources
+
+
+def _model_folders(root: str) -> list[_Folder]:
+    with os.scandir(root) as entries:
+        return sorted(
+            _Folder(entry.name, entry.path, entry.is_symlink())
+            for entry in itertools.islice(entries, ENTRIES_MAX)
+            if not _is_skipped(entry.name) and _is_folder(entry)
+        )
+
+
+def _scan_model(
+    root: str, model: _Folder, settled_before_ns: int | None
+) -> Iterator[VersionSource]:
+    """Yield a model's versions; whatever is wrong with one stays with it."""
+    name, path, is_link = model
+    try:
+        if is_link:
+            _refuse_outside(root, path)
+        folders, toml = _look_at_model(path)
+    except FileNotFoundError:
+        return
+    except (OSError, RepositoryError) as error:
+        yield VersionSource(name, "1", path, "", None, _reason(error))
+        return
+    for folder in folders:
+        try:
+            yield _scan_version(root, name, folder, toml, settled_before_ns)
+        except _Vanished:
+            # Somebody is at work in it: the next scan knows more.
+            yield VersionSource(name, folder.name, folder.path, "", None, None, settling=True)
+
+
+def _look_at_model(path: str) -> tuple[list[_Folder], tuple[str, int, int] | None]:
+    """Return the version folders in numeric order, and the model folder's own model.toml."""
+    folders = []
+    toml = None
+    with os.scandir(path) as entries:
+        for entry in itertools.islice(entries, ENTRIES_MAX):
+            if entry.name == FILE_NAME:
+                info = entry.stat()
+                toml = (entry.path, info.st_size, info.st_mtime_ns)
+            elif entry.name.isdecimal() and entry.name.isascii() and _is_folder(entry):
+                folders.append(_Folder(entry.name, entry.path, entry.is_symlink()))
+    if not folders:
+        # The walk over the version finds model.toml again; the model's link was looked at already.
+        return [_Folder("1", path, False)], None
+    folders.sort(key=lambda folder: (len(folder.name), folder.name))
+    return folders, toml
+
+
+def _scan_version(
+    root: str,
+    name: str,
+    place: _Folder,
+    model_toml: tuple[str, int, int] | None,
+    settled_before_ns: int | None,
+) -> VersionSource:
+    version, folder, is_link = place
+    files = _Files([])
+    digest = ""
+    try:
+        if not _VERSION.fullmatch(version):
+            raise RepositoryError(
+                f"'{version}' is no version: versions are whole numbers from 1 up, without leading "
+                f"zeros; rename the folder"
+            )
+        if is_link:
+            _refuse_outside(root, folder)
+        _walk(root, folder, "", 0, files)
+        tomls = [toml for toml in (model_toml, files.toml) if toml is not None]
+        digest = _fingerprint(files, tomls)
+        files.newest_ns = max(files.newest_ns, *(mtime_ns for _, _, mtime_ns in tomls), 0)
+        # A time far ahead of our clock is no sign of somebody at work.
+        if settled_before_ns is not None and (
+            settled_before_ns < files.newest_ns < settled_before_ns + 2 * SETTLE_NS
+        ):
+            return VersionSource(name, version, folder, digest, None, None, settling=True)
+        if not files.rows:
+            raise RepositoryError("the folder holds no model files; copy them in or remove it")
+        return VersionSource(name, version, folder, digest, _read_config(tomls))
+    except FileNotFoundError as error:
+        raise _Vanished from error
+    except (OSError, RepositoryError) as error:
+        return VersionSource(name, version, folder, digest, None, _reason(error))
+
+
+def _walk(root: str, folder: str, prefix: str, depth: int, files: _Files) -> None:
+    """Collect relative path, size and time of every file, in a stable order."""
+    if depth > DEPTH_MAX:
+        raise RepositoryError(f"its folders are nested more than {DEPTH_MAX} deep")
+    files.newest_ns = max(files.newest_ns, os.stat(folder).st_mtime_ns)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if _is_skipped(name):
+                continue
+            info = entry.stat(follow_symlinks=False)
+            if stat.S_ISLNK(info.st_mode):
+                _refuse_outside(root, entry.path)
+                info = entry.stat()
+            if stat.S_ISDIR(info.st_mode):
+                _walk(root, entry.path, f"{prefix}{name}/", depth + 1, files)
+                continue
+            if not stat.S_ISREG(info.st_mode):
+                continue
+            files.newest_ns = max(files.newest_ns, info.st_mtime_ns)
+            if name == FILE_NAME and not prefix:
+                files.toml = (entry.path, info.st_size, info.st_mtime_ns)
+                continue
+            files.rows.append(f"{prefix}{name}\0{info.st_size}\0{info.st_mtime_ns}")
+            if len(files.rows) > FILES_MAX:
+                raise RepositoryError(f"it holds more than {FILES_MAX} files")
+
+
+def _fingerprint(files: _Files, tomls: list[tuple[str, int, int]]) -> str:
+    rows = sorted(files.rows) + [f"{size}\0{mtime_ns}" for _, size, mtime_ns in tomls]
+    content = "\n".join(rows).encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+# Parsed files by (path, size, time): a scan comes every few seconds and may meet 20,000 of them.
+_Config = tuple[ModelConfig | None, str | None]
+_configs: dict[tuple[tuple[str, int, int], ...], _Config] = {}
+_DEFAULT: Final = ModelConfig()
+
+
+def _read_config(tomls: list[tuple[str, int, int]]) -> ModelConfig:
+    if not tomls:
+        return _DEFAULT
+    key = tuple(tomls)
+    known = _configs.get(key)
+    if known is None:
+        try:
+            table: dict[str, object] = {}
+            for path, _, _ in tomls:
+                table = merge(table, read_toml(Path(path)))
+            known = (to_config(table), None)
+        except RepositoryError as error:
+            known = (None, error.message)
+        if len(_configs) >= VERSIONS_MAX:
+            _configs.clear()
+        _configs[key] = known
+    config, problem = known
+    if config is None:
+        raise RepositoryError(problem or "")
+    return config
+
+
+def _refuse_outside(root: str, path: str) -> None:
+    target = os.path.realpath(path)
+    if target != root and not target.startswith(root.rstrip(os.sep) + os.sep):
+        raise RepositoryError(
+            f"'{_printable(os.path.basename(path))}' is a symlink that leaves the repository; "
+            f"copy what it points to into the folder"
+        )
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name in _SKIPPED
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _reason(error: OSError | RepositoryError) -> str:
+    if isinstance(error, RepositoryError):
+        return error.message
+    return f"its folder cannot be read: {error.strerror or error}"
+
+
+def _printable(name: str) -> str:
+    """A name that JSON and a terminal can show, whatever bytes the file system holds."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text[:NAME_CHARS_MAX]

@@ -1,0 +1,114 @@
+"""Which worker gets a request: the same one for the same version, while its queue there is short.
+
+Batches form, and weights are mapped and programs bound in one worker only, when the requests for a
+version meet in one place.  When they are more than one worker digests, the rest spills.
+
+A version's home is the worker with the highest hash of (slot, worker): a worker that comes or goes
+moves only the versions that it had or gets (rendezvous hashing).  A request goes home unless `short`
+requests for its version are outstanding there; then it goes to the worker with the fewest
+outstanding requests of all versions, the home among them.
+
+Invariants
+ 1. `outstanding(worker)` is the number of `on_submit` less the number of `on_done`, never negative.
+ 2. With the same workers and nothing outstanding, a slot always has the same home.
+
+Pure; one per front end, called by its dispatch.  A worker is any number that names an incarnation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final
+
+from overcommit.runtime.config import VERSIONS_MAX
+
+SHORT_BATCHES: Final = 2  # one batch that runs and one that gathers
+_MASK: Final = (1 << 64) - 1
+
+
+def short_queue(max_batch_size: int) -> int:
+    """How many requests for one version may be outstanding at its home before others spill."""
+    return SHORT_BATCHES * max(1, max_batch_size)
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser: every input bit changes every output bit with probability 1/2."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class Router:
+    """The workers that a front end is linked with, and what is outstanding at each."""
+
+    def __init__(self) -> None:
+        self._outstanding: dict[int, int] = {}
+        self._of_slot: dict[int, dict[int, int]] = {}  # worker -> slot -> requests
+        self._homes: dict[int, int] = {}
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """The workers there are, in the order in which they came."""
+        return tuple(self._outstanding)
+
+    def add(self, worker: int) -> None:
+        """A worker was linked; nothing is outstanding there."""
+        assert worker not in self._outstanding, "a worker is linked once"
+        self._outstanding[worker] = 0
+        self._of_slot[worker] = {}
+        self._homes.clear()
+
+    def remove(self, worker: int) -> None:
+        """A worker is gone, and with it what was outstanding there."""
+        self._outstanding.pop(worker, None)
+        self._of_slot.pop(worker, None)
+        self._homes.clear()
+
+    def choose(self, slot: int, short: int, avoid: Collection[int] = ()) -> int | None:
+        """Pick a worker; None when there is none.
+
+        `avoid` are workers that must not get it: their ring is full, or it died there before.
+        """
+        home = self._homes.get(slot)
+        if home is None:
+            if not self._outstanding:
+                return None
+            home = self._home(slot)
+        if home not in avoid and self._of_slot[home].get(slot, 0) < short:
+            return home
+        others = [worker for worker in self._outstanding if worker not in avoid]
+        if not others:
+            return None
+        # The home wins a tie: its weights are mapped and its program is bound.
+        return min(others, key=lambda worker: (self._outstanding[worker], worker != home))
+
+    def on_submit(self, worker: int, slot: int) -> None:
+        """A request for `slot` was pushed to this worker."""
+        self._outstanding[worker] += 1
+        slots = self._of_slot[worker]
+        slots[slot] = slots.get(slot, 0) + 1
+
+    def on_done(self, worker: int, slot: int) -> None:
+        """It has been completed; nothing happens when the worker has been removed meanwhile."""
+        slots = self._of_slot.get(worker)
+        if slots is None:
+            return
+        left = slots.get(slot, 0) - 1
+        assert left >= 0, "a request is completed once"
+        self._outstanding[worker] -= 1
+        if left:
+            slots[slot] = left
+        else:
+            del slots[slot]  # the dict holds what is outstanding, not every slot there ever was
+
+    def outstanding(self, worker: int, slot: int | None = None) -> int:
+        """How many requests are outstanding at a worker, of one version or of all."""
+        if slot is None:
+            return self._outstanding.get(worker, 0)
+        return self._of_slot.get(worker, {}).get(slot, 0)
+
+    def _home(self, slot: int) -> int:
+        home = max(self._outstanding, key=lambda worker: _mix(worker * VERSIONS_MAX + slot))
+        self._homes[slot] = home
+        return home

@@ -1,0 +1,142 @@
+"""The pack queue: order, a packer that dies, a packer that is idle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from overcommit.runtime.config import PACKER_IDLE_S, ModelConfig, Settings
+from overcommit.runtime.control import ControlSocket, socket_pair
+from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Start, Stop
+from overcommit.runtime.packing import Packing
+from overcommit.runtime.process import Process
+
+
+class Bench:
+    """A pack queue whose packer is the test."""
+
+    def __init__(self) -> None:
+        self.peers: list[ControlSocket] = []
+        self.done: list[tuple[int, PackDone]] = []
+        self.unwanted: set[int] = set()
+        self.packing = Packing(Settings(), self.start, self.describe, self.on_done)
+        self.now_ns = 1
+
+    def start(self) -> Process:
+        ours, theirs = socket_pair()
+        self.peers.append(ControlSocket(theirs))
+        return Process("packer", ControlSocket(ours))
+
+    def describe(self, slot: int, job: int) -> Pack | None:
+        if slot in self.unwanted:
+            return None
+        config = ModelConfig()
+        return Pack(
+            job=job,
+            name=f"m{slot}",
+            version="1",
+            folder="",
+            config=config,
+            cache_dir="",
+            allow_code=False,
+        )
+
+    def on_done(self, slot: int, done: PackDone) -> None:
+        self.done.append((slot, done))
+
+    def said(self) -> list[object]:
+        messages = []
+        while (received := self.peers[-1].try_receive()) is not None:
+            messages.append(received[0])
+        return messages
+
+    def jobs(self) -> list[str]:
+        return [message.name for message in self.said() if isinstance(message, Pack)]
+
+    def say(self, message: object) -> None:
+        self.packing.on_message(message, self.now_ns)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    if made.packing.process is not None:
+        made.packing.process.control.close()
+    for peer in made.peers:
+        peer.close()
+
+
+def test_jobs_go_one_by_one_and_a_hurried_one_goes_next(bench: Bench) -> None:
+    for slot in (1, 2, 3, 2):
+        bench.packing.add(slot)
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    bench.packing.hurry(3)
+    assert len(bench.packing) == 3
+    started = bench.said()
+    assert isinstance(started[0], Start)
+    assert [m.name for m in started if isinstance(m, Pack)] == ["m1"]
+    bench.say(PackProgress(job=1, done=5, total=10))
+    assert bench.packing.progress == (5, 10)
+    bench.say(PackDone(job=1, ok=True))
+    assert bench.jobs() == ["m3"]
+    bench.say(PackDone(job=2, ok=False, message="no"))
+    assert bench.jobs() == ["m2"]
+    bench.say(PackDone(job=3, ok=True))
+    assert [(slot, done.ok) for slot, done in bench.done] == [(1, True), (3, False), (2, True)]
+    assert len(bench.packing) == 0
+
+
+def test_what_is_dropped_or_unwanted_is_not_packed(bench: Bench) -> None:
+    bench.unwanted = {1}
+    for slot in (1, 2, 3):
+        bench.packing.add(slot)
+    bench.packing.drop(2)
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    assert bench.jobs() == ["m3"]
+
+
+def test_a_packer_that_dies_twice_over_a_version_breaks_that_version_only(bench: Bench) -> None:
+    bench.packing.add(1)
+    bench.packing.add(2)
+    for _ in range(2):
+        bench.packing.step(1)
+        bench.say(Ready(pid=1))
+        assert bench.jobs() == ["m1"]
+        assert bench.packing.process is not None
+        bench.packing.process.control.close()
+        bench.packing.on_dead("signal 9")
+    assert [(slot, done.ok) for slot, done in bench.done] == [(1, False)]
+    assert "signal 9" in bench.done[0][1].message
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    assert bench.jobs() == ["m2"]
+
+
+def test_an_answer_to_an_old_job_changes_nothing(bench: Bench) -> None:
+    bench.packing.add(1)
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    bench.say(PackDone(job=77, ok=True))
+    assert bench.done == []
+    assert bench.packing.current == 1
+
+
+def test_an_idle_packer_is_sent_home_and_a_new_one_comes_for_new_work(bench: Bench) -> None:
+    bench.packing.add(1)
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    bench.say(PackDone(job=1, ok=True))
+    bench.said()
+    bench.packing.step(2)
+    bench.packing.step(3 + int(PACKER_IDLE_S * 1e9))
+    assert bench.said() == [Stop()]
+    assert bench.packing.process is not None
+    bench.packing.process.control.close()
+    bench.packing.on_dead("exit status 0")
+    bench.packing.add(2)
+    bench.packing.step(4)
+    assert len(bench.peers) == 2

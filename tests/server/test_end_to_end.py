@@ -1,0 +1,281 @@
+"""The whole server over HTTP: more models than fit, right answers, changes while it runs, a clean end."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import Server, children_of, is_alive
+
+IDS = [[5, 17, 3, 99], [7, 8, 9, 10]]
+
+
+def inputs(ids: list[list[int]]) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+
+
+def hidden(body: Any) -> np.ndarray[Any, Any]:
+    output = next(o for o in body["outputs"] if o["name"] == "last_hidden_state")
+    return np.array(output["data"], np.float32).reshape(output["shape"])
+
+
+@pytest.fixture(scope="module")
+def server(bert_repository: Path, image_cache: Path) -> Iterator[Server]:
+    with Server(bert_repository, cache=image_cache) as running:
+        yield running
+
+
+def test_every_model_gives_its_own_answer(
+    server: Server, bert_repository: Path, bert_reference: Callable[..., Any]
+) -> None:
+    answers = []
+    for folder in sorted(bert_repository.iterdir()):
+        answer = server.infer(folder.name, inputs(IDS))
+        assert answer.status == 200, answer.body
+        got = hidden(answer.json())
+        np.testing.assert_allclose(got, bert_reference(folder, IDS), atol=1e-5)
+        answers.append(got)
+    for i, left in enumerate(answers):
+        for right in answers[i + 1 :]:
+            assert np.abs(left - right).max() > 1e-2
+
+
+def test_requests_of_unequal_length_in_one_batch_get_their_own_rows(
+    server: Server, bert_repository: Path, bert_reference: Callable[..., Any]
+) -> None:
+    folder = bert_repository / "bert-00"
+    requests = [[list(range(1, 2 + length))] for length in range(1, 17)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda ids: server.infer("bert-00", inputs(ids)), requests))
+    for ids, answer in zip(requests, answers, strict=True):
+        assert answer.status == 200, answer.body
+        np.testing.assert_allclose(
+            hidden(answer.json()), bert_reference(folder, ids), atol=1e-5
+        )
+
+
+def test_tritonclient_gets_the_same_answer_in_binary(
+    server: Server, bert_repository: Path, bert_reference: Callable[..., Any]
+) -> None:
+    triton = pytest.importorskip("tritonclient.http")
+    client = triton.InferenceServerClient(f"127.0.0.1:{server.port}")
+    ids = np.array(IDS)
+    tensors = [
+        triton.InferInput(name, list(ids.shape), "INT64")
+        for name in ("input_ids", "attention_mask")
+    ]
+    tensors[0].set_data_from_numpy(ids)
+    tensors[1].set_data_from_numpy(np.ones_like(ids))
+    got = client.infer("bert-03", tensors).as_numpy("last_hidden_state")
+    np.testing.assert_allclose(got, bert_reference(bert_repository / "bert-03", IDS), atol=1e-5)
+    assert client.is_server_ready()
+    assert client.is_model_ready("bert-03")
+    assert client.get_model_metadata("bert-03")["inputs"][0]["datatype"] == "INT64"
+    assert {row["name"] for row in client.get_model_repository_index()} >= {"bert-03"}
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/v2/models/nope/infer", 404, "Request for unknown model: 'nope' is not found"),
+        ("/v2/models/bert-00/versions/9/infer", 404, "bert-00"),
+        ("/v2/models/..%2f..%2fetc/infer", 404, "unknown model"),
+    ],
+)
+def test_an_unknown_model_is_a_404_that_names_it(
+    server: Server, path: str, status: int, words: str
+) -> None:
+    answer = server.post(path, {"inputs": []})
+    assert answer.status == status
+    assert words in answer.json()["error"]
+
+
+def test_unload_and_load(server: Server) -> None:
+    assert server.post("/v2/repository/models/bert-05/unload", {}).status == 200
+    server.wait_until(lambda: server.infer("bert-05", inputs(IDS)).status != 200)
+    assert "bert-05" in server.infer("bert-05", inputs(IDS)).json()["error"]
+    assert server.post("/v2/repository/models/bert-05/load", {}).status == 200
+    server.wait_until(lambda: server.infer("bert-05", inputs(IDS)).status == 200)
+
+
+def test_metrics_and_status_count_what_happened(server: Server) -> None:
+    assert server.infer("bert-01", inputs(IDS)).status == 200
+    text = server.get("/metrics").body.decode()
+    assert "overcommit_requests_total" in text
+    assert 'overcommit_model_success_total{model="bert-01",version="1"}' in text
+    status = server.status()
+    assert status["totals"]["loads_from_disk"] > 0
+    assert {row["kind"] for row in status["processes"]} == {"front_end", "worker", "mover"}
+
+
+def test_the_supervisor_has_not_imported_torch(server: Server) -> None:
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert "_shm" in maps
+
+
+def test_more_models_than_fit_are_evicted_and_come_back(
+    tmp_path: Path,
+    bert_repository: Path,
+    image_cache: Path,
+    bert_reference: Callable[..., Any],
+) -> None:
+    # One 2 MiB chunk is the smallest device; the twelve models take about 1.5 MiB together, so a
+    # model with a large table is added that takes the rest of it.
+    repository = tmp_path / "repository"
+    shutil.copytree(bert_repository, repository)
+    wide_bert(repository / "wide-0", 100)
+    wide_bert(repository / "wide-1", 101)
+    wide_bert(repository / "wide-2", 102)
+    names = ["wide-0", "wide-1", "wide-2"]
+    want = {name: bert_reference(repository / name, IDS) for name in names}
+    flags = ("--device-memory", "8MiB", "--host-memory", "8MiB")
+    with Server(repository, cache=image_cache, flags=flags) as server:
+        for _ in range(3):
+            for name in names:
+                answer = server.infer(name, inputs(IDS))
+                assert answer.status == 200, answer.body
+                np.testing.assert_allclose(hidden(answer.json()), want[name], atol=1e-5)
+        totals = server.status()["totals"]
+        assert totals["evictions_device"] > 0
+        assert server.stop() == 0
+
+
+def wide_bert(folder: Path, seed: int) -> None:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=8000,
+        hidden_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+
+
+def test_added_changed_and_removed_models_are_noticed(
+    tmp_path: Path, make_bert: Callable[[Path, int], None], bert_reference: Callable[..., Any]
+) -> None:
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    make_bert(repository / "first", 1)
+    with Server(repository, cache=cache) as server:
+        assert server.infer("first", inputs(IDS)).status == 200
+        make_bert(tmp_path / "second", 2)
+        (tmp_path / "second").rename(repository / "second")
+        server.wait_until(lambda: server.infer("second", inputs(IDS)).status == 200)
+
+        (repository / "broken").mkdir()
+        (repository / "broken" / "weights.bin").write_bytes(b"nothing")
+        server.wait_until(
+            lambda: server.models().get("broken/1", {}).get("state") == "UNAVAILABLE"
+        )
+        assert server.models()["broken/1"]["reason"]
+        assert "broken" in server.infer("broken", inputs(IDS)).json()["error"]
+
+        make_bert(tmp_path / "first", 3)
+        want = bert_reference(tmp_path / "first", IDS)
+        shutil.copy(tmp_path / "first" / "model.safetensors", repository / "first" / "new")
+        os.replace(
+            repository / "first" / "new", repository / "first" / "model.safetensors"
+        )
+        server.wait_until(
+            lambda: np.allclose(
+                hidden(server.infer("first", inputs(IDS)).json()), want, atol=1e-5
+            )
+        )
+        shutil.rmtree(repository / "second")
+        server.wait_until(lambda: server.infer("second", inputs(IDS)).status == 404)
+        assert server.infer("first", inputs(IDS)).status == 200
+        assert server.stop() == 0
+
+
+def test_sigterm_under_load_answers_every_accepted_request(
+    bert_repository: Path, image_cache: Path
+) -> None:
+    with Server(bert_repository, cache=image_cache) as server:
+        for number in range(12):
+            assert server.infer(f"bert-{number:02}", inputs(IDS)).status == 200
+        sent, wrong = [0] * 8, []
+
+        def load(index: int) -> None:
+            import http.client
+            import json
+
+            ids = inputs(IDS)
+            tensors = [
+                {"name": n, "datatype": "INT64", "shape": [2, 4], "data": sum(rows, [])}
+                for n, rows in ids.items()
+            ]
+            body = json.dumps({"inputs": tensors})
+            while True:
+                connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+                try:
+                    connection.connect()
+                except OSError:
+                    return  # not accepted: the listener is gone
+                try:
+                    for _ in range(20):
+                        connection.request("POST", f"/v2/models/bert-{index:02}/infer", body)
+                        response = connection.getresponse()
+                        response.read()
+                        if response.status != 200:
+                            wrong.append(response.status)
+                        sent[index] += 1
+                        if response.will_close:
+                            break
+                except (OSError, http.client.HTTPException) as error:
+                    wrong.append(error)
+                    return
+                finally:
+                    connection.close()
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            running = [pool.submit(load, index) for index in range(8)]
+            server.wait_until(lambda: min(sent) >= 20)
+            family = children_of(server.process.pid)
+            assert server.stop() == 0
+            for future in running:
+                future.result()
+        assert wrong == []
+        assert not any(is_alive(pid) for pid in family)
+
+
+def test_killing_the_supervisor_leaves_no_process(
+    bert_repository: Path, image_cache: Path
+) -> None:
+    before = set(os.listdir("/dev/shm")), set(os.listdir("/tmp"))
+    with Server(bert_repository, cache=image_cache) as server:
+        assert server.infer("bert-00", inputs(IDS)).status == 200
+        family = children_of(server.process.pid)
+        assert len(family) >= 4
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+        deadline = 200
+        while any(is_alive(pid) for pid in family) and deadline:
+            signal.sigtimedwait([], 0.05)
+            deadline -= 1
+        assert [pid for pid in family if is_alive(pid)] == []
+    assert set(os.listdir("/dev/shm")) == before[0]
+    left = {name for name in set(os.listdir("/tmp")) - before[1] if not name.startswith("pytest")}
+    assert not {name for name in left if "overcommit" in name}
+
+
+def test_a_second_server_on_the_same_port_is_refused(
+    server: Server, bert_repository: Path, image_cache: Path
+) -> None:
+    flags = ("--port", str(server.port))
+    other = Server(bert_repository, cache=image_cache, flags=flags)
+    assert other.process.wait(60) == 2
+    assert any("another --port" in line for line in other.log)
