@@ -56,9 +56,15 @@ class Run:
 
     def on_answer(self, now_ns: int) -> None:
         """Note the time of an answer."""
-        tally = self.tally
-        tally.silence_ns = max(tally.silence_ns, now_ns - self.last_answer_ns)
-        self.last_answer_ns = now_ns
+        if not self.is_stopping:
+            self.tally.silence_ns = max(self.tally.silence_ns, now_ns - self.last_answer_ns)
+            self.last_answer_ns = now_ns
+
+    def stop(self, now_ns: int) -> None:
+        """Let every connection end after the answer that it waits for."""
+        self.on_answer(now_ns)  # a silence that lasts to the end counts
+        self.tally.ended_ns = now_ns
+        self.is_stopping = True
 
 
 assert ID_CHARS == 16
@@ -76,10 +82,15 @@ class Connection(asyncio.Protocol):
         self._finished: list[tuple[int, bool, dict[bytes, bytes], bytes]] = []
         self._request: Request | None = None
         self._sent_ns = 0
+        self._opener: asyncio.Task[None] | None = None
         self.is_done = False
 
     # --- opening and closing --------------------------------------------------------------------
-    async def open(self) -> None:
+    def open(self) -> None:
+        """Start to connect."""
+        self._opener = asyncio.get_running_loop().create_task(self._open())
+
+    async def _open(self) -> None:
         """Connect, trying again until it works or the run stops."""
         run = self._run
         loop = asyncio.get_running_loop()
@@ -114,7 +125,7 @@ class Connection(asyncio.Protocol):
         if run.is_stopping or not run.reconnect:
             self.is_done = True
         elif not self.is_done:
-            self._reopen = asyncio.get_running_loop().create_task(self.open())
+            self.open()
 
     def close(self) -> None:
         """End this connection; whatever is in flight counts as broken."""

@@ -108,8 +108,8 @@ class ChunkAllocator:
         """
         assert nbytes >= 0
         if nbytes <= SLAB_MODEL_BYTES_MAX:
-            extent = self._take_run(max(1, _pages(nbytes)))
-            extents = None if extent is None else (extent,)
+            run = self._take_run(max(1, _pages(nbytes)))
+            extents: tuple[Extent, ...] | None = None if run is None else (run,)
         else:
             extents = self._take_chunks(-(-nbytes // SMALL_CHUNK_BYTES))
         if extents is not None:

@@ -135,10 +135,10 @@ class Batcher:
 
     # --- lanes ----------------------------------------------------------------------------------
     def configure(self, slot: int, limits: Limits) -> None:
-        """Say what a version's lane may hold; makes the lane.  It must be empty."""
-        turn = self._turn(slot)
-        assert turn.lane.count == 0, "a lane is configured before it gets jobs"
-        turn.lane.limits = limits
+        """Make a version's lane, in place of the one there was, which must be empty."""
+        left = self.remove(slot)
+        assert not left, "a lane is configured before it gets jobs"
+        self._turns[slot] = _Turn(Lane(slot, limits))
 
     def set_runnable(self, slot: int, can_run: bool, now_ns: int) -> None:
         """Say whether batches of this version can run now."""
@@ -171,8 +171,10 @@ class Batcher:
             return False
         assert job.request_id not in self._jobs, "a request is queued once"
         self._enter(turn, job)
-        # A lane that is DUE stays where it is, one that is WAITING may have become full.
-        if turn.state is not State.DUE and turn is not self._running:
+        # A lane that is DUE stays where it is; one that is WAITING may have become full.
+        if turn.state is State.EMPTY or (
+            turn.state is State.WAITING and lane.rows >= lane.limits.rows_max
+        ):
             self._place(turn, now_ns)
         return True
 
@@ -182,9 +184,9 @@ class Batcher:
         if job is None:
             return None
         turn = self._turns[job.slot]
-        self._take_out(turn, turn.lane.remove(lambda other: other is job))
+        removed = self._take_out(turn, turn.lane.remove(lambda other: other is job))
         self._settle(turn, now_ns)
-        return job
+        return removed[0] if removed else None
 
     def drain(self, slot: int, now_ns: int) -> list[Job]:
         """Take every job of a lane out."""
@@ -206,8 +208,6 @@ class Batcher:
     def take_expired(self) -> list[Job]:
         """Return the jobs whose time was over before they were run, once."""
         expired, self._expired = self._expired, []
-        for job in expired:
-            self._jobs.pop(job.request_id, None)
         return expired
 
     # --- batches --------------------------------------------------------------------------------
@@ -225,7 +225,10 @@ class Batcher:
             first, turn = chosen
             heapq.heappop(first.due)
             turn.in_heap = False
-            jobs = turn.lane.take(now_ns, self._expired)
+            late: list[Job] = []
+            jobs = turn.lane.take(now_ns, late)
+            if late:
+                self._expired += self._take_out(turn, late)
             if jobs:
                 first.clock_ns = max(first.clock_ns, turn.start_ns)
                 turn.state = State.RUNNING
@@ -371,7 +374,9 @@ class Batcher:
             return
         self._swept_ns = now_ns
         for turn in list(self._waiting):
-            turn.lane.expire(now_ns, self._expired)
+            late: list[Job] = []
+            turn.lane.expire(now_ns, late)
+            self._expired += self._take_out(turn, late)
             self._place(turn, now_ns)
         deadlines = (turn.lane.first_deadline_ns() for turn in self._waiting)
         self._sweep_ns = min(deadlines, default=NEVER_NS)

@@ -107,7 +107,7 @@ class _Snapshot(Collector):
         for kind in ("front_end", "worker", "mover"):
             seats = [seat for seat in self._house.fleet.seats if seat.kind == kind]
             deaths.add_metric((kind,), sum(seat.deaths for seat in seats))
-            live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))  # type: ignore[arg-type]
+            live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))
         yield deaths
         yield live
 

@@ -37,7 +37,7 @@ def main(control_fd: int) -> None:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     while True:
-        select.select((control, wake_read), (), ())
+        select.select((control.fileno(), wake_read), (), ())
         _drain(wake_read)
         while (received := control.try_receive()) is not None:
             message, fds = received

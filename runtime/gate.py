@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from overcommit.runtime import _shm
-from overcommit.runtime.residency import Usage
+from overcommit.runtime.residents import Usage
 
 Pages = Callable[[], tuple[_shm.LeasePage, ...]]
 

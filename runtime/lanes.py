@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.config import MIB, QUEUE_SIZE_MAX, ModelConfig
-from overcommit.runtime.payload import TensorPlace
+from overcommit.runtime.signature import Form
 
 # Padding multiplies bytes: one long request among 31 short ones must not become gigabytes.
 BATCH_BYTES_MAX: Final = 256 * MIB
@@ -69,11 +69,12 @@ class Job:
     out_offset: int = 0
     out_capacity: int = 0
     alone: bool = False
+    order: int = 0  # of arrival in its lane; kept when its batch is put back
     # Filled in when the version is known.
     rows: int = 1
     row_bytes: int = 0
     shape_key: Hashable = None
-    places: tuple[TensorPlace, ...] = ()
+    form: Form | None = None
 
 
 Heap = list[tuple[int, int, Job]]  # (deadline_ns, order of arrival, job)
@@ -86,7 +87,7 @@ def _first(heap: Heap) -> tuple[int, int]:
 class Lane:
     """The jobs that wait for one version."""
 
-    __slots__ = ("_sequence", "_shapes", "count", "limits", "rows", "slot")
+    __slots__ = ("_arrived", "_shapes", "count", "limits", "rows", "slot")
 
     def __init__(self, slot: int, limits: Limits) -> None:
         self.slot = slot
@@ -94,7 +95,7 @@ class Lane:
         self.count = 0
         self.rows = 0
         self._shapes: dict[Hashable, Heap] = {}
-        self._sequence = 0
+        self._arrived = 0
 
     def push(self, job: Job) -> None:
         """Queue a job."""
@@ -102,8 +103,10 @@ class Lane:
         heap = self._shapes.get(key)
         if heap is None:
             heap = self._shapes[key] = []
-        self._sequence += 1
-        heapq.heappush(heap, (job.deadline_ns, self._sequence, job))
+        if not job.order:
+            self._arrived += 1
+            job.order = self._arrived
+        heapq.heappush(heap, (job.deadline_ns, job.order, job))
         self.count += 1
         self.rows += job.rows
 

@@ -1,20 +1,20 @@
 """Making room in a tier.
 
-A `Room` is a tier's allocator and the versions that hold bytes of it.  Asked to place a version, it
-takes free bytes, or chooses victims and takes theirs.  DEVICE and HOST differ in who may be a victim and
-in what evicting means; both are here.
+A `Room` is a tier's allocator and the versions that hold bytes of it.  Asked to place a version,
+it takes free bytes, or chooses victims and takes theirs.  DEVICE and HOST differ in who may be a
+victim and in what evicting means; both are here.
 
 Invariants
- 1. The allocator's used bytes are the bytes of the holders' extents, and no two holders share a byte.
- 2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that requests
-    wait for is one only for a desperate wish, and only STARVING_S after it was published.  The last
-    word is the port's `try_evict`: it asks the leases.
- 3. On HOST a copy that a load reads or writes is never a victim, nor one that a queued wish will read.
-    Victims are first those that DEVICE also holds: losing that copy costs nothing now.
- 4. Nothing is evicted for a wish that the victims at hand cannot satisfy, unless it is desperate; then
-    what it frees stays free until it fits (residency lets nobody else take it).
+ 1. The allocator's used bytes are those of the holders' extents; no two holders share a byte.
+ 2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that
+    requests wait for is one only for a desperate wish, and only STARVING_S after it was published.
+    The last word is the port's `try_evict`: it asks the leases.
+ 3. On HOST a copy that a load reads or writes is never a victim, nor one that a queued wish will
+    read.  Victims are first those that DEVICE also holds: losing that copy costs nothing now.
+ 4. Nothing is evicted for a wish that the victims at hand cannot satisfy, unless it is desperate;
+    then what it frees stays free until it fits (residency lets nobody else take it).
  5. Of the versions that the policy offers, the set that leaves is minimal: none could have stayed.
-    Small models that share a slab chunk leave together where a part of a chunk helps nobody.
+    Small models that share a slab leave together where a part of a chunk helps nobody.
 
 Called by residency.
 """
@@ -24,92 +24,18 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final, Protocol
+from typing import Final
 
 from overcommit.runtime._shm import ABSENT
-from overcommit.runtime.allocator import ChunkAllocator, Extent
+from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
 from overcommit.runtime.policy import Policy
+from overcommit.runtime.residents import Extents, Port, State, Totals, Usage, Version
+
+__all__ = ["STARVING_NS", "STARVING_S", "DeviceRoom", "HostRoom", "Room", "Usage"]
 
 STARVING_S: Final = 1.0  # a wish that waited so long may take what others wait for
 STARVING_NS: Final = int(STARVING_S * 1e9)
-
-Extents = tuple[Extent, ...]
-
-
-@dataclass(slots=True, frozen=True)
-class Usage:
-    """What the workers' pages say of a version, summed."""
-
-    waiting: int  # requests queued for it
-    uses: int  # requests run, ever
-    last_used_ns: int
-    leases: int
-
-
-class Port(Protocol):
-    """Shared memory, as residency sees it; `gate.SharedGate` is the real one."""
-
-    def try_evict(self, slot: int, generation: int) -> bool:
-        """Take the version out of use; False, and nothing has changed, if a worker holds a lease."""
-
-    def usage(self, slot: int) -> Usage:
-        """Read the workers' counters for the version."""
-
-    def set_state(self, slot: int, state: int, generation: int) -> None:
-        """Write the version's state word."""
-
-    def set_hungry(self, hungry: bool) -> None:
-        """Ask workers to ring when they drop a lease."""
-
-
-class State(Enum):
-    """See the diagram in `residency`."""
-
-    DISK = "disk"
-    LOADING = "loading"
-    DEVICE = "device"
-    HOST = "host"
-
-
-@dataclass(slots=True, eq=False)
-class Version:
-    """What residency knows of one version."""
-
-    slot: int
-    name: str
-    nbytes: int
-    pinned: bool
-    priority: int
-    generation: int  # of the latest publish in this slot
-    state: State = State.DISK
-    device: Extents | None = None  # set while LOADING or DEVICE
-    host: Extents | None = None  # set while HOST, and maybe while LOADING or DEVICE
-    is_leaving: bool = False  # removed, but still leased or loading
-    waiters: set[int] = field(default_factory=set)
-    published_ns: int = 0
-    uses: int = 0  # as last told to the policy
-    failures: int = 0  # loads that failed in a row
-    retry_ns: int = 0  # refused until then
-    last_error: str = ""
-    loads_from_disk: int = 0
-    loads_from_host: int = 0
-    evictions: int = 0  # from DEVICE
-
-
-@dataclass(slots=True)
-class Totals:
-    """Running totals since the start; they never shrink."""
-
-    loads_from_disk: int = 0
-    loads_from_host: int = 0
-    evictions_device: int = 0
-    evictions_host: int = 0
-    refusals: int = 0
-    bytes_loaded: int = 0
-    attaches: int = 0  # wishes answered at once, without a load
 
 
 class Room:
@@ -243,14 +169,6 @@ class DeviceRoom(Room):
     def extents(self, version: Version) -> Extents | None:
         """Return the version's bytes on DEVICE."""
         return version.device
-
-    def pinned_bytes(self, besides: Version) -> int:
-        """Bytes that no wish can ever get."""
-        return sum(
-            self._footprint(version)
-            for version in self.holders.values()
-            if version.pinned and version is not besides
-        )
 
     def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
         candidates = [slot for slot, version in self.holders.items() if _is_evictable(version)]

@@ -8,9 +8,9 @@ Invariants
     survives its eviction and ends with its removal.
  2. The order is a function of the calls so far: no clock, no randomness, no hash order.
  3. `victims` is lazy.  Use counters live in shared memory and nobody is told of a request, so what
-    a policy knows of a use is old.  The caller looks at each slot it is given, and may call `on_use`
-    before it asks for the next: a slot whose rank that changed is given again in its new place.
-    So the order is exact, and only the versions that come up are looked at.
+    a policy knows of a use is old.  The caller looks at each slot it is given, and may call
+    `on_use` before it asks for the next: a slot whose rank that changed is given again in its
+    new place.  So the order is exact, and only the versions that come up are looked at.
 
 Called by residency and its rooms.
 """

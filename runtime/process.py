@@ -52,7 +52,7 @@ class Process:
 
     def close(self) -> str:
         """Reap and release everything; return how it ended, in words."""
-        ending = "ended"
+        ending = "reaped by the fork server"
         if self.popen is not None:
             code = self.popen.wait()
             ending = f"signal {-code}" if code < 0 else f"exit status {code}"

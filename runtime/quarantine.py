@@ -4,8 +4,8 @@ Pure: time comes in as `now_ns`.  One death proves nothing (the out-of-memory ki
 so a version is blocked only when several workers died while they ran it.
 
 Invariants
- 1. A version is blocked after QUARANTINE_DEATHS deaths within RESTART_WINDOW_S, for QUARANTINE_S; each
-    further time for twice as long, at most QUARANTINE_S_MAX.
+ 1. A version is blocked after QUARANTINE_DEATHS deaths within RESTART_WINDOW_S, for QUARANTINE_S;
+    each further time for twice as long, at most QUARANTINE_S_MAX.
  2. A version that neither was blocked nor killed a worker for RESTART_WINDOW_S has a clean record.
  3. Deaths of one version never count for another: a slot is forgotten before it is used again.
 

@@ -1,40 +1,42 @@
 """Which versions are in which tier, and what is done about a wish for one that is not on DEVICE.
 
-Owns the two allocators, the state of every version, the queue of wishes and the loads in flight.  Pure:
-events and `now_ns` go in, actions come out; leases, counters and state words are behind `Port`.
+Owns the two allocators, the state of every version, the queue of wishes and the loads in flight.
+Pure: events and `now_ns` go in, actions come out; leases, counters and state words are behind
+`Port`.  Who must leave a tier is `placement`'s business.
 
 Invariants
- 1. A version has at most one load in flight, and at most one place in the queue, however many wait.
- 2. Who waits gets exactly one Publish or Refuse, unless it is forgotten first: a wish ends in a load, a
-    refusal, or after WISH_WAIT_S; a load ends when the mover says so.
- 3. `device` is set exactly while LOADING or DEVICE; `host` always while HOST; DISK holds nothing.  No two
-    versions share a byte of a tier.
- 4. The state word is written with every transition: RESIDENT only after the bytes are there, and bytes
-    are given to another only after the word says otherwise and no lease is held.
- 5. The generation of a slot grows by one with each publish and never shrinks, not even when the slot
-    gets another version.
- 6. Wishes are served in order.  A later one may overtake one that does not fit yet, but not one that
-    has waited for STARVING_S: from then on all that becomes free is for it.
+ 1. A version has at most one load in flight or one place in the queue, however many wait for it.
+ 2. Who waits gets exactly one Publish or Refuse, unless it is forgotten first: a wish ends in a
+    load, in a refusal, or after WISH_WAIT_S; a load ends when the mover says so.
+ 3. `device` is set exactly while LOADING or DEVICE; `host` always while HOST; DISK holds nothing.
+ 4. The state word is written with every transition: RESIDENT only after the bytes are there, and
+    bytes are given to another only after the word says otherwise and no lease is held.
+ 5. The generation of a slot grows by one with each publish and never shrinks, not even when the
+    slot gets another version.
+ 6. Wishes are served in order.  A later one may overtake one that does not fit yet, but not one
+    that has waited for STARVING_S: from then on all that becomes free is for it.
  7. A failed load leaves nothing behind but a back-off (LOAD_BACKOFF_S, by failures in a row).
- 8. A removed version takes its waiters with it at once, and its bytes as soon as no lease and no load
-    needs them; its slot may have a new version meanwhile, which is not loaded before that.
+ 8. A removed version takes its waiters with it at once, and its bytes as soon as no lease and no
+    load needs them; its slot may have a new version meanwhile, which is not loaded before that.
 
                            want                      want
         (none) -add-> DISK -----------> LOADING <----------- HOST
-                        ^                |  |                ^  |
-                        +----------------+  | on_load_done   |  |
-                        |  on_load_done     v                |  |
-                        +---------------- DEVICE ------------+  |
-                        |  evicted           evicted,           |
-                        |                    host copy stays    |
-                        +---------------------------------------+
-                           host copy evicted
+                      ^  ^               |   |               |  ^
+                      |  +---------------+   | on_load_done  |  |
+                      |    on_load_done      v               |  |
+                      |                    DEVICE            |  |
+                      |     evicted        |    |  evicted,  |  |
+                      +--------------------+    +------------|--+
+                      |                           host copy  |
+                      +--------------------------------------+
+                                 host copy evicted
 
 DISK      no bytes anywhere; ABSENT
-LOADING   `device` is being filled, through `host` if set (source "disk") or from it; the host copy is busy
-DEVICE    RESIDENT for `generation`; may hold a host copy too
+LOADING   `device` is being filled, from the image (through `host` if set) or from the host copy,
+          which is busy either way
+DEVICE    RESIDENT for `generation`; may have a host copy too
 HOST      ABSENT; only the host copy is left, so the next load reads no disk
-leaving   removed: LOADING or DEVICE as before, but out of reach; never a victim, never published
+leaving   removed, LOADING or DEVICE as before but out of reach: never a victim, never published
 
 (none) -> DISK [add]
 DISK -> LOADING [_try_start, by want, tick, and whatever makes room]
@@ -58,119 +60,39 @@ Called by the supervisor's activations, from its one thread.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
-from enum import Enum
-from typing import Final, Literal
+from dataclasses import replace
+from typing import Final
 
+from overcommit.runtime import refusals
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import (
-    LOAD_BACKOFF_S,
-    LOADS_IN_FLIGHT_MAX,
-    MIB,
-    REQUEST_TIMEOUT_MS,
-)
+from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
-from overcommit.runtime.placement import (
-    STARVING_NS,
-    DeviceRoom,
-    Extents,
-    HostRoom,
+from overcommit.runtime.placement import STARVING_NS, DeviceRoom, HostRoom
+from overcommit.runtime.policy import Policy
+from overcommit.runtime.refusals import mib
+from overcommit.runtime.residents import (
+    NOBODY,
+    Action,
     Port,
+    Publish,
+    Refuse,
+    Source,
+    StartLoad,
     State,
     Totals,
     Usage,
     Version,
+    View,
+    Wish,
+    view_of,
 )
-from overcommit.runtime.policy import Policy
 
-__all__ = [
-    "NOBODY",
-    "Action",
-    "Extents",
-    "Port",
-    "Publish",
-    "Refuse",
-    "Residency",
-    "StartLoad",
-    "State",
-    "Tier",
-    "Totals",
-    "Usage",
-    "View",
-]
+__all__ = ["Action", "Port", "Publish", "Refuse", "Residency", "StartLoad", "Usage", "View"]
 
-NOBODY: Final = -1  # a waiter that needs no answer: the supervisor, for a pinned version
 RETRY_NS: Final = 5_000_000  # for room, if no bell comes first
 WISH_WAIT_S: Final = REQUEST_TIMEOUT_MS / 1000  # nobody's request waits longer
 WISHES_TRIED_MAX: Final = 8  # of the queue's head, at each event
-
-
-class Tier(Enum):
-    """The best tier that has a version's weights."""
-
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
-
-
-@dataclass(slots=True, frozen=True)
-class StartLoad:
-    """Bring the image to these places; `host` is read from if the source is "host"."""
-
-    job: int
-    slot: int
-    source: Literal["disk", "host"]
-    host: Extents | None
-    device: Extents
-
-
-@dataclass(slots=True, frozen=True)
-class Publish:
-    """The version is RESIDENT; tell these (nobody, if all of them were forgotten)."""
-
-    slot: int
-    generation: int
-    extents: Extents
-    waiters: frozenset[int]
-
-
-@dataclass(slots=True, frozen=True)
-class Refuse:
-    """The wish ends without weights; `code` is one of errors.py."""
-
-    slot: int
-    code: str
-    message: str
-    retry_after_s: float | None
-    waiters: frozenset[int]
-
-
-Action = StartLoad | Publish | Refuse
-
-
-@dataclass(slots=True, frozen=True)
-class View:
-    """One version, for status."""
-
-    tier: Tier
-    device_bytes: int
-    host_bytes: int
-    generation: int
-    state: State
-    loads_from_disk: int
-    loads_from_host: int
-    evictions: int
-    last_error: str
-
-
-@dataclass(slots=True, frozen=True)
-class _Wish:
-    version: Version
-    asked_ns: int
-
-    def is_starving(self, now_ns: int) -> bool:
-        return now_ns - self.asked_ns > STARVING_NS
 
 
 class Residency:
@@ -189,8 +111,9 @@ class Residency:
         self._versions: dict[int, Version] = {}
         self._leaving: dict[int, Version] = {}
         self._generations: dict[int, int] = {}  # of slots whose version was removed
-        self._wishes: dict[int, _Wish] = {}  # by slot, in order of arrival
+        self._wishes: dict[int, Wish] = {}  # by slot, in order of arrival
         self._loads: dict[int, tuple[Version, StartLoad]] = {}
+        self._pinned: dict[int, Version] = {}
         self._pins: dict[int, int] = {}  # pinned versions that were refused: when to try again
         self._jobs = itertools.count(1)
         self._tried_ns = 0
@@ -201,7 +124,7 @@ class Residency:
         for name, room in (("DEVICE", self._on_device), ("HOST", self._on_host)):
             if room is not None:
                 used, capacity = room.allocator.used_bytes, room.allocator.capacity_bytes
-                text += f"{len(room.holders)} in {name} ({_mib(used)} of {_mib(capacity)}), "
+                text += f"{len(room.holders)} in {name} ({mib(used)} of {mib(capacity)}), "
         return f"{text}{len(self._loads)} loading, {len(self._wishes)} waiting>"
 
     # --- events ---------------------------------------------------------------------------------
@@ -213,11 +136,14 @@ class Residency:
         version = self._versions.get(slot)
         if version is None:
             generation = self._generations.pop(slot, 0)
-            self._versions[slot] = Version(slot, name, nbytes, pinned, priority, generation)
-            return
+            version = Version(slot, name, nbytes, pinned, priority, generation)
+            self._versions[slot] = version
         assert version.nbytes == nbytes, f"slot {slot} already has another image"
         version.name, version.pinned, version.priority = name, pinned, priority
-        if not pinned:
+        if pinned:
+            self._pinned[slot] = version
+        else:
+            self._pinned.pop(slot, None)
             self._pins.pop(slot, None)
 
     def remove(self, slot: int, now_ns: int) -> list[Action]:
@@ -228,14 +154,17 @@ class Residency:
         actions: list[Action] = []
         self._wishes.pop(slot, None)
         if version.waiters:
-            message = f"model '{version.name}' was unloaded or replaced while requests waited"
+            message = refusals.gone(version.name)
             actions.append(self._refuse(version, Unavailable.code, message, None, now_ns))
         self._pins.pop(slot, None)
+        self._pinned.pop(slot, None)
         self._policy.on_remove(slot)
         self._generations[slot] = version.generation
+        if slot in self._leaving:
+            assert version.state is State.DISK, "loaded before its predecessor had left"
+            return actions
         version.is_leaving = True
         self._leaving[slot] = version
-        self._try_leave(version)
         return actions + self._pump(now_ns)
 
     def want(self, slot: int, waiter: int, now_ns: int) -> list[Action]:
@@ -243,13 +172,14 @@ class Residency:
         version = self._versions.get(slot)
         if version is None:
             self._totals.refusals += 1
-            message = "the model was unloaded or replaced"
-            return [Refuse(slot, Unavailable.code, message, None, _answered({waiter}))]
+            waiters = frozenset({waiter} - {NOBODY})
+            return [Refuse(slot, Unavailable.code, refusals.gone(), None, waiters)]
         if version.state is State.DEVICE:
             if waiter == NOBODY:
                 return []
             self._totals.attaches += 1
-            return [self._published(version, {waiter})]
+            version.waiters.add(waiter)
+            return [self._answer(version)]
         version.waiters.add(waiter)
         if version.state is State.LOADING or slot in self._wishes:
             return []
@@ -257,7 +187,7 @@ class Residency:
             return [self._refuse_for_failure(version, now_ns)]
         if (reason := self._why_never(version)) is not None:
             return [self._refuse(version, OutOfMemory.code, reason, None, now_ns)]
-        self._wishes[slot] = _Wish(version, now_ns)
+        self._wishes[slot] = Wish(version, now_ns)
         return self._pump(now_ns)
 
     def on_load_done(
@@ -270,7 +200,6 @@ class Residency:
         actions: list[Action] = []
         if version.is_leaving:
             self._give_up_load(version)
-            self._try_leave(version)
         elif ok:
             actions.append(self._publish(version, load, now_ns, load_ns))
         else:
@@ -320,24 +249,7 @@ class Residency:
     def view(self, slot: int) -> View | None:
         """Return where a version is; None if there is none in this slot."""
         version = self._versions.get(slot)
-        if version is None:
-            return None
-        tier = Tier.DISK if version.host is None else Tier.HOST
-        if version.state is State.DEVICE:
-            tier = Tier.DEVICE
-        elif version.state is State.LOADING and not self._is_from_host(version):
-            tier = Tier.DISK  # the host copy is not complete yet
-        return View(
-            tier=tier,
-            device_bytes=_length(version.device),
-            host_bytes=_length(version.host),
-            generation=version.generation,
-            state=version.state,
-            loads_from_disk=version.loads_from_disk,
-            loads_from_host=version.loads_from_host,
-            evictions=version.evictions,
-            last_error=version.last_error,
-        )
+        return None if version is None else view_of(version)
 
     def totals(self) -> Totals:
         """Return a copy of the running totals."""
@@ -356,17 +268,16 @@ class Residency:
         for wish in list(itertools.islice(free, WISHES_TRIED_MAX)):
             if len(self._loads) >= LOADS_IN_FLIGHT_MAX:
                 break
-            version, is_starving = wish.version, wish.is_starving(now_ns)
-            if (reason := self._why_never(version)) is not None:
-                del self._wishes[version.slot]
-                actions.append(self._refuse(version, OutOfMemory.code, reason, None, now_ns))
-                continue
+            version, is_starving = wish.version, now_ns - wish.asked_ns > STARVING_NS
             size = self.device.footprint(version.nbytes)
             if smallest_failed is not None and size >= smallest_failed and not is_starving:
                 continue
             load = self._try_start(version, now_ns, desperate=is_starving)
             if load is not None:
                 actions.append(load)
+            elif (reason := self._why_never(version)) is not None:
+                del self._wishes[version.slot]  # another was pinned since it was queued
+                actions.append(self._refuse(version, OutOfMemory.code, reason, None, now_ns))
             elif is_starving:
                 break
             else:
@@ -379,10 +290,11 @@ class Residency:
         device = self._on_device.try_place(version, now_ns, desperate=desperate)
         if device is None:
             return None
-        source: Literal["disk", "host"] = "disk" if version.host is None else "host"
+        source: Source = "disk" if version.host is None else "host"
         # What never leaves DEVICE needs no copy to come back from.
         if source == "disk" and self._on_host is not None and not version.pinned:
             version.host = self._on_host.try_place(version, now_ns, desperate=False)
+            version.is_host_complete = False
         load = StartLoad(next(self._jobs), version.slot, source, version.host, device)
         self._loads[load.job] = (version, load)
         del self._wishes[version.slot]
@@ -396,6 +308,7 @@ class Residency:
         version.state = State.DEVICE
         version.generation += 1
         version.published_ns = now_ns
+        version.is_host_complete = True
         version.failures, version.last_error = 0, ""
         if load.source == "disk":
             version.loads_from_disk += 1
@@ -408,8 +321,7 @@ class Residency:
         # It was asked for, so it is recent, though no request has run yet.
         self._policy.on_use(version.slot, version.uses, now_ns)
         self._port.set_state(version.slot, RESIDENT, version.generation)
-        waiters, version.waiters = version.waiters, set()
-        return self._published(version, waiters)
+        return self._answer(version)
 
     def _give_up_load(self, version: Version) -> None:
         """LOADING -> DISK.  A host copy that could not be copied is not trusted again."""
@@ -443,96 +355,46 @@ class Residency:
             self._port.set_hungry(is_hungry)
 
     # --- answers --------------------------------------------------------------------------------
-    def _published(self, version: Version, waiters: set[int]) -> Publish:
+    def _answer(self, version: Version) -> Publish:
         assert version.device is not None
-        return Publish(version.slot, version.generation, version.device, _answered(waiters))
+        return Publish(version.slot, version.generation, version.device, _take_waiters(version))
 
     def _refuse(
         self, version: Version, code: str, message: str, retry_after_s: float | None, now_ns: int
     ) -> Refuse:
         """Answer everybody who waits for this version; a pinned one is tried again by itself."""
-        waiters, version.waiters = version.waiters, set()
         self._totals.refusals += 1
         if version.pinned:
             delay_s = LOAD_BACKOFF_S[-1] if retry_after_s is None else retry_after_s
             self._pins[version.slot] = now_ns + int(delay_s * 1e9)
-        return Refuse(version.slot, code, message, retry_after_s, _answered(waiters))
+        return Refuse(version.slot, code, message, retry_after_s, _take_waiters(version))
 
     def _refuse_for_failure(self, version: Version, now_ns: int) -> Refuse:
         left_s = (version.retry_ns - now_ns) / 1e9
-        message = (
-            f"model '{version.name}' could not be loaded: {version.last_error}; "
-            f"it can be tried again in {left_s:.1f} s"
-        )
+        message = refusals.load_failed(version.name, version.last_error, left_s)
         return self._refuse(version, Unavailable.code, message, left_s, now_ns)
 
     def _refuse_overdue(self, now_ns: int) -> list[Refuse]:
-        refusals = []
+        refused = []
         for wish in list(itertools.islice(self._wishes.values(), WISHES_TRIED_MAX)):
             if now_ns - wish.asked_ns < WISH_WAIT_S * 1e9:
                 break
-            version = wish.version
-            del self._wishes[version.slot]
-            message = (
-                f"model '{version.name}' found no room in {_mib(self.device.capacity_bytes)} of "
-                f"DEVICE memory for {WISH_WAIT_S:.0f} s, because all of it is in use; "
-                f"send less, or raise device_memory_bytes"
-            )
-            refusals.append(self._refuse(version, Overloaded.code, message, 1.0, now_ns))
-        return refusals
+            del self._wishes[wish.version.slot]
+            message = refusals.no_room(wish.version.name, self.device.capacity_bytes, WISH_WAIT_S)
+            refused.append(self._refuse(wish.version, Overloaded.code, message, 1.0, now_ns))
+        return refused
 
     def _why_never(self, version: Version) -> str | None:
-        """Say why no eviction could ever make room for this version."""
-        capacity = self.device.capacity_bytes
+        """Say why no eviction could ever make room for this version; None if one could."""
         size = self.device.footprint(version.nbytes)
-        if size > capacity:
-            return (
-                f"model '{version.name}' needs {_mib(size)} of DEVICE memory and there are "
-                f"{_mib(capacity)}; raise device_memory_bytes"
-            )
-        pinned = self._on_device.pinned_bytes(version)
-        if size > capacity - pinned:
-            return (
-                f"model '{version.name}' needs {_mib(size)} of DEVICE memory and pinned models hold "
-                f"{_mib(pinned)} of {_mib(capacity)}; raise device_memory_bytes or pin fewer models"
-            )
-        return None
-
-    def _is_from_host(self, version: Version) -> bool:
-        return any(v is version and load.source == "host" for v, load in self._loads.values())
-
-    # --- tests ----------------------------------------------------------------------------------
-    def check(self) -> None:
-        """Assert the invariants that hold between events; for tests, it looks at everything."""
-        everybody = [*self._versions.values(), *self._leaving.values()]
-        for version in everybody:
-            assert (version.device is not None) == (version.state in (State.LOADING, State.DEVICE))
-            assert version.state is not State.HOST or version.host is not None
-            assert version.state is not State.DISK or version.host is None
-            in_flight = sum(v is version for v, _ in self._loads.values())
-            assert in_flight == (version.state is State.LOADING)
-            is_queued = version.slot in self._wishes and not version.is_leaving
-            assert not version.waiters or is_queued or in_flight
-            assert not (is_queued and in_flight)
-        for room in (self._on_device, self._on_host):
-            if room is None:
-                continue
-            held = [(version, room.extents(version)) for version in everybody]
-            spans = sorted(extent for _, extents in held for extent in extents or ())
-            assert sum(length for _, length in spans) == room.allocator.used_bytes
-            for (offset, length), (following, _) in itertools.pairwise(spans):
-                assert offset + length <= following, "two versions share bytes"
-            assert set(room.holders.values()) == {v for v, extents in held if extents is not None}
-        assert set(self._leaving) >= {v.slot for v in everybody if v.is_leaving}
+        others = (v for v in self._pinned.values() if v is not version and v.device is not None)
+        pinned = sum(self.device.footprint(v.nbytes) for v in others)
+        if size <= self.device.capacity_bytes - pinned:
+            return None
+        return refusals.never_fits(version.name, size, self.device.capacity_bytes, pinned)
 
 
-def _answered(waiters: set[int]) -> frozenset[int]:
-    return frozenset(waiters - {NOBODY})
-
-
-def _length(extents: Extents | None) -> int:
-    return 0 if extents is None else sum(extent.length for extent in extents)
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:.1f} MiB"
+def _take_waiters(version: Version) -> frozenset[int]:
+    waiters = frozenset(version.waiters - {NOBODY})
+    version.waiters.clear()
+    return waiters

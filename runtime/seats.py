@@ -3,11 +3,12 @@
 Pure: it starts, watches and kills nothing; the fleet does, and tells the seat.
 
 Invariants
- 1. A seat is occupied by at most one process, and its epoch names that one incarnation: it changes when
-    a process was reaped, never while something of it may still run.  16 bits, 1..65535, never 0.
- 2. A seat whose process dies again and again is started ever later (RESTART_BACKOFF_S, by deaths in a
-    row); RESTART_BUDGET deaths within RESTART_WINDOW_S break it for good.
- 3. A process that was LIVE for LIVED_S has proved itself: the next death counts as the first in a row.
+ 1. A seat is occupied by at most one process, and its epoch names that one incarnation: it changes
+    when a process was reaped, never while something of it may still run.  16 bits, never 0.
+ 2. A seat whose process dies again and again is started ever later (RESTART_BACKOFF_S, by deaths in
+    a row); RESTART_BUDGET deaths within RESTART_WINDOW_S break it for good.
+ 3. A process that was LIVE for more than LIVED_S has proved itself: its death counts as the first
+    in a row.
 
                   on_started          on_ready
         EMPTY ---------------> STARTING -------> LIVE

@@ -1,0 +1,83 @@
+"""`python -m overcommit.bench SCENARIO`: run a scenario, print what it found, check it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from overcommit.bench import chaos, variants
+from overcommit.bench.errors import BenchError
+from overcommit.bench.prepare import Options
+from overcommit.bench.report import Report
+
+
+class Scenario(enum.Enum):
+    """What can be run."""
+
+    variants = "variants"
+    chaos = "chaos"
+
+
+SCENARIOS: Final[dict[Scenario, Callable[[Options, Report], None]]] = {
+    Scenario.variants: variants.run,
+    Scenario.chaos: chaos.run,
+}
+CHECK_FAILED: Final = 1
+RUN_FAILED: Final = 2
+WORK: Final = Path("~/.cache/overcommit/bench")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    scenario: Annotated[Scenario, typer.Argument(help="What to run.")],
+    quick: Annotated[bool, typer.Option(help="Shorter times, the same conditions.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Exit with status 1 when a condition is missed.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    work: Annotated[Path, typer.Option(help="Where models, images and logs are kept.")] = WORK,
+    seconds: Annotated[float | None, typer.Option(min=1.0, help="Time of the load.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 1,
+    connections: Annotated[int, typer.Option(min=1, max=4096, help="Clients at once.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 2,
+    load_processes: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes of the load generator.")
+    ] = 1,
+) -> None:
+    """Measure and check the real server."""
+    console = Console()
+    options = Options(
+        work=work.expanduser().resolve(),
+        quick=quick,
+        seconds=seconds,
+        seed=seed,
+        connections=connections,
+        workers=workers,
+        load_processes=min(load_processes, connections),
+    )
+    report = Report(scenario.value, console)
+    try:
+        SCENARIOS[scenario](options, report)
+    except BenchError as error:
+        console.print(f"[red]the run failed[/red]: {error}", highlight=False, markup=True)
+        raise typer.Exit(RUN_FAILED) from error
+    report.show()
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_bytes(report.to_json())
+    missed = report.missed()
+    if check and missed:
+        names = "; ".join(condition.name for condition in missed)
+        console.print(f"[red]{len(missed)} conditions missed[/red]: {names}", highlight=False)
+        raise typer.Exit(CHECK_FAILED)
+
+
+if __name__ == "__main__":
+    app()

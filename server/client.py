@@ -1,0 +1,80 @@
+"""A small client of a running server, for the command line.
+
+Blocking, one request a call, standard library only: the command line must start fast.  Raises
+errors of `runtime/errors.py`, with the server's own words where there are any.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any, Final, cast
+from urllib.parse import quote, urlsplit
+
+from overcommit.runtime.errors import BadRequest, OvercommitError, Unavailable
+
+TIMEOUT_S: Final = 120.0
+ANSWER_BYTES_MAX: Final = 1 << 30
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+
+
+class ServerError(OvercommitError):
+    """The server answered with an error."""
+
+    code = "server_error"
+
+
+def get_models(url: str, offset: int, limit: int) -> dict[str, Any]:
+    """Return one page of the server's models, and its tiers."""
+    page = _call(url, "GET", f"/v2/overcommit/models?offset={offset}&limit={limit}")
+    if not {"models", "total", "device", "host"} <= page.keys():
+        raise ServerError(f"what answers at {url} is no overcommit server: it lists no models")
+    return page
+
+
+def infer(url: str, model: str, version: str | None, request: bytes) -> dict[str, Any]:
+    """Send a V2 inference request, given as JSON text."""
+    path = f"/v2/models/{quote(model, safe='')}"
+    if version:
+        path += f"/versions/{quote(version, safe='')}"
+    return _call(url, "POST", f"{path}/infer", request)
+
+
+def _call(url: str, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+    connection, prefix = _connect(url)
+    try:
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(method, prefix + path, body, headers)
+        response = connection.getresponse()
+        answer = response.read(ANSWER_BYTES_MAX)
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(
+            f"no server answers at {url}: {error or type(error).__name__}; start one with "
+            f"`overcommit serve`, or name it with --url"
+        ) from error
+    finally:
+        connection.close()
+    try:
+        value = json.loads(answer)
+    except ValueError:
+        value = None
+    if response.status != 200:
+        said = value.get("error") if isinstance(value, dict) else None
+        raise ServerError(f"the server says {response.status}: {said or response.reason}")
+    if not isinstance(value, dict):
+        raise ServerError(
+            f"what answers at {url} is no overcommit server: {path} is no JSON object"
+        )
+    return cast(dict[str, Any], value)
+
+
+def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise BadRequest(f"'{url}' is no URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise BadRequest(f"'{url}' is no URL: give it as {DEFAULT_URL}")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(host, port, timeout=TIMEOUT_S), parts.path.rstrip("/")

@@ -1,0 +1,72 @@
+"""The options of `overcommit serve`, as the command line declares them.
+
+Most are strings that `settings.py` reads, so that a flag and its variable are checked alike and a
+flag that is not given stays None.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+Repositories = Annotated[
+    list[str] | None,
+    Argument(metavar="REPOSITORY...", help="Folders that hold a folder per model."),
+]
+Host = Annotated[str | None, Option(metavar="ADDRESS", help="Address to listen on (127.0.0.1).")]
+Port = Annotated[str | None, Option(metavar="N", help="Port; 0 takes a free one (8000).")]
+FrontEnds = Annotated[str | None, Option(metavar="N", help="HTTP processes (1).")]
+Workers = Annotated[str | None, Option(metavar="N", help="Processes that run models (1).")]
+WorkerThreads = Annotated[
+    str | None, Option(metavar="N", help="Threads of one worker (the cores, shared out).")
+]
+DeviceMemory = Annotated[
+    str | None,
+    Option(metavar="BYTES", help="For models in use: 4GB, 512MiB (a share of what is free)."),
+]
+HostMemory = Annotated[
+    str | None,
+    Option(metavar="BYTES", help="For models between device and disk; 0: no such tier (a share)."),
+]
+CacheDir = Annotated[
+    str | None,
+    Option(metavar="FOLDER", help="Where packed weights are kept (~/.cache/overcommit)."),
+]
+AllowCode = Annotated[
+    bool | None,
+    Option(
+        "--allow-code/--no-allow-code",
+        help="Run the code of models whose model.toml says allow_code (no).",
+    ),
+]
+Policy = Annotated[
+    str | None, Option(metavar="NAME", help="Which model leaves memory first (lru).")
+]
+StartMethod = Annotated[
+    str | None, Option(metavar="NAME", help="Start workers by forkserver or spawn (forkserver).")
+]
+Verify = Annotated[
+    str | None,
+    Option(metavar="WHEN", help="Check digests of weights: first, always or never (first)."),
+]
+PayloadMemory = Annotated[
+    str | None,
+    Option(metavar="BYTES", help="Per front end, for requests and again for answers (256MiB)."),
+]
+MaxBody = Annotated[str | None, Option(metavar="BYTES", help="Longest request body (64MiB).")]
+RequestTimeout = Annotated[
+    str | None, Option(metavar="SECONDS", help="Longest that a request may take (60).")
+]
+DrainTimeout = Annotated[
+    str | None, Option(metavar="SECONDS", help="To finish requests when told to stop (30).")
+]
+ScanInterval = Annotated[
+    str | None, Option(metavar="SECONDS", help="Between two looks at the repositories (2).")
+]
+SpinUs = Annotated[
+    str | None, Option(metavar="US", help="How long a process polls before it sleeps.")
+]
+LogLevel = Annotated[
+    str | None, Option(metavar="LEVEL", help="debug, info, warning or error (info).")
+]

@@ -1,0 +1,202 @@
+"""What the operator chose: flags, then `OVERCOMMIT_*` variables, then the defaults of `config`.
+
+A field `device_memory` is the flag `--device-memory` and the variable `OVERCOMMIT_DEVICE_MEMORY`.
+
+Invariants
+ 1. What `load_settings` returns can be served as far as one can tell without starting anything; or
+    ConfigurationError names the flag, the variable, the value and what would be right.
+
+Called by the command line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from overcommit.runtime.config import (
+    BODY_BYTES_MAX,
+    FRONT_ENDS_MAX,
+    MIB,
+    PAYLOAD_BYTES,
+    REQUEST_TIMEOUT_MS,
+    WORKERS_MAX,
+    Settings,
+)
+from overcommit.runtime.errors import ConfigurationError
+
+ENV_PREFIX: Final = "OVERCOMMIT_"
+DEFAULT_CACHE_DIR: Final = "~/.cache/overcommit"
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_POWER: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE_MAX: Final = 1 << 50
+
+
+def parse_size(text: str | int) -> int:
+    """Read `1GB` (10^9), `512MiB` (2^20 each), `1.5G`, or plain bytes.
+
+    Raises ValueError.
+    """
+    found = _SIZE.fullmatch(str(text).strip())
+    if found is None:
+        raise ValueError("a size is a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    number, unit, binary = found.groups()
+    if binary and not unit:
+        raise ValueError("a size is a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    nbytes = int(float(number) * (1024 if binary else 1000) ** _POWER[unit.lower()])
+    if nbytes > _SIZE_MAX:
+        raise ValueError("the size is larger than any machine")
+    return nbytes
+
+
+def _split_paths(value: object) -> object:
+    return (
+        tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+    )
+
+
+def _check_policy(name: str) -> str:
+    from overcommit.runtime.policy import make_policy
+
+    try:
+        make_policy(name)
+    except ConfigurationError as error:
+        raise ValueError(error.message) from error
+    return name
+
+
+Size = Annotated[int, BeforeValidator(parse_size)]
+Paths = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_paths)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ServeSettings(BaseSettings):
+    """One field per flag of `overcommit serve`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore")
+
+    repositories: Paths = ()
+    cache_dir: str = DEFAULT_CACHE_DIR
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    front_ends: Annotated[int, Field(ge=1, le=FRONT_ENDS_MAX)] = 1
+    workers: Annotated[int, Field(ge=1, le=WORKERS_MAX)] = 1
+    worker_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    device_memory: Size | None = None
+    host_memory: Size | None = None
+    allow_code: bool = False
+    policy: Annotated[str, AfterValidator(_check_policy)] = "lru"
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    verify: Literal["first", "always", "never"] = "first"
+    payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES
+    max_body: Annotated[Size, Field(ge=1)] = BODY_BYTES_MAX
+    request_timeout: Annotated[float, Field(gt=0, le=86_400)] = REQUEST_TIMEOUT_MS / 1000
+    drain_timeout: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    scan_interval: Annotated[float, Field(ge=0.05, le=86_400)] = 2.0
+    spin_us: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
+    log_level: LogLevel = "info"
+
+
+def load_settings(flags: dict[str, object]) -> Settings:
+    """Join flags (None: not given) with the environment, and check the whole.
+
+    Raises ConfigurationError.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if not given.get("repositories"):
+        given.pop("repositories", None)
+    try:
+        # Not checked statically: the values come as the strings that the operator typed.
+        chosen = ServeSettings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigurationError("; ".join(_complaints(error, given))) from error
+    repositories = _check_repositories(chosen.repositories)
+    return Settings(
+        repositories=repositories,
+        cache_dir=check_cache_dir(chosen.cache_dir, repositories),
+        host=chosen.host,
+        port=chosen.port,
+        front_ends=chosen.front_ends,
+        workers=chosen.workers,
+        worker_threads=chosen.worker_threads,
+        device_memory_bytes=chosen.device_memory,
+        host_memory_bytes=chosen.host_memory,
+        start_method=chosen.start_method,
+        allow_code=chosen.allow_code,
+        policy=chosen.policy,
+        verify=chosen.verify,
+        payload_bytes=chosen.payload_memory,
+        body_bytes_max=chosen.max_body,
+        spin_ns=None if chosen.spin_us is None else int(chosen.spin_us * 1000),
+        scan_interval_s=chosen.scan_interval,
+        request_timeout_ms=max(1, round(chosen.request_timeout * 1000)),
+        drain_timeout_s=chosen.drain_timeout,
+        log_level=chosen.log_level,
+    )
+
+
+def _complaints(error: ValidationError, given: dict[str, object]) -> list[str]:
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        name = str(problem["loc"][0])
+        source = f"--{name.replace('_', '-')}"
+        if name not in given:
+            source = f"{ENV_PREFIX}{name.upper()} (or {source})"
+        text = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{source} is {problem['input']!r}: {text[:1].lower()}{text[1:]}")
+    return lines
+
+
+def _check_repositories(paths: tuple[str, ...]) -> tuple[str, ...]:
+    if not paths:
+        raise ConfigurationError(
+            "no model repository: give a folder, as in `overcommit serve ./models`, or make one "
+            "to try with `overcommit demo ./models`"
+        )
+    checked: list[str] = []
+    for path in paths:
+        folder = os.path.abspath(os.path.expanduser(path))
+        if not os.path.isdir(folder):
+            what = "is no folder" if os.path.exists(folder) else "does not exist"
+            raise ConfigurationError(
+                f"the model repository {folder} {what}: give a folder that holds one folder per "
+                f"model, or make one to try with `overcommit demo {path}`"
+            )
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ConfigurationError(f"the model repository {folder} cannot be read: permissions")
+        if folder not in checked:
+            checked.append(folder)
+    return tuple(checked)
+
+
+def check_cache_dir(path: str, repositories: tuple[str, ...]) -> str:
+    """Return the absolute cache folder, made and writable.
+
+    Raises ConfigurationError.
+    """
+    folder = os.path.abspath(os.path.expanduser(path))
+    for repository in repositories:
+        # Its folders would show up as models, and every packed image as a change.
+        inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(repository))
+        if not inside.startswith("..") and (inside == "." or not inside.startswith(".")):
+            raise ConfigurationError(
+                f"the cache {folder} lies inside the model repository {repository}: choose another "
+                f"--cache-dir"
+            )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the cache {folder} cannot be made: {error.strerror}; choose another --cache-dir"
+        ) from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"the cache {folder} cannot be written: permissions; choose another --cache-dir"
+        )
+    return folder

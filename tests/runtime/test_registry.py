@@ -1,0 +1,476 @@
+"""The registry and the pack index."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from overcommit.runtime.config import ModelConfig, TensorSpec
+from overcommit.runtime.errors import NotFound, RepositoryError
+from overcommit.runtime.messages import PackDone
+from overcommit.runtime.pack_index import FILE_NAME, PackIndex
+from overcommit.runtime.registry import (
+    IDLE_SLOTS,
+    Entry,
+    Registry,
+    RegistryChanges,
+    State,
+    to_info,
+    to_route,
+)
+from overcommit.runtime.repository import VersionSource
+
+SPEC = TensorSpec(name="x", datatype="FP32", shape=(-1, 16))
+
+
+def source(
+    name: str = "minilm",
+    version: str = "1",
+    fingerprint: str = "a",
+    error: str | None = None,
+    settling: bool = False,
+) -> VersionSource:
+    config = None if error or settling else ModelConfig()
+    return VersionSource(
+        name, version, f"/models/{name}/{version}", fingerprint, config, error, settling
+    )
+
+
+def packed(tmp_path: Path, key: str = "k") -> PackDone:
+    image = tmp_path / f"{key}.image"
+    image.write_bytes(b"i" * 4096)
+    config = ModelConfig(inputs=(SPEC,), outputs=(SPEC,))
+    return PackDone(
+        job=1, ok=True, image_path=str(image), nbytes=4096, engine="torch", config=config
+    )
+
+
+FAILED = PackDone(job=1, ok=False, message="no engine can run it")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "cache")
+
+
+def make_ready(registry: Registry, tmp_path: Path, *sources: VersionSource) -> RegistryChanges:
+    changes = registry.apply_scan(sources)
+    for slot in changes.to_pack:
+        assert registry.on_packed(slot, packed(tmp_path)) == []
+    return changes
+
+
+# --- a version's way ----------------------------------------------------------------------------
+def test_a_new_version_is_packed_and_then_ready(registry: Registry, tmp_path: Path) -> None:
+    changes = registry.apply_scan([source()])
+    assert changes.added == changes.to_pack
+    assert len(changes.added) == 1
+    entry = registry.find("minilm")
+    assert entry.state is State.PACKING
+    assert registry.on_packed(entry.slot, packed(tmp_path)) == []
+    assert entry.state is State.READY
+    assert to_route(entry).inputs == (SPEC,)
+    assert to_route(entry).state == "ready"
+    assert to_info(entry).nbytes == 4096
+
+
+def test_the_same_scan_again_changes_nothing(registry: Registry, tmp_path: Path) -> None:
+    make_ready(registry, tmp_path, source(), source("bad", error="broken"))
+    assert registry.apply_scan([source(), source("bad", error="broken")]) == RegistryChanges()
+
+
+def test_a_broken_folder_is_listed_with_its_reason(registry: Registry, tmp_path: Path) -> None:
+    changes = make_ready(registry, tmp_path, source("bad", error="unknown key"), source())
+    assert len(changes.added) == 2
+    entry = registry.find("bad")
+    assert (entry.state, entry.reason) == (State.UNAVAILABLE, "unknown key")
+    assert registry.find("minilm").state is State.READY
+
+
+def test_a_version_that_cannot_be_packed_is_unavailable(registry: Registry) -> None:
+    (slot,) = registry.apply_scan([source()]).to_pack
+    registry.on_packed(slot, FAILED)
+    entry = registry.find("minilm")
+    assert (entry.state, entry.reason) == (State.UNAVAILABLE, "no engine can run it")
+
+
+def test_a_settling_version_is_left_alone(registry: Registry, tmp_path: Path) -> None:
+    assert registry.apply_scan([source(settling=True)]) == RegistryChanges()
+    make_ready(registry, tmp_path, source())
+    assert registry.apply_scan([source(fingerprint="b", settling=True)]) == RegistryChanges()
+    assert registry.find("minilm").state is State.READY
+
+
+# --- changes on disk ----------------------------------------------------------------------------
+def test_the_old_version_serves_until_the_new_one_is_packed(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    old = registry.find("minilm")
+    changes = registry.apply_scan([source(fingerprint="b")])
+    assert (changes.added, changes.changed, changes.removed) == ([], [], [])
+    (slot,) = changes.to_pack
+    assert slot != old.slot
+    assert registry.find("minilm") is old
+    assert list(registry.entries()) == [old]
+    assert registry.on_packed(slot, packed(tmp_path)) == [old.slot]
+    assert registry.find("minilm").slot == slot
+    assert registry.by_slot(old.slot) is old  # what still runs may ask for it
+    registry.release(old.slot)
+    assert registry.by_slot(old.slot) is None
+
+
+def test_the_old_version_stays_when_the_new_one_cannot_be_packed(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    old = registry.find("minilm")
+    (slot,) = registry.apply_scan([source(fingerprint="b")]).to_pack
+    assert registry.on_packed(slot, FAILED) == []
+    assert registry.by_slot(slot) is None
+    assert registry.find("minilm") is old
+    assert old.state is State.READY
+    assert "no engine can run it" in old.reason
+    assert registry.apply_scan([source(fingerprint="b")]) == RegistryChanges()
+
+
+def test_the_old_version_stays_when_the_new_folder_is_broken(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    registry.apply_scan([source(fingerprint="b", error="unknown key")])
+    entry = registry.find("minilm")
+    assert entry.state is State.READY
+    assert "unknown key" in entry.reason
+    assert registry.apply_scan([source()]) == RegistryChanges()
+    assert entry.reason == ""
+
+
+def test_a_second_change_replaces_a_successor_that_is_not_packed_yet(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    old = registry.find("minilm")
+    (first,) = registry.apply_scan([source(fingerprint="b")]).to_pack
+    changes = registry.apply_scan([source(fingerprint="c")])
+    assert changes.removed == [first]
+    (second,) = changes.to_pack
+    assert registry.on_packed(first, packed(tmp_path)) == []
+    assert registry.find("minilm") is old
+    assert registry.on_packed(second, packed(tmp_path)) == [old.slot]
+
+
+def test_a_broken_version_that_is_mended_is_replaced_at_once(registry: Registry) -> None:
+    (old,) = registry.apply_scan([source(error="broken")]).added
+    changes = registry.apply_scan([source(fingerprint="b")])
+    assert changes.removed == [old]
+    assert changes.changed == changes.to_pack
+    assert registry.find("minilm").state is State.PACKING
+
+
+def test_a_change_back_to_known_files_needs_no_packing(registry: Registry, tmp_path: Path) -> None:
+    make_ready(registry, tmp_path, source())
+    make_ready(registry, tmp_path, source(version="2"), source())
+    first = registry.find("minilm", "1").slot
+    (slot,) = registry.apply_scan([source(fingerprint="b"), source(version="2")]).to_pack
+    registry.on_packed(slot, packed(tmp_path, "b"))
+    changes = registry.apply_scan([source(), source(version="2")])
+    assert changes.to_pack == []
+    assert changes.removed == [slot]
+    assert registry.find("minilm", "1").state is State.READY
+    assert registry.find("minilm", "1").slot not in (first, slot)
+
+
+def test_a_version_that_is_gone_is_removed_with_its_successor(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    old = registry.find("minilm").slot
+    (successor,) = registry.apply_scan([source(fingerprint="b")]).to_pack
+    assert sorted(registry.apply_scan([]).removed) == sorted([old, successor])
+    assert len(registry) == 0
+    with pytest.raises(NotFound):
+        registry.find("minilm")
+
+
+# --- load and unload ----------------------------------------------------------------------------
+def test_unload_and_load_keep_the_slot(registry: Registry, tmp_path: Path) -> None:
+    make_ready(registry, tmp_path, source(), source(version="2"))
+    affected = registry.set_unloaded("minilm")
+    assert [entry.version for entry in affected] == ["1", "2"]
+    assert {entry.state for entry in affected} == {State.UNLOADED}
+    assert registry.set_unloaded("minilm") == []
+    assert registry.set_loaded("minilm") == affected
+    assert {entry.state for entry in affected} == {State.READY}
+
+
+def test_an_unloaded_model_stays_unloaded_when_it_changes(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    registry.set_unloaded("minilm")
+    changes = registry.apply_scan([source(fingerprint="b"), source(version="2")])
+    assert changes.to_pack == []
+    assert {entry.state for entry in registry.entries()} == {State.UNLOADED}
+    assert {entry.state for entry in registry.set_loaded("minilm")} == {State.PACKING}
+
+
+def test_a_version_unloaded_while_it_is_packed_stays_unloaded(
+    registry: Registry, tmp_path: Path
+) -> None:
+    (slot,) = registry.apply_scan([source()]).to_pack
+    registry.set_unloaded("minilm")
+    registry.on_packed(slot, packed(tmp_path))
+    assert registry.find("minilm").state is State.UNLOADED
+    assert registry.set_loaded("minilm")[0].state is State.READY
+
+
+def test_load_tries_a_failed_version_again(registry: Registry) -> None:
+    (slot,) = registry.apply_scan([source()]).to_pack
+    registry.on_packed(slot, FAILED)
+    (entry,) = registry.set_loaded("minilm")
+    assert (entry.state, entry.reason) == (State.PACKING, "")
+
+
+def test_load_packs_again_when_the_image_is_gone(registry: Registry, tmp_path: Path) -> None:
+    make_ready(registry, tmp_path, source())
+    registry.set_unloaded("minilm")
+    (tmp_path / "k.image").unlink()
+    assert registry.set_loaded("minilm")[0].state is State.PACKING
+
+
+def test_loading_a_broken_folder_says_what_is_wrong(registry: Registry) -> None:
+    registry.apply_scan([source(error="unknown key 'pinn'")])
+    with pytest.raises(RepositoryError, match="unknown key 'pinn'"):
+        registry.set_loaded("minilm")
+
+
+@pytest.mark.parametrize("operation", ["find", "set_loaded", "set_unloaded"])
+def test_an_unknown_model_is_not_found(registry: Registry, operation: str) -> None:
+    with pytest.raises(NotFound, match="Request for unknown model: 'nope' is not found"):
+        getattr(registry, operation)("nope")
+
+
+# --- lookups ------------------------------------------------------------------------------------
+def test_latest_is_the_highest_number_that_can_be_used(registry: Registry, tmp_path: Path) -> None:
+    make_ready(
+        registry, tmp_path, *(source(version=v) for v in ("9", "10", "2")), source(version="11")
+    )
+    assert registry.find("minilm").version == "11"
+    registry.find("minilm", "11").state = State.UNAVAILABLE
+    assert registry.find("minilm").version == "10"
+    registry.set_unloaded("minilm")
+    assert registry.find("minilm").version == "11"
+
+
+def test_a_missing_version_names_those_that_exist(registry: Registry) -> None:
+    registry.apply_scan([source(version="1"), source(version="2")])
+    with pytest.raises(NotFound, match=r"'minilm' version 7 is not found; there is 1, 2"):
+        registry.find("minilm", "7")
+
+
+def test_pages_follow_each_other_in_order(registry: Registry) -> None:
+    sources = [source(name, version) for name in ("b", "a") for version in ("10", "9")]
+    registry.apply_scan(sources)
+    rows = [(e.name, e.version) for start in (0, 3) for e in registry.page(start, 3)]
+    assert rows == [("a", "9"), ("a", "10"), ("b", "9"), ("b", "10")]
+    assert [(e.name, e.version) for e in registry.entries()] == rows
+    assert registry.page(99, 5) == []
+
+
+def test_a_freed_slot_is_used_again_last(tmp_path: Path) -> None:
+    registry = Registry(tmp_path, slots_max=IDLE_SLOTS + 2)
+    used = []
+    for number in range(IDLE_SLOTS + 2):
+        used += registry.apply_scan([source(fingerprint=str(number))]).to_pack
+        for slot in used[:-1]:
+            if registry.by_slot(slot) is None and slot in registry._leaving:
+                registry.release(slot)
+    assert len(set(used)) == IDLE_SLOTS + 2
+
+
+def test_a_full_registry_leaves_versions_out_and_serves_the_others(tmp_path: Path) -> None:
+    registry = Registry(tmp_path, slots_max=3)
+    registry.apply_scan([source(version=str(number)) for number in range(1, 6)])
+    assert len(registry) == 3
+
+
+# --- the pack index -----------------------------------------------------------------------------
+def test_a_second_start_packs_nothing(tmp_path: Path) -> None:
+    make_ready(Registry(tmp_path), tmp_path, source(), source("other"))
+    registry = Registry(tmp_path)
+    changes = registry.apply_scan([source(), source("other"), source("third")])
+    assert [registry.by_slot(slot).name for slot in changes.to_pack] == ["third"]  # type: ignore[union-attr]
+    assert registry.find("minilm").state is State.READY
+    assert registry.find("minilm").config.inputs == (SPEC,)
+    assert registry.find("minilm").config is registry.find("other").config
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "folder", "config"])
+def test_a_fact_is_used_only_for_the_same_files_and_config(tmp_path: Path, change: str) -> None:
+    make_ready(Registry(tmp_path), tmp_path, source())
+    value = ModelConfig(weight=5) if change == "config" else "/else"
+    changed = dataclasses.replace(source(), **{change: value})
+    assert len(Registry(tmp_path).apply_scan([changed]).to_pack) == 1
+
+
+def test_a_fact_whose_image_is_gone_is_not_used(tmp_path: Path) -> None:
+    make_ready(Registry(tmp_path), tmp_path, source())
+    (tmp_path / "k.image").unlink()
+    assert len(Registry(tmp_path).apply_scan([source()]).to_pack) == 1
+
+
+def test_every_torn_index_loses_only_its_tail(tmp_path: Path) -> None:
+    index = PackIndex(tmp_path)
+    config = ModelConfig()
+    ends = []
+    for number in range(3):
+        index.add("/f", str(number), config, packed(tmp_path))
+        ends.append((tmp_path / FILE_NAME).stat().st_size)
+    content = (tmp_path / FILE_NAME).read_bytes()
+    for length in range(0, len(content), 7):
+        (tmp_path / FILE_NAME).write_bytes(content[:length])
+        known = PackIndex(tmp_path)
+        whole = sum(1 for end in ends if end <= length)
+        assert len(known) == whole
+        known.add("/f", "new", config, packed(tmp_path))
+        assert len(PackIndex(tmp_path)) == whole + 1
+
+
+def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
+    index = PackIndex(tmp_path)
+    for number in range(2):
+        index.add("/f", str(number), ModelConfig(), packed(tmp_path))
+    content = bytearray((tmp_path / FILE_NAME).read_bytes())
+    content[-5] ^= 1
+    (tmp_path / FILE_NAME).write_bytes(content)
+    known = PackIndex(tmp_path)
+    assert known.find("/f", "0", ModelConfig()) is not None
+    assert known.find("/f", "1", ModelConfig()) is None
+
+
+def test_a_foreign_file_in_the_place_of_the_index_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"something else entirely, and long enough to look at")
+    index = PackIndex(tmp_path)
+    assert len(index) == 0
+    index.add("/f", "0", ModelConfig(), packed(tmp_path))
+    assert len(PackIndex(tmp_path)) == 1
+
+
+def test_two_writers_keep_each_others_facts(tmp_path: Path) -> None:
+    first, second = PackIndex(tmp_path), PackIndex(tmp_path)
+    first.add("/f", "1", ModelConfig(), packed(tmp_path))
+    second.add("/f", "2", ModelConfig(), packed(tmp_path))
+    first.add("/f", "3", ModelConfig(), packed(tmp_path))
+    assert len(PackIndex(tmp_path)) == 3
+
+
+def test_an_index_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    registry = Registry(tmp_path / "cache")
+    (slot,) = registry.apply_scan([source()]).to_pack
+    registry.on_packed(slot, packed(tmp_path))
+    assert registry.find("minilm").state is State.READY
+
+
+# --- everything at once -------------------------------------------------------------------------
+NAMES = st.sampled_from(["a", "b"])
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Random scans, packs, loads and unloads against what must always hold."""
+
+    @initialize()
+    def start(self) -> None:
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name)
+        self.registry = Registry(self.path)
+        self.to_pack: list[int] = []
+        self.routed: dict[int, str] = {}  # what front ends know: slot -> name/version
+        self.leaving: list[int] = []
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    def announce(self, entries: list[Entry], removed: list[int]) -> None:
+        for entry in entries:
+            self.routed[entry.slot] = f"{entry.name}/{entry.version}"
+        for slot in removed:
+            self.routed.pop(slot, None)
+            self.leaving.append(slot)
+
+    @rule(
+        found=st.dictionaries(
+            st.tuples(NAMES, st.sampled_from(["1", "2"])),
+            st.tuples(st.sampled_from("xyz"), st.sampled_from(["", "broken", "settling"])),
+        )
+    )
+    def scan(self, found: dict[tuple[str, str], tuple[str, str]]) -> None:
+        sources = [
+            source(name, version, mark, "broken" if how == "broken" else None, how == "settling")
+            for (name, version), (mark, how) in found.items()
+        ]
+        changes = self.registry.apply_scan(sources)
+        self.to_pack += changes.to_pack
+        slots = (*changes.added, *changes.changed)
+        self.announce([e for s in slots if (e := self.registry.by_slot(s))], changes.removed)
+
+    @rule(ok=st.booleans(), at=st.integers(0, 9))
+    def pack(self, ok: bool, at: int) -> None:
+        if not self.to_pack:
+            return
+        slot = self.to_pack.pop(at % len(self.to_pack))
+        if self.registry.by_slot(slot) is None:
+            return
+        removed = self.registry.on_packed(slot, packed(self.path) if ok else FAILED)
+        entry = self.registry.by_slot(slot)
+        self.announce([entry] if entry else [], removed)
+
+    @rule(name=NAMES, load=st.booleans())
+    def load_or_unload(self, name: str, load: bool) -> None:
+        try:
+            if load:
+                affected = self.registry.set_loaded(name)
+                self.to_pack += [e.slot for e in affected if e.state is State.PACKING]
+            else:
+                affected = self.registry.set_unloaded(name)
+        except (NotFound, RepositoryError):
+            return
+        self.announce(affected, [])
+
+    @rule()
+    def release(self) -> None:
+        while self.leaving:
+            self.registry.release(self.leaving.pop())
+
+    @invariant()
+    def front_ends_know_exactly_what_is_current(self) -> None:
+        if hasattr(self, "registry"):
+            current = {e.slot: f"{e.name}/{e.version}" for e in self.registry.entries()}
+            assert self.routed == current
+            assert len(set(current.values())) == len(current)
+
+    @invariant()
+    def states_are_sound(self) -> None:
+        if not hasattr(self, "registry"):
+            return
+        for entry in self.registry.entries():
+            assert not entry.retired
+            assert self.registry.by_slot(entry.slot) is entry
+            if entry.state is State.READY:
+                assert entry.image_path
+            if entry.state is State.UNAVAILABLE:
+                assert entry.reason
+            if entry.state is State.PACKING:
+                assert entry.slot in self.to_pack
+
+
+TestRegistryMachine = RegistryMachine.TestCase
+TestRegistryMachine.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
