@@ -1,4 +1,4 @@
-"""One keep-alive connection of the load generator: sends a request, judges the answer, sends the next.
+"""One keep-alive connection of the load generator: sends a request, judges the answer, goes on.
 
 Callbacks only, no task per request: at ten thousand requests a second the harness shares its cores
 with the server, and each task switch would be taken from it.
@@ -120,7 +120,9 @@ class Connection(asyncio.Protocol):
         run = self._run
         if self._request is not None:
             run.tally.broken += 1
-            run.tally.note(f"{self._request.target}: connection lost: {error or 'closed by server'}")
+            run.tally.note(
+                f"{self._request.target}: connection lost: {error or 'closed by server'}"
+            )
             self._request = None
         if run.is_stopping or not run.reconnect:
             self.is_done = True

@@ -1,11 +1,11 @@
 """The physical limits of this machine, measured in the run whose figures stand beside them.
 
- * copy: memory to memory, between two populated memfd mappings, as the tiers of a server without a GPU
-   are.  Measured with one thread and with one per core; the higher is the limit.
+ * copy: memory to memory, between two populated memfd mappings, which is what the tiers of a server
+   without a GPU are.  Measured with one thread and with one per core; the higher is the limit.
  * read: `O_DIRECT` from weight images on the disk of the cache, in pieces and with as many reads in
    flight as the mover has.  Where the file system refuses `O_DIRECT`, buffered, and said so.
 
-A figure is the best of a few passes: a limit is what the machine can do, not what it did on average.
+A figure is the best of a few passes: a limit is what the machine can do, not its average.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def _read_pass(images: Sequence[Path], total_bytes: int, direct: bool) -> float:
         pieces = [
             (fd, offset)
             for fd in fds
-            for offset in range(0, os.fstat(fd).st_size // mmap.PAGESIZE * mmap.PAGESIZE, READ_BYTES)
+            for offset in range(
+                0, os.fstat(fd).st_size // mmap.PAGESIZE * mmap.PAGESIZE, READ_BYTES
+            )
         ][: max(1, total_bytes // READ_BYTES)]
 
         def read(piece: tuple[int, int]) -> int:

@@ -14,8 +14,9 @@ from typing import Final
 from overcommit.bench import references, screen
 from overcommit.bench.references import References
 from overcommit.bench.report import Report
-from overcommit.bench.variants_repo import VOCABULARY, make_variants
+from overcommit.bench.variants_repo import make_repository
 
+VOCABULARY: Final = 30_522  # of MiniLM
 RUNS_KEPT_MAX: Final = 10  # folders of failed runs
 
 
@@ -52,17 +53,15 @@ class Fleet:
 
 def minilm_variants(options: Options, report: Report, count: int) -> Fleet:
     """Return a repository of `count` variants, and their references."""
-    root = options.work / f"variants-{count}"
-    report.step(f"{count} variants of all-MiniLM-L6-v2 in {root}")
+    report.step(f"{count} variants of all-MiniLM-L6-v2 in {options.work}")
     with screen.bar(report.console, "making variants") as advance:
-        folders = make_variants(root, count, advance)
-    return fleet_of(options, report, root, folders, VOCABULARY)
+        folders = make_repository(options.work, count, advance)
+    return fleet_of(options, report, folders, VOCABULARY)
 
 
-def fleet_of(
-    options: Options, report: Report, root: Path, folders: dict[str, Path], vocabulary: int
-) -> Fleet:
+def fleet_of(options: Options, report: Report, folders: dict[str, Path], vocabulary: int) -> Fleet:
     """Compute the references of model folders and check that they can be told apart."""
+    root = next(iter(folders.values())).parent
     report.step("reference answers, by transformers alone")
     inputs = references.fixed_inputs(vocabulary)
     with screen.bar(report.console, "computing references") as advance:

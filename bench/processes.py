@@ -1,4 +1,4 @@
-"""What the kernel knows of a server's processes: family, descriptors, I/O, and what they leave behind.
+"""What the kernel knows of a server's processes: family, descriptors, I/O, and what they leave.
 
 Everything is read from /proc, so that it holds also when the server's own books are wrong.
 """

@@ -121,17 +121,15 @@ class References:
         smallest, who = self.distance()
         if not smallest >= DISTANCE_MIN:
             raise BenchError(
-                f"{who} differ by {smallest:.2g} only; at least {DISTANCE_MIN:.2g} is needed to tell "
-                f"a wrong variant from a right one: make the variants anew with distinct weights"
+                f"{who} differ by {smallest:.2g} only; at least {DISTANCE_MIN:.2g} is needed to "
+                f"tell a wrong variant from a right one: make them anew with distinct weights"
             )
         return smallest
 
     def subset(self, names: Sequence[str]) -> References:
         """Return the references of some variants only."""
         chosen = [self.names.index(name) for name in names]
-        return References(
-            tuple(names), self.inputs, [outputs[chosen] for outputs in self.outputs]
-        )
+        return References(tuple(names), self.inputs, [outputs[chosen] for outputs in self.outputs])
 
 
 def _write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -149,9 +147,7 @@ def compute(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> References:
     """Return the references of these model folders, computing what the cache lacks."""
-    paths = {
-        name: cache / f"{weights_key(folder, inputs)}.npz" for name, folder in folders.items()
-    }
+    paths = {name: cache / f"{weights_key(folder, inputs)}.npz" for name, folder in folders.items()}
     missing = [name for name, path in paths.items() if not path.exists()]
     on_progress(len(folders) - len(missing), len(folders))
     if missing:

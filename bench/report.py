@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -59,7 +58,7 @@ def machine() -> dict[str, str]:
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": f"{len(os.sched_getaffinity(0))} x {model}",
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "memory": f"{_memory_bytes() / 2**30:.1f} GiB",
         "kernel": platform.release(),
         "python": platform.python_version(),
         "overcommit": overcommit.__version__,
@@ -67,6 +66,10 @@ def machine() -> dict[str, str]:
     for package in _PACKAGES:
         facts[package] = importlib.metadata.version(package)
     return facts
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True)

@@ -218,7 +218,9 @@ class Server:
         return samples
 
     def wait_packed(
-        self, names: Sequence[str], on_progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        names: Sequence[str],
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Wait until every model has its image.
 
@@ -238,6 +240,8 @@ class Server:
             if done > best:
                 best, since = done, time.monotonic()
             if time.monotonic() - since > STALL_LIMIT_S:
-                waiting = [f"{name} is {state}" for name, state in states.items() if state != "READY"]
+                waiting = [
+                    f"{name} is {state}" for name, state in states.items() if state != "READY"
+                ]
                 raise self.blame(f"does not get its models ready ({', '.join(waiting[:5])})")
             time.sleep(0.2)

@@ -105,9 +105,7 @@ def new_activations(before: Snapshot, after: Snapshot) -> list[dict[str, Any]]:
     return list(now[len(old) :] if len(now) < ACTIVATIONS_KEPT else now)
 
 
-def activation_figures(
-    records: list[dict[str, Any]], source: str, limits: Limits
-) -> list[Figure]:
+def activation_figures(records: list[dict[str, Any]], source: str, limits: Limits) -> list[Figure]:
     """How long the activations from one tier took, and how close to the hardware they came."""
     chosen = [record for record in records if record["source"] == source]
     if not chosen:

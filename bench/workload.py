@@ -103,8 +103,8 @@ class EmbeddingWorkload:
         if distances[nearest] <= self._tolerance:
             return f"{request.target}: input {request.input}: got the answer of {whose}"
         return (
-            f"{request.target}: input {request.input}: off by {away:.3g} (limit {self._tolerance:g}); "
-            f"nearest is {whose}, off by {distances[nearest]:.3g}"
+            f"{request.target}: input {request.input}: off by {away:.3g}, "
+            f"limit {self._tolerance:g}; nearest is {whose}, off by {distances[nearest]:.3g}"
         )
 
 

@@ -1,8 +1,8 @@
 """From the requests of a batch to one array per input, and back from the outputs to each request.
 
-`gather` copies the tensors out of the ingress blocks, one after the other along the batch axis, and
-pads ragged axes to the longest.  `split` takes each request's rows out of the outputs, cuts what was
-padded, and writes them into its egress block behind a header.
+`gather` copies the tensors out of the ingress blocks, one after the other along the batch axis,
+and pads ragged axes to the longest.  `split` takes each request's rows out of the outputs, cuts
+what was padded, and writes them into its egress block behind a header.
 
 Inputs are copied even for a batch of one: ingress memory is mapped read-only, and a model that
 changes its input in place would die of it.
@@ -25,10 +25,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from overcommit.runtime import payload
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, ModelError
-from overcommit.runtime.payload import TensorPlace
 from overcommit.runtime.signature import NUMPY_TYPES, Form, Signature
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -67,7 +65,8 @@ def gather(
 def _numbers(spec: TensorSpec, data: bytearray, shape: tuple[int, ...]) -> Array:
     if spec.datatype == "BOOL":
         # A client's byte may be 2; as numpy's or torch's bool that is neither true nor false.
-        return np.frombuffer(data, np.uint8).reshape(shape) != 0
+        truth: Array = np.frombuffer(data, np.uint8).reshape(shape) != 0
+        return truth
     return np.frombuffer(data, NUMPY_TYPES[spec.datatype]).reshape(shape)
 
 
@@ -137,8 +136,8 @@ def split(
     for spec, array in zip(signature.outputs, arrays, strict=True):
         if not array.ndim or array.shape[0] != rows:
             raise ModelError(
-                f"output '{spec.name}' has shape {list(array.shape)} for a batch of {rows} rows: it "
-                f"cannot be split; set max_batch_size = 0 if the model does not batch"
+                f"output '{spec.name}' has shape {list(array.shape)} for a batch of {rows} rows: "
+                f"it cannot be split; set max_batch_size = 0 if the model does not batch"
             )
     cuts = _cuts(signature, arrays, forms)
     needs: list[int] = []
@@ -189,9 +188,7 @@ def _cuts(
 
 def _write(signature: Signature, arrays: Sequence[Array], block: memoryview) -> int:
     """Write one request's outputs behind their header; return the bytes that it needs."""
-    pieces = [
-        _joined(array) if array.dtype == object else _raw(array) for array in arrays
-    ]
+    pieces = [_joined(array) if array.dtype == object else _raw(array) for array in arrays]
     header, places, total = signature.answer_header(
         tuple((len(piece), array.shape) for piece, array in zip(pieces, arrays, strict=True))
     )

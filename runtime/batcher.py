@@ -4,8 +4,8 @@ Owns the lanes of a worker and their order.  State and `now_ns` go in, batches a
 out; nothing here blocks, reads a clock or touches memory that others see.
 
 A lane is due at once when the worker is free: whatever gathered while it ran the last batch goes
-together, without artificial delay.  Only where a version's config sets a queue delay, its lane waits
-until it is full or its oldest job has waited that long.
+together, without artificial delay.  Only where a version's config sets a queue delay, its lane
+waits until it is full or its oldest job has waited that long.
 
 Between lanes: weighted deficit round robin, with the turn as short as it can be, one batch.  A
 lane's deficit is kept as the time at which its share is used up on a clock that runs only while
@@ -302,7 +302,8 @@ class Batcher:
 
     def _back(self, batch: Batch) -> _Turn:
         turn = self._running
-        assert turn is not None and turn.lane.slot == batch.slot, "only the batch that is out"
+        assert turn is not None, "no batch is out"
+        assert turn.lane.slot == batch.slot, "another batch is out"
         self._running = None
         return turn
 

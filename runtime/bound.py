@@ -1,23 +1,24 @@
 """The versions that a worker knows: what they are, their programs, and where their weights lie.
 
 Owns per version its signature, its mapping of the DEVICE arena and its bound model, and the helper
-thread that reads image headers and imports programs.  The number of bound models is limited; the one
-that ran longest ago goes first and is bound again when it is wanted.
+thread that reads image headers and imports programs.  The number of bound models is limited; the
+one that ran longest ago goes first and is bound again when it is wanted.
 
 A version here:
 
-    UNKNOWN --VersionInfo--> KNOWN --Placed--> MAPPED  --\
-                               \--program loaded--> OPEN --+--bind--> BOUND
-    BOUND, MAPPED -> not placed     [lost: the lease was refused, another generation will come]
-    BOUND -> KNOWN                  [make_room]
-    any -> FAILED -> KNOWN          [fail; after a pause that grows with every failure]
-    any -> UNKNOWN                  [forget]
+    UNKNOWN -> KNOWN                      [learn]
+    KNOWN -> PLACED -> BOUND              [place, then the program is loaded, then bind]
+    KNOWN -> OPEN -> BOUND                [the program is loaded, then place, then bind]
+    BOUND, PLACED -> the same, unplaced   [the lease was refused; another generation will come]
+    BOUND -> KNOWN                        [make_room]
+    any -> FAILED -> KNOWN                [fail; after a pause that grows with every failure]
+    any -> UNKNOWN                        [forget]
 
-A version is runnable when it is bound and placed.  Whether its weights are still there is decided by
-the lease before each batch, not here.
+A version is runnable when it is bound and placed.  Whether its weights are still there is decided
+by the lease before each batch, not here.
 
 Invariants
- 1. A program is bound once while its mapping lives: the address is the same wherever the chunks lie.
+ 1. A program is bound once while its mapping lives: the address stays, wherever the chunks lie.
  2. Weights are touched only under a lease, binding included.
  3. A mapping is closed only after its model is let go of.
  4. The helper thread touches nothing but its two queues and the bell.
@@ -195,7 +196,8 @@ class Versions:
 
     def bind(self, version: Version) -> None:
         """Join program and weights.  The caller holds the lease.  Raises what the engine raises."""
-        assert version.opened is not None and version.mapping is not None
+        assert version.opened is not None, "loaded first"
+        assert version.mapping is not None, "placed first"
         header, program = version.opened
         version.model = program.bind(header, version.mapping.view())
         version.opened = None  # the header's tables are of no use any more
@@ -206,11 +208,12 @@ class Versions:
         self._release(version)
         pause_s = LOAD_BACKOFF_S[min(version.failures, len(LOAD_BACKOFF_S) - 1)]
         version.failures += 1
-        is_ours = isinstance(error, OvercommitError)
+        code, reason = ModelError.code, f"{type(error).__name__}: {error}"
+        if isinstance(error, OvercommitError):
+            code, reason = error.code, error.message
         version.failure = Failure(
-            code=error.code if is_ours else ModelError.code,
-            message=f"{version.title} cannot be started: "
-            + (str(error) if is_ours else f"{type(error).__name__}: {error}"),
+            code=code,
+            message=f"{version.title} cannot be started: {reason}",
             until_ns=now_ns + int(pause_s * 1e9),
         )
         return version.failure

@@ -7,7 +7,7 @@ Invariants
  1. Whatever a front end wrote is checked on a private copy before it is used: the ring's counters
     and sequence by the ring, ids, kinds and bounds here.
  2. A link that lied once is dropped and never read or written again; other links go on.
- 3. Every submission that `pop` returned as a job is completed at most once, with its link's own ids.
+ 3. Every submission that `pop` returned as a job is completed at most once, on its own link.
  4. A doorbell is rung at most once per `ring_bells`, and only when its front end sleeps.
 
 Called by the worker's loop and its runner.

@@ -170,6 +170,14 @@ class DeviceRoom(Room):
         """Return the version's bytes on DEVICE."""
         return version.device
 
+    def bytes_out_of_reach(self, version: Version, pinned: list[Version]) -> int:
+        """Bytes that this version can never get, because these others keep theirs."""
+        small = [v for v in pinned if v.nbytes <= SLAB_MODEL_BYTES_MAX]
+        large = sum(self._footprint(v) for v in pinned if v.nbytes > SLAB_MODEL_BYTES_MAX)
+        if version.nbytes <= SLAB_MODEL_BYTES_MAX:
+            return large + sum(self._footprint(v) for v in small)
+        return large + SMALL_CHUNK_BYTES * len(self._slabs_of(small))  # a slab is no chunk for it
+
     def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
         candidates = [slot for slot, version in self.holders.items() if _is_evictable(version)]
         refreshed: set[int] = set()

@@ -387,8 +387,8 @@ class Residency:
     def _why_never(self, version: Version) -> str | None:
         """Say why no eviction could ever make room for this version; None if one could."""
         size = self.device.footprint(version.nbytes)
-        others = (v for v in self._pinned.values() if v is not version and v.device is not None)
-        pinned = sum(self.device.footprint(v.nbytes) for v in others)
+        others = [v for v in self._pinned.values() if v is not version and v.device is not None]
+        pinned = self._on_device.bytes_out_of_reach(version, others)
         if size <= self.device.capacity_bytes - pinned:
             return None
         return refusals.never_fits(version.name, size, self.device.capacity_bytes, pinned)

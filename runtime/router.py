@@ -4,8 +4,8 @@ Batches form, and weights are mapped and programs bound in one worker only, when
 version meet in one place.  When they are more than one worker digests, the rest spills.
 
 A version's home is the worker with the highest hash of (slot, worker): a worker that comes or goes
-moves only the versions that it had or gets (rendezvous hashing).  A request goes home unless `short`
-requests for its version are outstanding there; then it goes to the worker with the fewest
+moves only the versions that it had or gets (rendezvous hashing).  A request goes home unless
+`short` requests for its version are outstanding there; then it goes to the worker with the fewest
 outstanding requests of all versions, the home among them.
 
 Invariants

@@ -5,10 +5,10 @@ writes the same header for the same shapes, so a look-up by its bytes (0.2 us) r
 checking it (5 us and up).
 
 Requests can share a batch when they have the same inputs and the same sizes beyond the batch axis.
-A named axis may differ (is ragged) when `pad` is set on every input that has it: it is then padded to
-the longest of the batch, and outputs with an axis of that name are cut back.  An axis without a name,
-or a version with an output whose size varies along an axis without a name, is never padded: nobody
-could tell the padding from the answer.
+A named axis may differ (is ragged) when `pad` is set on every input that has it: it is then padded
+to the longest of the batch, and outputs with an axis of that name are cut back.  An axis without a
+name, or a version with an output whose size varies along an axis without a name, is never padded:
+nobody could tell the padding from the answer.
 
 Invariants
  1. Requests with equal `key` can be gathered into one array per input.

@@ -1,0 +1,174 @@
+"""Running one batch: lease, gather, compute, split, answer.
+
+This is the batch boundary: whatever a model raises ends here and fails requests, never the worker.
+A batch of several that fails is run again request by request, so that one bad request does not fail
+its neighbours; what fails alone is answered with its error.
+
+Invariants
+ 1. Weights are touched only between `take` and `drop` of their lease, for the generation that was
+    mapped; the lease is dropped on every path, and the supervisor is rung if it waits for room.
+ 2. The status page names the requests that run before any of them is touched, until all of them are
+    computed: if the process dies in between, they are the suspects.
+ 3. Every job of a batch that ran gets exactly one completion.
+
+Called by the worker's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from overcommit.runtime import _shm
+from overcommit.runtime.assembly import Array, gather, split
+from overcommit.runtime.bound import Version
+from overcommit.runtime.config import TensorSpec
+from overcommit.runtime.errors import BadRequest, ModelError
+from overcommit.runtime.lanes import Job
+from overcommit.runtime.links import Links
+from overcommit.runtime.signature import NUMPY_TYPES, Form
+
+log = logging.getLogger("overcommit.worker")
+
+LOG_PERIOD_NS = 1_000_000_000  # a client can make a model fail as often as it likes
+
+
+class Runner:
+    """Runs batches of bound versions under lease."""
+
+    def __init__(
+        self,
+        links: Links,
+        table: _shm.ResidencyTable,
+        leases: _shm.LeasePage,
+        status: _shm.StatusPage,
+        supervisor_bell: int,
+    ) -> None:
+        self._links = links
+        self._table = table
+        self._leases = leases
+        self._status = status
+        self._supervisor_bell = supervisor_bell
+        self._logged_ns = 0
+
+    def try_lease(self, version: Version, work: Callable[[], None]) -> bool:
+        """Do `work` under the version's lease; False, and nothing done, when it is not resident."""
+        slot, generation = version.info.slot, version.generation
+        if generation is None or not self._leases.take(self._table, slot, generation):
+            return False
+        try:
+            work()
+        finally:
+            self._leases.drop(slot)
+            if self._table.hungry():
+                os.eventfd_write(self._supervisor_bell, 1)
+        return True
+
+    def try_run(self, version: Version, jobs: list[Job]) -> bool:
+        """Run a batch and answer it; False, and nothing done, when the weights are not resident."""
+        if not self.try_lease(version, lambda: self._run(version, jobs)):
+            return False
+        version.has_run = True
+        self._leases.add_uses(version.info.slot, len(jobs), time.monotonic_ns())
+        return True
+
+    def try_warm_up(self, version: Version) -> None:
+        """Run one row of zeros, so that the first request finds everything in place."""
+        slot = version.info.slot
+
+        def warm_up() -> None:
+            assert version.model is not None, "only a bound version is warmed up"
+            self._status.begin(slot, _shm.PHASE_COMPUTE, time.monotonic_ns(), ())
+            try:
+                version.model.run({spec.name: _zeros(spec) for spec in version.info.config.inputs})
+            except Exception as error:  # the batch boundary; requests may well succeed
+                log.info("%s: warm-up failed: %s", version.title, _text(error))
+            finally:
+                self._status.end()
+
+        self.try_lease(version, warm_up)
+        version.has_run = True
+
+    # --- inside ---------------------------------------------------------------------------------
+    def _run(self, version: Version, jobs: list[Job]) -> None:
+        started_ns = time.monotonic_ns()
+        self._status.begin(
+            *(version.info.slot, _shm.PHASE_COPY_IN, started_ns),
+            [job.request_id for job in jobs],
+        )
+        try:
+            needs = self._compute(version, jobs)
+        except Exception as error:  # the batch boundary
+            self._status.end()
+            if len(jobs) == 1:
+                self._fail(version, jobs[0], error)
+            else:
+                self._run_alone(version, jobs, error)
+            return
+        self._status.end()
+        times_ns = (started_ns, time.monotonic_ns())
+        size = len(jobs)
+        complete = self._links.complete
+        for job, need in zip(jobs, needs, strict=True):
+            if need <= job.out_capacity:
+                complete(job, _shm.OK, times_ns, out_length=need, batch_size=size)
+            else:
+                complete(job, _shm.TOO_LARGE, times_ns, batch_size=size, detail=need)
+
+    def _compute(self, version: Version, jobs: list[Job]) -> list[int]:
+        """Gather, run and split; return the egress bytes that each job needs."""
+        assert version.model is not None, "only a bound version runs"
+        links, signature = self._links, version.signature
+        forms: list[Form] = []
+        ingress: list[memoryview] = []
+        egress: list[memoryview] = []
+        for job in jobs:
+            assert job.form is not None, "only a job that was checked runs"
+            link = links.of(job)
+            forms.append(job.form)
+            ingress.append(link.ingress[job.in_offset : job.in_offset + job.in_length])
+            egress.append(link.egress[job.out_offset : job.out_offset + job.out_capacity])
+        inputs = gather(signature, forms, ingress)
+        self._status.phase(_shm.PHASE_COMPUTE)
+        outputs = version.model.run(inputs)
+        self._status.phase(_shm.PHASE_COPY_OUT)
+        return split(signature, outputs, forms, egress)
+
+    def _run_alone(self, version: Version, jobs: list[Job], error: Exception) -> None:
+        self._log(version, f"a batch of {len(jobs)} failed, each is run alone: {_text(error)}")
+        for job in jobs:
+            now_ns = time.monotonic_ns()
+            if job.deadline_ns <= now_ns:
+                self._links.complete(job, _shm.EXPIRED, (now_ns, now_ns))
+            else:
+                self._run(version, [job])
+
+    def _fail(self, version: Version, job: Job, error: Exception) -> None:
+        if isinstance(error, BadRequest):
+            self._links.fail(job, _shm.BAD_REQUEST, error.message)
+            return
+        self._log(version, f"request {job.request_id:#x} failed: {_text(error)}")
+        self._links.fail(job, _shm.MODEL_ERROR, _text(error))
+
+    def _log(self, version: Version, text: str) -> None:
+        now_ns = time.monotonic_ns()
+        if now_ns - self._logged_ns >= LOG_PERIOD_NS:
+            self._logged_ns = now_ns
+            log.warning("%s: %s", version.title, text)
+
+
+def _text(error: Exception) -> str:
+    # The engine has put the type of what the model raised into its message.
+    if isinstance(error, ModelError):
+        return error.message
+    return f"{type(error).__name__}: {error}"
+
+
+def _zeros(spec: TensorSpec) -> Array:
+    shape = tuple(max(1, size) for size in spec.shape)
+    fill: object = b"" if spec.datatype == "BYTES" else 0
+    return np.full(shape, fill, NUMPY_TYPES[spec.datatype])

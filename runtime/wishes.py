@@ -1,0 +1,184 @@
+"""A worker's wishes: from jobs that wait for a version to a lane that runs.
+
+Joins the lanes with what the supervisor says about residency and with the loader's results.  Jobs
+that wait for a version need two things, in any order: the weights placed (asked from the
+supervisor) and the program loaded (by the helper thread).  With both, the version is bound, and its
+lane runs.
+
+Invariants
+ 1. For each slot at most one `Activate` is on its way; there is one whenever jobs wait for a
+    version that is not placed.
+ 2. A lane is runnable in the batcher exactly if its version is bound and placed.
+ 3. Jobs wait only for what can still come: when it fails or is forgotten they are answered.
+ 4. The page says how many jobs wait for a version before the supervisor is asked for it.
+
+Called by the worker's loop.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import deque
+
+from overcommit.runtime import _shm
+from overcommit.runtime.batcher import Batcher
+from overcommit.runtime.bound import Version, Versions
+from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.errors import Unavailable
+from overcommit.runtime.lanes import Job, limits_of
+from overcommit.runtime.links import Links
+from overcommit.runtime.messages import (
+    Activate,
+    ActivationFailed,
+    BindFailed,
+    Placed,
+    VersionInfo,
+)
+from overcommit.runtime.runner import Runner
+
+log = logging.getLogger("overcommit.worker")
+
+
+class Wishes:
+    """What is asked for, and what becomes of it."""
+
+    def __init__(
+        self,
+        control: ControlSocket,
+        batcher: Batcher,
+        versions: Versions,
+        runner: Runner,
+        links: Links,
+        leases: _shm.LeasePage,
+    ) -> None:
+        self._control = control
+        self._batcher = batcher
+        self._versions = versions
+        self._runner = runner
+        self._links = links
+        self._leases = leases
+        self._asked: set[int] = set()
+        self.warm_ups: deque[Version] = deque()
+
+    def want(self, slot: int) -> None:
+        """Jobs wait for this version: get its weights placed and its program loaded."""
+        version = self._versions.get(slot)
+        if version is not None:
+            self._versions.open(version)
+            if version.generation is not None:
+                return
+        if slot not in self._asked:
+            self._asked.add(slot)
+            self.note_waiting(slot)
+            self._send(Activate(slot=slot))
+
+    def lose(self, version: Version, now_ns: int) -> None:
+        """The lease was refused: the version was evicted, or moved, since it was placed."""
+        slot = version.info.slot
+        version.generation = None
+        self._batcher.set_runnable(slot, False, now_ns)
+        if self._batcher.waiting(slot):
+            self.want(slot)
+
+    def note_waiting(self, slot: int) -> None:
+        """Tell the page how many jobs wait for this version."""
+        self._leases.set_waiting(slot, self._batcher.waiting(slot))
+
+    # --- from the supervisor --------------------------------------------------------------------
+    def on_info(self, info: VersionInfo, now_ns: int) -> list[Job]:
+        """A version is known now; return the jobs that waited for that, to check and queue them."""
+        jobs = self._batcher.drain(info.slot, now_ns)
+        self._versions.learn(info)
+        self._batcher.configure(info.slot, limits_of(info.config))
+        self.note_waiting(info.slot)
+        return jobs
+
+    def on_placed(self, placed: Placed, now_ns: int) -> None:
+        """A version is resident: map it where it lies."""
+        self._asked.discard(placed.slot)
+        version = self._versions.get(placed.slot)
+        if version is None or version.failing(now_ns) is not None:
+            return
+        try:
+            self._versions.place(placed)
+        except (OSError, ValueError) as error:
+            self._break(version, error, now_ns)
+            return
+        self._try_bind(version, now_ns)
+
+    def on_activation_failed(self, failed: ActivationFailed, now_ns: int) -> None:
+        """It cannot be made resident now."""
+        self._asked.discard(failed.slot)
+        version = self._versions.get(failed.slot)
+        if version is None or not version.is_runnable:
+            wait_ms = int((failed.retry_after_s or 0) * 1000)
+            self._refuse_all(failed.slot, failed.code, failed.message, wait_ms, now_ns)
+
+    def on_forget(self, slot: int, now_ns: int) -> None:
+        """The version was removed or unloaded."""
+        self._asked.discard(slot)
+        version = self._versions.get(slot)
+        title = "the model" if version is None else version.title
+        text = f"{title} was removed or unloaded while the request waited"
+        self._refuse_all(slot, Unavailable.code, text, 0, now_ns)
+        self._versions.forget(slot)
+        self._batcher.remove(slot)
+
+    # --- from the loader ------------------------------------------------------------------------
+    def take_opened(self, now_ns: int) -> None:
+        """Take the programs that have been loaded."""
+        while (taken := self._versions.take_opened()) is not None:
+            version, error = taken
+            if error is not None:
+                self._break(version, error, now_ns)
+            else:
+                if not gc.isenabled():
+                    gc.freeze()  # what was imported stays: the collector need not look at it
+                self._try_bind(version, now_ns)
+
+    def _try_bind(self, version: Version, now_ns: int) -> None:
+        """Bind as soon as program and weights are both there, and let the lane run."""
+        slot = version.info.slot
+        if version.model is None:
+            self._versions.open(version)
+            if version.opened is None or version.generation is None:
+                return
+            try:
+                if not self._runner.try_lease(version, lambda: self._versions.bind(version)):
+                    self.lose(version, now_ns)
+                    return
+            except Exception as error:  # the batch boundary: a model's own code may run here
+                self._break(version, error, now_ns)
+                return
+            if version.info.config.warm_up:
+                self.warm_ups.append(version)
+        self._batcher.set_runnable(slot, version.is_runnable, now_ns)
+        for gone in self._versions.make_room(lambda other: self._batcher.waiting(other) > 0):
+            self._batcher.set_runnable(gone, False, now_ns)
+
+    def _break(self, version: Version, error: Exception, now_ns: int) -> None:
+        """The version cannot be started here: say so to everybody who waits for it."""
+        slot = version.info.slot
+        failure = self._versions.fail(version, error, now_ns)
+        log.error("%s", failure.message, exc_info=error)
+        self._batcher.set_runnable(slot, False, now_ns)
+        self._send(BindFailed(slot=slot, message=failure.message))
+        wait_ms = (failure.until_ns - now_ns) // 1_000_000
+        self._refuse_all(slot, failure.code, failure.message, wait_ms, now_ns)
+
+    # --- answers --------------------------------------------------------------------------------
+    def refuse(self, job: Job, code: str, message: str, wait_ms: int) -> None:
+        """Answer a job whose version cannot run now."""
+        self._links.fail(job, _shm.NOT_RESIDENT, f"{code}\n{message}", detail=wait_ms)
+
+    def _refuse_all(self, slot: int, code: str, message: str, wait_ms: int, now_ns: int) -> None:
+        for job in self._batcher.drain(slot, now_ns):
+            self.refuse(job, code, message, wait_ms)
+        self.note_waiting(slot)
+
+    def _send(self, message: Activate | BindFailed) -> None:
+        try:
+            self._control.send(message)
+        except OSError as error:
+            raise EOFError("the supervisor is gone") from error

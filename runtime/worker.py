@@ -1,0 +1,314 @@
+"""A worker: takes submissions from every front end, runs them in batches, answers.
+
+One thread does everything on the way of a request and blocks only in `_shm.wait`; the helper thread
+of `bound.py` reads headers and imports programs.  One turn of the loop:
+
+    control messages -> rings -> lanes -> one batch -> completions -> doorbells
+
+and only when a turn finds nothing to do: idle work (warm-up, garbage), arm, look again, sleep.
+
+The way of a job:
+
+    ring  --_admit-->  lane  --Batcher.next-->  batch  --Runner.try_run-->  completion
+
+    refused by _admit: bad tensors, lane full, version known to be broken
+    answered from its lane: expired, cancelled, activation failed, version forgotten
+    back to its lane: the lease was refused, so the version is asked for again
+
+Invariants
+ 1. Every job gets exactly one completion, or its link is gone.
+ 2. What one front end or one model does costs others nothing but compute time: a broken link is
+    dropped alone, a version that cannot run holds up no other.
+
+Started as a child by the supervisor, see `child.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import mmap
+import os
+import sys
+import time
+from typing import Final
+
+from overcommit.runtime import _shm
+from overcommit.runtime.batcher import Batcher
+from overcommit.runtime.bound import Loader, Opened, Opener, Versions
+from overcommit.runtime.config import HEARTBEAT_NS, START_TIMEOUT_S, VERSIONS_MAX
+from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.errors import BadRequest, ProtocolError
+from overcommit.runtime.lanes import Job
+from overcommit.runtime.links import Link, Links, link_key
+from overcommit.runtime.messages import (
+    ActivationFailed,
+    Forget,
+    LinkDown,
+    LinkUp,
+    Placed,
+    Ready,
+    Start,
+    Stop,
+    VersionInfo,
+)
+from overcommit.runtime.runner import Runner
+from overcommit.runtime.wishes import Wishes
+
+log = logging.getLogger("overcommit.worker")
+
+CONTROL_PERIOD_NS: Final = 200_000  # how often a busy worker looks at its control socket
+COLLECT_PERIOD_NS: Final = 1_000_000_000  # garbage, when idle
+COLLECT_BUSY_NS: Final = 10_000_000_000  # garbage, when never idle
+# The helper thread imports code for seconds; with CPython's 5 ms it would delay each batch by that.
+SWITCH_INTERVAL_S: Final = 0.0005
+
+
+class Worker:
+    """The loop, and what it joins.  Takes over the descriptors of its `Start`."""
+
+    def __init__(
+        self, control: ControlSocket, start: Start, fds: dict[str, int], open_program: Opener
+    ) -> None:
+        self.control = control
+        self._doorbell = fds["doorbell"]
+        page_bytes = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
+        table_bytes = _shm.table_bytes(VERSIONS_MAX)
+        page = mmap.mmap(fds["page"], page_bytes)
+        table = mmap.mmap(fds["residency"], table_bytes, prot=mmap.PROT_READ)
+        self._table = _shm.ResidencyTable(table, 0, VERSIONS_MAX, False)
+        self._leases = _shm.LeasePage(page, _shm.STATUS_BYTES, VERSIONS_MAX, True)
+        self._status = _shm.StatusPage(page, 0, True)
+        spin_ns = start.settings.spin_ns
+        self._spin_ns = _shm.default_spin_ns() if spin_ns is None else spin_ns
+        self.batcher = Batcher()
+        self.links = Links(start.epoch)
+        self.versions = Versions(fds["device"], Loader(open_program, self._ring_own_bell))
+        self._runner = Runner(
+            *(self.links, self._table, self._leases, self._status, fds["supervisor_bell"])
+        )
+        self.wishes = Wishes(
+            *(control, self.batcher, self.versions, self._runner, self.links, self._leases)
+        )
+        self._heartbeat_ns = self._control_ns = self._collected_ns = 0
+        self.is_stopping = False
+
+    def _ring_own_bell(self) -> None:
+        os.eventfd_write(self._doorbell, 1)
+
+    # --- the loop -------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Serve until told to stop.  Raises EOFError when the supervisor is gone."""
+        self.control.send(Ready(pid=os.getpid()))
+        while not self.is_stopping:
+            if not self.turn():
+                self.sleep()
+
+    def turn(self) -> bool:
+        """Do what there is to do, one batch at most; False when there was nothing."""
+        now_ns = time.monotonic_ns()
+        if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
+            self._heartbeat_ns = now_ns
+            self._status.heartbeat(now_ns)
+        if now_ns - self._control_ns >= CONTROL_PERIOD_NS:
+            self._control_ns = now_ns
+            self._take_control(now_ns)
+            self.wishes.take_opened(now_ns)
+        did = self._take_submissions(now_ns)
+        did = self._run_batch(now_ns) or did
+        self.links.ring_bells()
+        self._drop_broken(now_ns)
+        if now_ns - self._collected_ns >= COLLECT_BUSY_NS:
+            self._collect(now_ns)
+        return did
+
+    def sleep(self) -> None:
+        """Idle work first; then wait for a doorbell, a message, the next due lane or heartbeat."""
+        if self._idle_work():
+            return
+        rings = self.links.rings
+        if self._spin_ns and rings and _shm.spin(rings, self._spin_ns):
+            return
+        if not _shm.arm(rings):
+            return
+        now_ns = time.monotonic_ns()
+        until_ns = min(self._heartbeat_ns + HEARTBEAT_NS, self.batcher.wake_ns() or sys.maxsize)
+        _shm.wait(self._doorbell, self.control.fileno(), max(0, until_ns - now_ns))
+        _shm.disarm(rings)
+        self._control_ns = 0
+
+    # --- rings -> lanes -------------------------------------------------------------------------
+    def _take_submissions(self, now_ns: int) -> bool:
+        touched: set[int] = set()
+        for link in self.links.all():
+            try:
+                jobs, cancelled = link.pop(now_ns)
+                for job in jobs:
+                    self._admit(job, link, now_ns)
+                    touched.add(job.slot)
+            except ProtocolError as error:
+                log.error("link %#x broke the protocol and is dropped: %s", link.key, error.message)
+                self._drop_link(link.key, now_ns)
+                continue
+            for request_id in cancelled:
+                self._cancel(request_id, now_ns)
+        for slot in touched:
+            self.wishes.note_waiting(slot)
+        return bool(touched)
+
+    def _admit(self, job: Job, link: Link, now_ns: int) -> None:
+        """Check a job and queue it, or answer it at once.  Raises ProtocolError."""
+        if job.request_id in self.batcher:
+            raise ProtocolError(f"request {job.request_id:#x} was submitted twice")
+        version = self.versions.get(job.slot)
+        if version is not None:
+            failure = version.failing(now_ns)
+            if failure is not None:
+                wait_ms = (failure.until_ns - now_ns) // 1_000_000
+                self.wishes.refuse(job, failure.code, failure.message, wait_ms)
+                return
+            block = link.ingress[job.in_offset : job.in_offset + job.in_length]
+            try:
+                form = version.signature.read(block)
+            except BadRequest as error:
+                self.links.fail(job, _shm.BAD_REQUEST, error.message)
+                return
+            job.form = form
+            job.shape_key = form.key
+            # A request without rows takes a place in its batch too.
+            job.rows = max(1, form.rows)
+            job.row_bytes = form.row_bytes
+        if not self.batcher.add(job, now_ns):
+            self.links.complete(job, _shm.OVERLOADED, (now_ns, now_ns))
+        elif version is None or not version.is_runnable:
+            self.wishes.want(job.slot)
+
+    def _readmit(self, job: Job, now_ns: int) -> None:
+        """Check a job that came before its version was known."""
+        try:
+            self._admit(job, self.links.of(job), now_ns)
+        except ProtocolError as error:
+            log.error("link %#x broke the protocol and is dropped: %s", job.link, error.message)
+            self.links.broken.append(job.link)
+
+    def _cancel(self, request_id: int, now_ns: int) -> None:
+        # What is not found here runs or has been answered: its completion is on its way.
+        job = self.batcher.cancel(request_id, now_ns)
+        if job is not None:
+            self.links.complete(job, _shm.CANCELLED, (now_ns, now_ns))
+            self.wishes.note_waiting(job.slot)
+
+    # --- lanes -> batches -----------------------------------------------------------------------
+    def _run_batch(self, now_ns: int) -> bool:
+        batch = self.batcher.next(now_ns)
+        for job in self.batcher.take_expired():
+            self.links.complete(job, _shm.EXPIRED, (now_ns, now_ns))
+            self.wishes.note_waiting(job.slot)
+        if batch is None:
+            return False
+        self.links.ring_bells()  # who was refused or has expired need not wait for this batch
+        version = self.versions.get(batch.slot)
+        assert version is not None, "only runnable lanes are due"
+        start_ns = time.monotonic_ns()
+        if self._runner.try_run(version, batch.jobs):
+            end_ns = time.monotonic_ns()
+            self.batcher.finish(batch, end_ns - start_ns, end_ns)
+            self.versions.on_run(batch.slot)
+        else:
+            self.batcher.put_back(batch, now_ns)
+            self.wishes.lose(version, now_ns)
+        self.wishes.note_waiting(batch.slot)
+        return True
+
+    # --- control --------------------------------------------------------------------------------
+    def _take_control(self, now_ns: int) -> None:
+        while (received := self.control.try_receive()) is not None:
+            self._on_message(*received, now_ns)
+
+    def _on_message(self, message: object, fds: dict[str, int], now_ns: int) -> None:
+        if isinstance(message, Placed):
+            self.wishes.on_placed(message, now_ns)
+        elif isinstance(message, VersionInfo):
+            for job in self.wishes.on_info(message, now_ns):
+                self._readmit(job, now_ns)
+        elif isinstance(message, ActivationFailed):
+            self.wishes.on_activation_failed(message, now_ns)
+        elif isinstance(message, Forget):
+            self.wishes.on_forget(message.slot, now_ns)
+        elif isinstance(message, LinkUp):
+            self.links.add(message, fds)
+        elif isinstance(message, LinkDown):
+            self._drop_link(link_key(message.seat, message.epoch), now_ns)
+        elif isinstance(message, Stop):
+            self.is_stopping = True
+
+    # --- links that go --------------------------------------------------------------------------
+    def _drop_broken(self, now_ns: int) -> None:
+        while self.links.broken:
+            self._drop_link(self.links.broken.pop(), now_ns)
+
+    def _drop_link(self, key: int, now_ns: int) -> None:
+        for slot in {job.slot for job in self.batcher.drop_link(key, now_ns)}:
+            self.wishes.note_waiting(slot)
+        self.links.drop(key)
+
+    # --- idle -----------------------------------------------------------------------------------
+    def _idle_work(self) -> bool:
+        """Do one thing that can wait; False when there is none."""
+        if len(self.batcher):
+            return False
+        while self.wishes.warm_ups:
+            version = self.wishes.warm_ups.popleft()
+            if version.is_runnable and not version.has_run:
+                self._runner.try_warm_up(version)
+                return True
+        now_ns = time.monotonic_ns()
+        if gc.get_count()[0] and now_ns - self._collected_ns >= COLLECT_PERIOD_NS:
+            self._collect(now_ns)
+            return True
+        return False
+
+    def _collect(self, now_ns: int) -> None:
+        self._collected_ns = now_ns
+        if not gc.isenabled():
+            gc.collect()
+
+
+def main(control_fd: int) -> None:
+    """Be a worker on this control socket until Stop or until the supervisor is gone."""
+    control = ControlSocket(control_fd)
+    start, fds = control.receive(START_TIMEOUT_S) or (None, {})
+    if not isinstance(start, Start):
+        raise ProtocolError("a worker's first message must be Start")
+    # Engines import torch: only now, and in a worker only.
+    from overcommit.runtime import engines
+    from overcommit.runtime.image import read_header
+
+    engines.set_up(_threads(start))
+
+    code_is_allowed = start.settings.allow_code
+
+    def open_program(info: VersionInfo) -> Opened:
+        header, _ = read_header(info.image_path)
+        allow_code = code_is_allowed and info.config.allow_code
+        return header, engines.load_program(header, allow_code=allow_code)
+
+    serve(control, start, fds, open_program)
+
+
+def serve(control: ControlSocket, start: Start, fds: dict[str, int], open_program: Opener) -> None:
+    """Run a worker in this process, which is its own."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    worker = Worker(control, start, fds, open_program)
+    # Collections come when the worker is idle, not in the middle of a batch.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    worker.run()
+
+
+def _threads(start: Start) -> int:
+    threads = start.settings.worker_threads
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) // start.settings.workers
+    return max(1, threads)

@@ -1,0 +1,171 @@
+"""Making room: the HOST tier by rule, and the choice of victims as a property."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from residency_world import CHUNK, FakePort, World
+
+from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.placement import DeviceRoom, HostRoom, Room
+from overcommit.runtime.policy import Lru
+from overcommit.runtime.residency import StartLoad
+from overcommit.runtime.residents import State, Tier, Totals, Version
+
+
+def test_disk_loads_go_through_host_and_come_back_from_there() -> None:
+    world = World(1, host_chunks=2)
+    world.add(1)
+    world.add(2)
+    (load,) = world.want(1)
+    assert isinstance(load, StartLoad)
+    assert load.host is not None
+    world.finish()
+    world.load(2)
+    view = world.residency.view(1)
+    assert view is not None
+    assert (view.state, view.tier, view.host_bytes) == (State.HOST, Tier.HOST, CHUNK)
+    (load,) = world.want(1)
+    assert isinstance(load, StartLoad)
+    assert load.source == "host"
+    world.finish()
+    totals = world.residency.totals()
+    assert (totals.loads_from_disk, totals.loads_from_host) == (2, 1)
+    assert totals.bytes_loaded == 3 * CHUNK
+
+
+def test_host_copies_of_what_device_holds_leave_first() -> None:
+    world = World(2, host_chunks=3)
+    for slot in (1, 2, 3, 4):
+        world.add(slot)
+    world.load(1, 2, 3)  # 1 is on HOST alone now; 2 and 3 are in both tiers
+    world.load(4)
+    assert world.has_host_copy(1)
+    assert [world.has_host_copy(slot) for slot in (2, 3)].count(True) == 1
+    assert world.state(2) is State.HOST  # of the two it is the one that left DEVICE
+    assert world.residency.totals().evictions_host == 1
+
+
+def test_a_host_copy_that_a_load_uses_or_a_wish_will_use_is_never_a_victim() -> None:
+    world = World(2, host_chunks=1)
+    for slot, chunks in ((1, 1), (2, 2), (3, 1)):
+        world.add(slot, chunks)
+    world.load(1, 2)
+    assert world.state(1) is State.HOST
+    world.port.leases[2] = 1
+    world.want(1)  # queued, and will be read from HOST
+    world.add(4, 0.5)
+    assert world.residency.host is not None
+    world.port.leases[2] = 0
+    (load,) = world.tick()
+    assert isinstance(load, StartLoad)
+    assert load.source == "host"
+    (load,) = world.want(3)
+    assert isinstance(load, StartLoad)
+    assert (load.source, load.host) == ("disk", None)  # straight: the copy of 1 is being read
+    assert world.has_host_copy(1)
+
+
+def test_a_version_larger_than_host_goes_straight_to_device_and_evicts_nothing_there() -> None:
+    world = World(4, host_chunks=1)
+    world.add(1)
+    world.add(2, 3)
+    world.load(1)
+    (load,) = world.want(2)
+    assert isinstance(load, StartLoad)
+    assert load.host is None
+    assert world.has_host_copy(1)
+
+
+def test_a_host_copy_counts_only_when_it_is_complete() -> None:
+    world = World(1, host_chunks=1)
+    world.add(1)
+    world.want(1)
+    view = world.residency.view(1)
+    assert view is not None
+    assert (view.tier, view.state, view.host_bytes) == (Tier.DISK, State.LOADING, CHUNK)
+
+
+def test_a_pinned_version_takes_no_host_memory() -> None:
+    world = World(2, host_chunks=2)
+    world.add(1, pinned=True)
+    world.load(1)
+    assert not world.has_host_copy(1)
+
+
+# --- properties ---------------------------------------------------------------------------------
+def _version(policy: Lru, slot: int, chunks: int, state: State) -> Version:
+    policy.on_add(slot, chunks * CHUNK, 0)
+    policy.on_use(slot, 1, slot)
+    return Version(slot, f"model-{slot}", chunks * CHUNK, False, 0, 1, state)
+
+
+def _fill(room: Room, policy: Lru, held: list[tuple[int, State]]) -> list[Version]:
+    versions = []
+    for slot, (chunks, state) in enumerate(held):
+        version = _version(policy, slot, chunks, state)
+        extents = room.allocator.try_allocate(version.nbytes)
+        if extents is None:
+            break
+        if isinstance(room, HostRoom):
+            version.host = extents
+        else:
+            version.device = extents
+        room.holders[slot] = version
+        versions.append(version)
+    return versions
+
+
+HELD = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([State.DEVICE, State.HOST])))
+
+
+@given(held=HELD, loading=st.sets(st.integers(0, 12)), chunks=st.integers(1, 10))
+def test_host_gives_up_the_only_copy_only_when_the_others_are_not_enough(
+    held: list[tuple[int, State]], loading: set[int], chunks: int
+) -> None:
+    policy = Lru()
+    room = HostRoom(ChunkAllocator(10 * CHUNK), policy, Totals())
+    held = [(n, State.LOADING if i in loading else state) for i, (n, state) in enumerate(held)]
+    versions = _fill(room, policy, held)
+    free = room.allocator.free_bytes
+    wish = _version(policy, 99, chunks, State.DISK)
+    placed = room.try_place(wish, 0, desperate=False)
+    gone = [version for version in versions if version.host is None]
+    cheap = sum(v.nbytes for v, (_, s) in zip(versions, held, strict=False) if s is State.DEVICE)
+    idle = sum(
+        v.nbytes for v, (_, s) in zip(versions, held, strict=False) if s is not State.LOADING
+    )
+    assert not any(version.state is State.LOADING for version in gone)
+    assert (placed is not None) == (wish.nbytes <= free + idle)
+    if placed is None:
+        assert not gone
+    if any(version.state is State.DISK for version in gone):
+        assert free + cheap < wish.nbytes
+    surplus = free + sum(version.nbytes for version in gone) - wish.nbytes
+    assert all(version.nbytes > surplus for version in gone)
+
+
+@given(
+    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=10),
+    leased=st.sets(st.integers(0, 9)),
+    needed=st.integers(1, 10),
+)
+def test_device_evicts_a_minimal_set_of_what_is_not_leased_or_nothing(
+    chunks: list[int], leased: set[int], needed: int
+) -> None:
+    policy, port = Lru(), FakePort()
+    room = DeviceRoom(ChunkAllocator(10 * CHUNK), policy, Totals(), port)
+    versions = _fill(room, policy, [(n, State.DEVICE) for n in chunks])
+    for version in versions:
+        port.words[version.slot] = (2, 1)
+        port.leases[version.slot] = int(version.slot in leased)
+    free = room.allocator.free_bytes
+    idle = sum(version.nbytes for version in versions if version.slot not in leased)
+    wish = _version(policy, 99, needed, State.DISK)
+    placed = room.try_place(wish, 0, desperate=False)
+    gone = [version for version in versions if version.device is None]
+    assert (placed is not None) == (wish.nbytes <= free + idle)
+    assert not leased & {version.slot for version in gone}
+    surplus = free + sum(version.nbytes for version in gone) - wish.nbytes
+    assert placed is not None or not gone
+    assert all(version.nbytes > surplus for version in gone)

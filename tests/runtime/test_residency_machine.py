@@ -1,0 +1,194 @@
+"""Residency under random events, against a model of who waits and what may happen."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from residency_world import CHUNK, MS, SECOND, World
+
+from overcommit.runtime._shm import RESIDENT
+from overcommit.runtime.residency import WISH_WAIT_S, Publish, Refuse
+from overcommit.runtime.residents import NOBODY, State
+
+SLOTS = st.integers(0, 9)
+WAITERS = st.integers(0, 2)
+CHUNKS = st.sampled_from([1 / 512, 1 / 8, 1 / 2, 1, 2, 3, 5])
+STEPS_NS = st.sampled_from([MS, 5 * MS, 400 * MS, 1_001 * MS, 20 * SECOND])
+DEVICE_CHUNKS = 6
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """The model: who waits for what, since when, and which loads are in flight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outstanding: set[tuple[int, int]] = set()
+        self.asked_ns: dict[int, int] = {}
+        self.known: dict[int, bool] = {}  # slot -> pinned
+        self.generations: Counter[int] = Counter()
+        self.leased: Counter[int] = Counter()
+
+    @initialize(host_chunks=st.sampled_from([0, 3, 12]))
+    def build(self, host_chunks: int) -> None:
+        self.world = World(DEVICE_CHUNKS, host_chunks)
+
+    # --- events ---------------------------------------------------------------------------------
+    @rule(slot=SLOTS, chunks=CHUNKS, pinned=st.sampled_from([False, False, False, True]))
+    def add(self, slot: int, chunks: float, pinned: bool) -> None:
+        if slot not in self.known:
+            self.known[slot] = pinned
+            self.world.add(slot, chunks, pinned=pinned)
+
+    @rule(slot=SLOTS)
+    def remove(self, slot: int) -> None:
+        self._settle(self.world.remove(slot))
+        self.known.pop(slot, None)
+        self.asked_ns.pop(slot, None)
+        assert not any(wanted == slot for wanted, _ in self.outstanding)
+
+    @rule(slot=SLOTS, waiter=WAITERS)
+    def want(self, slot: int, waiter: int) -> None:
+        self.outstanding.add((slot, waiter))
+        self.asked_ns.setdefault(slot, self.world.now_ns)
+        self._settle(self.world.want(slot, waiter))
+
+    @rule(slot=SLOTS)
+    def want_for_nobody(self, slot: int) -> None:
+        self.asked_ns.setdefault(slot, self.world.now_ns)
+        self._settle(self.world.want(slot, NOBODY))
+
+    @precondition(lambda self: self.world.loads)
+    @rule(pick=st.integers(0, 3), ok=st.sampled_from([True, True, True, False]))
+    def load_done(self, pick: int, ok: bool) -> None:
+        jobs = list(self.world.loads)
+        self._settle(self.world.finish(jobs[pick % len(jobs)], ok=ok, message="bad sector"))
+
+    @rule(slot=SLOTS)
+    def take_lease(self, slot: int) -> None:
+        state, _ = self.world.port.words.get(slot, (0, 0))
+        if state == RESIDENT:
+            self.world.port.leases[slot] += 1
+            self.world.use(slot)
+
+    @rule(slot=SLOTS)
+    def drop_leases(self, slot: int) -> None:
+        self.world.port.leases[slot] = 0
+
+    @rule(slot=SLOTS, waiting=st.integers(0, 2))
+    def queue(self, slot: int, waiting: int) -> None:
+        self.world.port.waiting[slot] = waiting
+
+    @rule(count=st.integers(1, 2))
+    def leases_are_taken_behind_our_back(self, count: int) -> None:
+        self.world.port.lies = count
+
+    @rule(waiter=WAITERS)
+    def worker_gone(self, waiter: int) -> None:
+        self.world.residency.forget_waiter(waiter)
+        self.outstanding = {pair for pair in self.outstanding if pair[1] != waiter}
+
+    @rule(step_ns=STEPS_NS)
+    def tick(self, step_ns: int) -> None:
+        self._settle(self.world.tick(step_ns))
+
+    @rule()
+    def drain(self) -> None:
+        """Everybody lets go and the mover works: then everybody gets an answer."""
+        self.world.port.leases.clear()
+        self.world.port.waiting.clear()
+        self.world.port.lies = 0
+        deadline_ns = self.world.now_ns + int((WISH_WAIT_S + 1) * SECOND)
+        while self.outstanding:
+            assert self.world.now_ns < deadline_ns, "somebody never got an answer"
+            while self.world.loads:
+                self._settle(self.world.finish())
+            self._settle(self.world.tick(100 * MS))
+        assert not self.world.residency._wishes or any(self.known.values())
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            had_pins = any(self.known.values())
+            refused = len(self.world.refused)
+            self.drain()
+            overdue = [r for r in self.world.refused[refused:] if r.code == "overloaded"]
+            # Without pins nothing may be in the way once all let go, slabs included.
+            assert had_pins or not overdue or self.world.now_ns > WISH_WAIT_S * SECOND
+            for slot in list(self.known):
+                self.remove(slot)
+            while self.world.loads:
+                self._settle(self.world.finish())
+            self.world.tick()
+            assert self.world.device.used_bytes == 0
+            assert self.world.host is None or self.world.host.used_bytes == 0
+            assert not self.world.port.is_hungry
+            assert self.world.residency.next_tick_ns() is None
+
+    # --- what must hold -------------------------------------------------------------------------
+    def _settle(self, actions: list[object]) -> None:
+        """Take answers off the model; each must be one that somebody waits for."""
+        for action in actions:
+            if isinstance(action, Publish):
+                self.generations[action.slot] += 1 if action.slot in self.asked_ns else 0
+                assert action.generation >= self.generations[action.slot]
+                self.generations[action.slot] = action.generation
+            if isinstance(action, Publish | Refuse):
+                for waiter in action.waiters:
+                    assert (action.slot, waiter) in self.outstanding, "an answer nobody waits for"
+                    self.outstanding.remove((action.slot, waiter))
+                assert not any(slot == action.slot for slot, _ in self.outstanding)
+                self.asked_ns.pop(action.slot, None)
+        self._check_evictions()
+
+    def _check_evictions(self) -> None:
+        port = self.world.port
+        starving = [at for at in self.asked_ns.values() if self.world.now_ns - at > SECOND]
+        for slot in port.evicted:
+            assert not port.leases[slot]
+            if slot in self.known:
+                assert not self.known[slot], "a pinned version was evicted"
+                assert not port.waiting[slot] or starving or not self.asked_ns
+        port.evicted.clear()
+
+    @invariant()
+    def everybody_who_waits_is_known_to_residency(self) -> None:
+        if hasattr(self, "world"):
+            residency = self.world.residency
+            waiting = {
+                (version.slot, waiter)
+                for version in residency._versions.values()
+                for waiter in version.waiters - {NOBODY}
+            }
+            assert waiting == self.outstanding
+
+    @invariant()
+    def time_will_come_for_whoever_waits(self) -> None:
+        if hasattr(self, "world") and self.outstanding and not self.world.loads:
+            assert self.world.residency.next_tick_ns() is not None
+
+    @invariant()
+    def a_leased_version_keeps_its_bytes(self) -> None:
+        if hasattr(self, "world"):
+            residency = self.world.residency
+            for slot, leases in self.world.port.leases.items():
+                if leases:
+                    version = residency._leaving.get(slot) or residency._versions[slot]
+                    assert version.state is State.DEVICE
+
+
+ResidencyMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("OVERCOMMIT_EXAMPLES", "150")),
+    stateful_step_count=60,
+    deadline=None,
+)
+test_residency_keeps_its_promises = ResidencyMachine.TestCase
+assert CHUNK

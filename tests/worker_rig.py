@@ -1,0 +1,380 @@
+"""A worker without a server: plays its supervisor and its front ends, over real shared memory.
+
+In a test the worker's loop runs in this process (`Rig`) or in one of its own (`Rig(process=True)`,
+which runs this file).  The engine is a fake that multiplies by the first number of the weights, so
+an answer tells which bytes were mapped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+
+from overcommit.runtime import _shm, payload
+from overcommit.runtime.bound import Opened
+from overcommit.runtime.config import (
+    PAGE_BYTES,
+    VERSIONS_MAX,
+    Batching,
+    ModelConfig,
+    Settings,
+    TensorSpec,
+)
+from overcommit.runtime.control import ControlSocket, socket_pair
+from overcommit.runtime.links import link_key
+from overcommit.runtime.memory import create_memfd
+from overcommit.runtime.messages import LinkDown, LinkUp, Message, Placed, Start, VersionInfo
+from overcommit.runtime.signature import NUMPY_TYPES
+from overcommit.runtime.worker import Worker, serve
+
+WATCHDOG_S = 30.0
+PAYLOAD_BYTES = 1 << 20
+CAPACITY = 4096
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Run = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+class FakeModel:
+    """y = x * weight, or whatever `run` says."""
+
+    def __init__(self, memory: memoryview, run: Run | None) -> None:
+        self.memory = memory
+        self._run = run
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        if self._run is not None:
+            return self._run(inputs)
+        return {"y": inputs["x"] * np.frombuffer(self.memory, np.float32, 1)[0]}
+
+
+class FakeProgram:
+    """Binds to anything and counts how often."""
+
+    key = "fake"
+
+    def __init__(self, run: Run | None = None) -> None:
+        self.run = run
+        self.bindings = 0
+
+    def bind(self, header: object, memory: memoryview) -> FakeModel:
+        self.bindings += 1
+        return FakeModel(memory, self.run)
+
+
+def opened(program: FakeProgram) -> Opened:
+    """What the loader returns for a fake program."""
+    return cast(Opened, (None, program))
+
+
+def vector_config(**batching: int) -> ModelConfig:
+    """A model that takes rows of four numbers and gives as many."""
+    fields = {"datatype": "FP32", "shape": (-1, 4), "axes": ("batch", None)}
+    return ModelConfig(
+        inputs=(TensorSpec(name="x", **fields),),  # type: ignore[arg-type]
+        outputs=(TensorSpec(name="y", **fields),),  # type: ignore[arg-type]
+        batching=Batching(**batching),
+        warm_up=False,
+    )
+
+
+def info(slot: int, config: ModelConfig | None = None) -> VersionInfo:
+    """A version in this slot."""
+    return VersionInfo(
+        slot=slot,
+        name=f"m{slot}",
+        version="1",
+        image_path="nowhere",
+        nbytes=PAGE_BYTES,
+        config=config or vector_config(),
+    )
+
+
+class Front:
+    """A front-end incarnation: it submits and it collects answers."""
+
+    def __init__(self, seat: int, epoch: int, worker_epoch: int, slots: int) -> None:
+        self.seat, self.epoch, self.slots = seat, epoch, slots
+        self.half = _shm.ring_bytes(slots)
+        self.fds = {
+            "link": create_memfd("link", 2 * self.half),
+            "peer_doorbell": os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
+            "ingress": create_memfd("ingress", PAYLOAD_BYTES),
+            "egress": create_memfd("egress", PAYLOAD_BYTES),
+        }
+        link = mmap.mmap(self.fds["link"], 2 * self.half)
+        _shm.create_ring(link, 0, slots, 1, epoch, worker_epoch)
+        _shm.create_ring(link, self.half, slots, 2, worker_epoch, epoch)
+        self.submissions = _shm.SubmissionRing(link, 0, True, epoch, worker_epoch)
+        self.completions = _shm.CompletionRing(link, self.half, False, worker_epoch, epoch)
+        self.ingress = memoryview(mmap.mmap(self.fds["ingress"], PAYLOAD_BYTES))
+        self.egress = memoryview(mmap.mmap(self.fds["egress"], PAYLOAD_BYTES))
+        self.answers: dict[int, _shm.Completion] = {}
+        self._sent = 0
+
+    def next_id(self) -> int:
+        return link_key(self.seat, self.epoch) << 40 | self._sent
+
+    def submit(
+        self,
+        slot: int,
+        inputs: list[Array] | bytes,
+        *,
+        datatype: str = "FP32",
+        timeout_ns: int = 60_000_000_000,
+        capacity: int = CAPACITY,
+        flags: int = 0,
+    ) -> int:
+        """Write a request into the next block and push it; return its id."""
+        block = self._sent % (PAYLOAD_BYTES // CAPACITY) * CAPACITY
+        length = self._write(block, inputs, datatype)
+        return self.push(
+            *(self.next_id(), slot, block, length),
+            capacity=capacity,
+            deadline_ns=time.monotonic_ns() + timeout_ns,
+            flags=flags,
+        )
+
+    def push(
+        self,
+        request_id: int,
+        slot: int,
+        block: int = 0,
+        length: int = 0,
+        *,
+        capacity: int = CAPACITY,
+        deadline_ns: int = 0,
+        kind: int = _shm.SUBMIT,
+        flags: int = 0,
+    ) -> int:
+        """Push a submission as it is, right or wrong."""
+        assert self.submissions.push(
+            *(request_id, deadline_ns, block, block, length, capacity, kind, slot, flags)
+        )
+        self._sent += 1
+        return request_id
+
+    def _write(self, block: int, inputs: list[Array] | bytes, datatype: str) -> int:
+        if isinstance(inputs, bytes):
+            self.ingress[block : block + len(inputs)] = inputs
+            return len(inputs)
+        places, length = payload.plan(
+            [(index, datatype, array.nbytes, array.shape) for index, array in enumerate(inputs)]
+        )
+        payload.encode(self.ingress[block : block + length], places)
+        for place, array in zip(places, inputs, strict=True):
+            start = block + place.offset
+            self.ingress[start : start + place.nbytes] = array.tobytes()
+        return length
+
+    def collect(self) -> dict[int, _shm.Completion]:
+        """Take what has been answered; assert that nothing is answered twice."""
+        for completion in self.completions.pop(self.slots):
+            assert completion[0] not in self.answers, "answered twice"
+            self.answers[completion[0]] = completion
+        return self.answers
+
+    def status(self, request_id: int) -> int:
+        return self.answers[request_id][5]
+
+    def block_of(self, request_id: int) -> int:
+        return (request_id & 0xFF_FFFF_FFFF) % (PAYLOAD_BYTES // CAPACITY) * CAPACITY
+
+    def text(self, request_id: int) -> str:
+        """The message of an answer that is no result."""
+        block = self.block_of(request_id)
+        return bytes(self.egress[block : block + self.answers[request_id][4]]).decode()
+
+    def outputs(self, request_id: int) -> list[Array]:
+        """The tensors of an answer."""
+        assert self.status(request_id) == _shm.OK, self.text(request_id)
+        block = self.block_of(request_id)
+        view = self.egress[block : block + self.answers[request_id][4]]
+        return [
+            np.frombuffer(view[place.offset : place.offset + place.nbytes], dtype).reshape(shape)
+            for place in payload.decode(view)
+            for dtype, shape in ((NUMPY_TYPES[place.datatype], place.shape),)
+        ]
+
+    def close(self) -> None:
+        for fd in self.fds.values():
+            os.close(fd)
+
+
+class Rig:
+    """Plays the supervisor: owns the memory, places versions, links front ends."""
+
+    def __init__(
+        self, open_program: Callable[[VersionInfo], Opened] | None = None, *, process: bool = False
+    ) -> None:
+        bell = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        table_bytes = _shm.table_bytes(VERSIONS_MAX)
+        self.fds = {
+            "doorbell": os.eventfd(0, bell),
+            "supervisor_bell": os.eventfd(0, bell),
+            "residency": create_memfd("residency", table_bytes),
+            "device": create_memfd("device", 64 * PAGE_BYTES),
+        }
+        self.table = _shm.ResidencyTable(
+            mmap.mmap(self.fds["residency"], table_bytes), 0, VERSIONS_MAX, True
+        )
+        self.device = memoryview(mmap.mmap(self.fds["device"], 64 * PAGE_BYTES))
+        self.fronts: list[Front] = []
+        self.epoch = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self._make_worker(open_program, process)
+
+    def _make_worker(
+        self, open_program: Callable[[VersionInfo], Opened] | None, process: bool
+    ) -> None:
+        """Start an incarnation of the worker, with a page of its own."""
+        self.epoch += 1
+        page_bytes = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
+        if "page" in self.fds:
+            os.close(self.fds["page"])
+        self.fds["page"] = create_memfd("page", page_bytes)
+        page = mmap.mmap(self.fds["page"], page_bytes, prot=mmap.PROT_READ)
+        self.leases = _shm.LeasePage(page, _shm.STATUS_BYTES, VERSIONS_MAX, False)
+        self.status = _shm.StatusPage(page, 0, False)
+        ours, theirs = socket_pair()
+        self.control = ControlSocket(ours)
+        start = Start(
+            kind="worker",
+            seat=0,
+            epoch=self.epoch,
+            settings=Settings(spin_ns=0),
+            device_bytes=64 * PAGE_BYTES,
+            fds=tuple(self.fds),
+        )
+        if process:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs)], pass_fds=(theirs,)
+            )
+            os.close(theirs)
+            self.control.send(start, tuple(self.fds.values()))
+            assert self.receive() is not None, "the worker did not get ready"
+            return
+        assert open_program is not None
+        copies = {name: os.dup(fd) for name, fd in self.fds.items()}
+        self.worker = Worker(ControlSocket(theirs), start, copies, open_program)
+        self._copies = copies
+
+    def restart(self) -> None:
+        """The process has died: start the next incarnation."""
+        assert self.process is not None
+        self.process.wait(WATCHDOG_S)
+        self.control.close()
+        self._make_worker(None, True)
+
+    # --- the supervisor's messages --------------------------------------------------------------
+    def receive(self) -> Message | None:
+        """The worker's next message; None after the watchdog."""
+        received = self.control.receive(WATCHDOG_S)
+        return None if received is None else received[0]
+
+    def heard(self) -> list[Message]:
+        """Everything that the worker has said."""
+        messages: list[Message] = []
+        while (received := self.control.try_receive()) is not None:
+            messages.append(received[0])
+        return messages
+
+    def link(self, seat: int = 0, epoch: int = 1, slots: int = 64) -> Front:
+        front = Front(seat, epoch, self.epoch, slots)
+        self.fronts.append(front)
+        message = LinkUp(
+            seat=seat,
+            epoch=epoch,
+            slot_count=slots,
+            completion_offset=front.half,
+            payload_bytes=PAYLOAD_BYTES,
+            fds=tuple(front.fds),
+        )
+        self.control.send(message, tuple(front.fds.values()))
+        return front
+
+    def unlink(self, front: Front) -> None:
+        self.control.send(LinkDown(seat=front.seat, epoch=front.epoch))
+
+    def publish(self, slot: int, generation: int, weight: float, page: int | None = None) -> Placed:
+        """Put weights on a page of the arena and make the version resident there."""
+        start = (slot if page is None else page) * PAGE_BYTES
+        self.device[start : start + 4] = np.float32(weight).tobytes()
+        self.table.set(slot, _shm.RESIDENT, generation)
+        return Placed(slot=slot, generation=generation, extents=((start, PAGE_BYTES),))
+
+    def serve(
+        self, slot: int, *, weight: float = 2.0, config: ModelConfig | None = None, generation: int = 1
+    ) -> None:
+        """Tell the worker of a version and place it."""
+        self.control.send(info(slot, config))
+        self.control.send(self.publish(slot, generation, weight))
+
+    # --- time -----------------------------------------------------------------------------------
+    def until(self, done: Callable[[], bool]) -> None:
+        """Let the worker's loop turn until this holds."""
+        end_s = time.monotonic() + WATCHDOG_S
+        while not done():
+            assert time.monotonic() < end_s, "the watchdog barked"
+            if not self.worker.turn():
+                self.worker.sleep()
+
+    def answered(self, front: Front, *request_ids: int) -> None:
+        """Let the worker's loop turn until these are answered."""
+        self.until(lambda: all(one in front.collect() for one in request_ids))
+
+    def settle(self) -> None:
+        """Let the worker do everything that it can do now."""
+        self.worker.turn()
+        while self.worker.turn():
+            pass
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(WATCHDOG_S)
+        else:
+            for front in self.fronts:
+                self.worker.links.drop(link_key(front.seat, front.epoch))
+            self.worker.control.close()
+            for fd in self._copies.values():
+                os.close(fd)
+        self.control.close()
+        for front in self.fronts:
+            front.close()
+        for fd in self.fds.values():
+            os.close(fd)
+
+
+def main(control_fd: int) -> None:
+    """Be a worker process with the fake engine."""
+    control = ControlSocket(control_fd)
+    start, fds = control.receive(WATCHDOG_S) or (None, {})
+    assert isinstance(start, Start)
+    serve(control, start, fds, lambda _: opened(Deadly()))
+
+
+class Deadly(FakeProgram):
+    """A program whose model hangs on NaN, so that a test can kill it in the middle of a batch."""
+
+    def bind(self, header: object, memory: memoryview) -> FakeModel:
+        model = FakeModel(memory, None)
+
+        def run(inputs: dict[str, Array]) -> dict[str, Array]:
+            while np.isnan(inputs["x"]).any():
+                time.sleep(60)
+            return FakeModel(memory, None).run(inputs)
+
+        model._run = run
+        return model
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
