@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from overcommit.bench import chaos, variants
 from overcommit.bench.errors import BenchError
@@ -29,6 +32,7 @@ SCENARIOS: Final[dict[Scenario, Callable[[Options, Report], None]]] = {
 }
 CHECK_FAILED: Final = 1
 RUN_FAILED: Final = 2
+TERMINATED: Final = 128 + signal.SIGTERM
 WORK: Final = Path("~/.cache/overcommit/bench")
 
 app = typer.Typer(add_completion=False)
@@ -52,6 +56,8 @@ def main(
     ] = 1,
 ) -> None:
     """Measure and check the real server."""
+    # So that every `with` block ends its processes; the default action would end us alone.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     console = Console()
     options = Options(
         work=work.expanduser().resolve(),
@@ -66,7 +72,7 @@ def main(
     try:
         SCENARIOS[scenario](options, report)
     except BenchError as error:
-        console.print(f"[red]the run failed[/red]: {error}", highlight=False, markup=True)
+        console.print(f"[red]the run failed[/red]: {escape(error.message)}", highlight=False)
         raise typer.Exit(RUN_FAILED) from error
     report.show()
     if json is not None:

@@ -118,6 +118,10 @@ class References:
 
         Raises BenchError when a wrong variant could pass for the right one.
         """
+        for outputs in self.outputs:
+            for name, output in zip(self.names, outputs, strict=True):
+                if not np.isfinite(output).all():
+                    raise BenchError(f"{name} answers something that is not a number")
         smallest, who = self.distance()
         if not smallest >= DISTANCE_MIN:
             raise BenchError(

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import overcommit
@@ -86,7 +87,7 @@ class Report:
 
     def step(self, text: str) -> None:
         """Say what is being done now."""
-        self.console.print(f"[dim]-[/dim] {text}", highlight=False)
+        self.console.print(f"[dim]-[/dim] {escape(text)}", highlight=False)
 
     def add(self, section: str, *figures: Figure) -> None:
         """Put figures under a heading."""
@@ -112,10 +113,10 @@ class Report:
         for title, figures in self.sections.items():
             console.print(_table(title, figures))
         for note in self.notes:
-            console.print(f"note: {note}", highlight=False)
+            console.print(f"note: {escape(note)}", highlight=False)
         for condition in self.conditions:
             mark = "[green]holds [/green]" if condition.is_met else "[red]MISSED[/red]"
-            detail = f" [dim]({condition.detail})[/dim]" if condition.detail else ""
+            detail = f" [dim]({escape(condition.detail)})[/dim]" if condition.detail else ""
             console.print(f"{mark} {condition.name}{detail}", highlight=False)
 
     def to_json(self) -> bytes:

@@ -27,6 +27,7 @@ import msgspec
 
 from overcommit.bench.errors import BenchError
 from overcommit.bench.processes import Row, family, is_same, wait_for
+from overcommit.runtime import _shm
 
 START_LIMIT_S: Final = 120.0  # to listen and be ready, packing apart
 STALL_LIMIT_S: Final = 180.0  # packing that gets no further
@@ -67,6 +68,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 env=environment,
+                # A harness that is killed must not leave a server behind.
+                preexec_fn=lambda: _shm.set_parent_death_signal(signal.SIGTERM),
             )
         try:
             self._wait(lambda: self._find_port() and self._is_ready(), "is not ready")

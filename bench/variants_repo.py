@@ -1,4 +1,4 @@
-"""The models of the scenarios: the demo's variants of MiniLM, same network, weights of its own each.
+"""The models of the scenarios: the demo's variants of MiniLM, one network with many weights.
 
     WORK/minilm/           the original, from its package
     WORK/variants/NAME/    every variant that was ever asked for

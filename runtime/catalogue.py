@@ -15,6 +15,7 @@ only `_results` and the bell are shared with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -28,11 +29,14 @@ from overcommit.runtime.config import (
     RETIRE_GRACE_S,
 )
 from overcommit.runtime.control import encoded_bytes
+from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_request
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.house import House
+from overcommit.runtime.image import read_header
 from overcommit.runtime.messages import Pack, PackDone, Route, Routes
 from overcommit.runtime.packing import Packing
+from overcommit.runtime.preload import modules_of
 from overcommit.runtime.process import Process
 from overcommit.runtime.registry import Entry, State, to_route
 
@@ -72,6 +76,9 @@ class Catalogue:
         self._retiring: dict[int, int] = {}  # slot -> not before
         self._told_fronts: set[tuple[int, int]] = set()
         self._is_scanned = False
+        self._is_serving = False
+        self._preload_due = True
+        self._preloaded: set[str] = set()  # program keys
 
     # --- the repository -------------------------------------------------------------------------
     def start(self) -> None:
@@ -125,7 +132,7 @@ class Catalogue:
                 *(len(self.registry), len(changes.added), len(changes.changed)),
                 *(len(changes.removed), len(changes.to_pack)),
             )
-        self._is_scanned = True
+        self._is_scanned = self._preload_due = True
 
     # --- packing --------------------------------------------------------------------------------
     def _start_packer(self) -> Process | None:
@@ -154,6 +161,7 @@ class Catalogue:
         if not done.ok:
             log.error("%s version %s: %s", entry.name, entry.version, done.message)
         removed = self.registry.on_packed(slot, done)
+        self._preload_due = True
         entry = self.registry.by_slot(slot)
         changed = [] if entry is None else [entry]
         if entry is not None and entry.state is State.READY:
@@ -169,6 +177,23 @@ class Catalogue:
         entry = self.registry.by_slot(slot)
         if entry is not None:
             log.error("%s version %s cannot be bound: %s", entry.name, entry.version, message)
+
+    def preload(self) -> None:
+        """Have the fork server import what known programs need, for the workers to come.
+
+        Not before the first workers were forked: they would have to wait for it.
+        """
+        server = self.house.fleet.fork_server
+        if server is None or not server.is_ready or server.unfit is not None:
+            return
+        modules: set[str] = set()
+        for entry in self.registry.entries():
+            if entry.state is State.READY and entry.program_key not in self._preloaded:
+                self._preloaded.add(entry.program_key)
+                with contextlib.suppress(ImageError):
+                    modules.update(modules_of(read_header(entry.image_path)[0].program))
+        if modules:
+            server.preload(tuple(sorted(modules)))
 
     # --- front ends -----------------------------------------------------------------------------
     def announce_routes(self, changed: list[Entry], removed: list[int], now_ns: int) -> None:
@@ -196,6 +221,9 @@ class Catalogue:
     def step(self, now_ns: int) -> None:
         """Pack, tell new front ends, let retired versions go."""
         self.packing.step(now_ns)
+        if self._preload_due and self._is_serving and not len(self.packing):
+            self._preload_due = False
+            self.preload()
         if self._is_scanned:
             for front in self.house.fleet.of_kind("front_end", ready=False):
                 if (front.seat.index, front.epoch) not in self._told_fronts:
@@ -210,6 +238,7 @@ class Catalogue:
 
     def announce(self, age_s: str) -> None:
         """Say that the server serves, and show a request to try."""
+        self._is_serving = True
         fleet, residency = self.house.fleet, self.house.residency
         entries = list(self.registry.entries())
         ready = [entry for entry in entries if entry.state is State.READY]

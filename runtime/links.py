@@ -15,6 +15,7 @@ Called by the worker's loop and its runner.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -94,7 +95,9 @@ class Link:
         self.egress.release()
         del self.submissions, self.completions  # they hold the mapping
         for mapping in (self._memory, self._in, self._out):
-            mapping.close()
+            # A view may live on, in the traceback of what broke the link: it goes with the last.
+            with contextlib.suppress(BufferError):
+                mapping.close()
         os.close(self.bell)
 
 

@@ -5,9 +5,9 @@ writes each fact once.  Record: length (u32), CRC-32 (u32), MessagePack.  The fi
 format.
 
 Invariants
- 1. A fact is used only if folder, fingerprint and config are the same as when it was learnt and
-    the image file is still there; so a start with an unchanged repository packs nothing and reads
-    no image.
+ 1. A fact is used only if folder, fingerprint, config and the packing software are the same as
+    when it was learnt and the image file is still there; so a start with an unchanged repository
+    packs nothing and reads no image.
  2. A torn or foreign file loses facts, never invents one: reading stops at the first bad record.
     What is lost is learnt again by packing.
  3. Several processes may append (a server, `overcommit pack`): each record is one `write` under a
@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import logging
 import os
 import struct
@@ -31,7 +32,9 @@ from typing import Final
 
 import msgspec
 
+from overcommit import __version__
 from overcommit.runtime.config import MIB, VERSIONS_MAX, ModelConfig
+from overcommit.runtime.image import FORMAT_VERSION
 from overcommit.runtime.messages import PackDone
 
 log = logging.getLogger("overcommit.pack_index")
@@ -66,6 +69,9 @@ class PackIndex:
     def __init__(self, cache_dir: str | os.PathLike[str]) -> None:
         self._path = Path(cache_dir) / FILE_NAME
         self._encoder = msgspec.msgpack.Encoder()
+        # Another release or another torch may make another image of the same files.  Two of them
+        # may share a cache folder: each finds its own facts.
+        self._made_by = f"{__version__}\0{FORMAT_VERSION}\0{_torch_version()}\0".encode()
         self._facts: dict[bytes, Fact] = {}
         # Most versions of a big repository have the same config: keep one of each.
         self._configs: dict[bytes, ModelConfig] = {}
@@ -77,7 +83,7 @@ class PackIndex:
 
     def key(self, folder: str, fingerprint: str, config: ModelConfig) -> bytes:
         """Name a version in a state."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(self._made_by, digest_size=16)
         for part in (os.fsencode(folder), fingerprint.encode(), self._encoder.encode(config)):
             digest.update(len(part).to_bytes(4, "little"))
             digest.update(part)
@@ -187,6 +193,14 @@ class PackIndex:
 
     def _share(self, config: ModelConfig) -> ModelConfig:
         return self._configs.setdefault(self._encoder.encode(config), config)
+
+
+def _torch_version() -> str:
+    """The version of torch, without the second that importing it takes."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _record(content: bytes) -> bytes:

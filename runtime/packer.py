@@ -134,8 +134,9 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> 
                 f"model's configuration makes it {tuple(old[name].shape)}"
             )
     module.load_state_dict(given, strict=False, assign=True)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
+    tie_weights = getattr(module, "tie_weights", None)
+    if callable(tie_weights):
+        tie_weights()
     filled = {name for name in wanted if name in given}
     shared = {
         tensor.data_ptr() for name, _, _, tensor in binding.registered(module) if name in filled

@@ -7,16 +7,17 @@ Invariants
  3. `gc.freeze` at the end: the collector would otherwise write to every object header and unshare
     the pages (105 MiB a child instead of 17, measured).
 
-Called by the fork server.
+Called by the fork server; `modules_of` by the supervisor.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 log = logging.getLogger("overcommit.preload")
@@ -43,6 +44,14 @@ def preload(modules: Sequence[str]) -> None:
     gc.freeze()
 
 
+def modules_of(program: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of the installed modules that an image's program imports."""
+    if program.get("kind") != "hugging_face":
+        return ()
+    model_type = str(json.loads(program["config"])["model_type"]).replace("-", "_")
+    return (f"transformers.models.{model_type}.modeling_{model_type}",)
+
+
 def self_check() -> str | None:
     """Say why forking from here would not be safe; None when it is."""
     threads = os.listdir("/proc/self/task")
@@ -50,6 +59,6 @@ def self_check() -> str | None:
         return f"{len(threads)} OS threads run after the imports"
     import torch
 
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return "CUDA was initialised by an import"
     return None

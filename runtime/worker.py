@@ -99,9 +99,15 @@ class Worker:
     # --- the loop -------------------------------------------------------------------------------
     def run(self) -> None:
         """Serve until told to stop.  Raises EOFError when the supervisor is gone."""
-        self.control.send(Ready(pid=os.getpid()))
-        while not self.is_stopping:
-            if not self.turn():
+        try:
+            self.control.send(Ready(pid=os.getpid()))
+        except OSError as error:
+            raise EOFError("the supervisor is gone") from error
+        while True:
+            did = self.turn()
+            if self.is_stopping:
+                return
+            if not did:
                 self.sleep()
 
     def turn(self) -> bool:

@@ -55,7 +55,7 @@ class RequestInput(msgspec.Struct, gc=False):
     datatype: str
     shape: tuple[int, ...]
     parameters: Parameters | None = None
-    data: Raw | None = None
+    data: Raw = Raw(b"")
 
 
 class RequestOutput(msgspec.Struct, gc=False):

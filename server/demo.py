@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -283,20 +284,22 @@ def _show(root: Path, parts: list[Part], failures: dict[str, str], console: Cons
     table.add_column("model")
     table.add_column("what")
     table.add_column("size", justify="right")
-    table.add_column("result", overflow="fold")
+    table.add_column("")
     variants = [part for part in parts if part.recipe.get("seed") is not None]
     good = [part for part in variants if part.name not in failures]
     for part in parts:
         if part in good:
             continue
-        failure = failures.get(part.name)
-        result = f"[red]{failure}[/]" if failure else "[green]ready[/]"
+        result = "[red]missing[/]" if part.name in failures else "[green]ready[/]"
         table.add_row(part.name, part.what, _size(root, part), result)
     if good:
         names = good[0].name if len(good) == 1 else f"{good[0].name} .. {good[-1].name[-2:]}"
         size = f"{len(good)} x {_size(root, good[0])}"
         table.add_row(names, good[0].what, size, "[green]ready[/]")
     console.print(table)
+    for name, failure in failures.items():
+        text = f"{escape(name)} could not be made: {escape(failure)}"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _size(root: Path, part: Part) -> str:

@@ -146,13 +146,15 @@ def _export(model: torch.nn.Module, example: dict[str, torch.Tensor], folder: Pa
     with torch.no_grad(), _quiet():
         try:
             program = torch.export.export(
-                model, (), kwargs=example, dynamic_shapes={name: {0: batch} for name in example}
+                model,
+                tuple(example.values()),
+                dynamic_shapes={name: {0: batch} for name in example},
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"torch {torch.__version__} cannot export it: {error}") from error
         three = {name: torch.cat([rows, rows[:1]]) for name, rows in example.items()}
         for rows in (three, {name: tensor[:1] for name, tensor in three.items()}):
-            expected, got = model(**rows), program.module()(**rows)
+            expected, got = model(**rows), program.module()(*rows.values())
             for name, tensor in expected.items():
                 if not torch.allclose(tensor, got[name], atol=TOLERANCE, rtol=TOLERANCE):
                     raise ModelError("the exported program computes something else than its model")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -51,8 +52,11 @@ def pack_repositories(
             progress.remove_task(task)
     rows = [_row(entry, seconds.get(entry.slot)) for entry in registry.entries()]
     console.print(pack_table(rows))
-    failed = sum(1 for row in rows if row.error)
-    console.print(f"{len(rows) - failed} versions are ready to serve, {failed} are not")
+    failed = [row for row in rows if row.error]
+    for row in failed:
+        text = f"{escape(row.name)} version {escape(row.version)}: {escape(row.error)}"
+        console.print(text, highlight=False, soft_wrap=True)
+    console.print(f"{len(rows) - len(failed)} versions are ready to serve, {len(failed)} are not")
     return 1 if failed else 0
 
 

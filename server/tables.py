@@ -18,6 +18,7 @@ _STATE_STYLE: Final = {"READY": "green", "PACKING": "yellow", "UNAVAILABLE": "re
 _TIER_STYLE: Final = {"DEVICE": "green", "HOST": "cyan", "DISK": "dim"}
 _CHROME_ROWS: Final = 7  # header, footer and frame of the table
 _PREVIEW_VALUES: Final = 8
+_ROWS_MAX: Final = 200
 
 Page = dict[str, Any]
 
@@ -102,13 +103,15 @@ def pack_table(rows: Sequence[PackRow]) -> Table:
         table.add_column(title)
     for title in ("size", "seconds"):
         table.add_column(title, justify="right")
-    table.add_column("result", overflow="fold")
-    for row in rows:
+    table.add_column("result")
+    for row in rows[:_ROWS_MAX]:
         seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
         result = "[green]packed[/]" if row.seconds is not None else "[dim]was packed[/]"
-        result = f"[red]{escape(row.error)}[/]" if row.error else result
+        result = "[red]broken[/]" if row.error else result
         cells = (escape(row.name), escape(row.version), escape(row.engine))
         table.add_row(*cells, _size(row.nbytes), seconds, result)
+    if len(rows) > _ROWS_MAX:
+        table.caption = f"and {len(rows) - _ROWS_MAX} more"
     return table
 
 

@@ -323,7 +323,7 @@ class Rig:
         end_s = time.monotonic() + WATCHDOG_S
         while not done():
             assert time.monotonic() < end_s, "the watchdog barked"
-            if not self.worker.turn():
+            if not self.worker.turn() and not done():
                 self.worker.sleep()
 
     def answered(self, front: Front, *request_ids: int) -> None:

@@ -7,7 +7,6 @@ mapping, zero-copy.
 
 from __future__ import annotations
 
-import json
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,14 +55,6 @@ def load_program(header: ImageHeader, *, allow_code: bool) -> Program:
     except Exception as error:  # whatever a program's own import or construction raises
         raise ImageError(f"its program cannot be loaded: {type(error).__name__}: {error}") from error
     raise ImageError(f"unknown engine '{header.engine}'; known: torch, torch_export")
-
-
-def modules_of(header: ImageHeader) -> tuple[str, ...]:
-    """Names of the installed modules that a program imports, for preloading.  Needs no torch."""
-    if header.program.get("kind") != "hugging_face":
-        return ()
-    model_type = str(json.loads(header.program["config"])["model_type"]).replace("-", "_")
-    return (f"transformers.models.{model_type}.modeling_{model_type}",)
 
 
 def set_up(threads: int) -> None:

@@ -95,7 +95,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if not flat.numel():
         return memoryview(b"")
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def views(entries: Iterable[TensorEntry], memory: memoryview) -> dict[str, torch.Tensor]:
@@ -175,7 +175,7 @@ def bind(skeleton: nn.Module, entries: Sequence[TensorEntry], memory: memoryview
         for table in (child._parameters, child._buffers):
             for name, old in table.items():
                 if old is not None:
-                    table[name] = made[dot + name]  # type: ignore[assignment]
+                    table[name] = made[dot + name]
     left = [name for name, _, _, tensor in registered(module) if tensor.is_meta]
     if left:
         raise ImageError(f"the tensors {left[:5]} would stay without values")

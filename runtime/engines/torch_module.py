@@ -69,7 +69,8 @@ def build_hugging_face(program: Mapping[str, str], where: str) -> nn.Module:
     config = json.loads(program["config"])
     cls: Any = hugging_face_class(config, where)
     arguments = json.loads(program.get("arguments", "{}"))
-    return cls(cls.config_class(**config), **arguments).eval()
+    module: nn.Module = cls(cls.config_class(**config), **arguments).eval()
+    return module
 
 
 def load_user_class(path: Path, class_name: str) -> type[nn.Module]:

@@ -1,0 +1,29 @@
+"""The physical limits: they are measured, not how high they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from overcommit.bench import limits
+from overcommit.bench.errors import BenchError
+from overcommit.runtime.config import MIB
+
+
+def test_a_copy_has_a_rate() -> None:
+    one, many = limits.measure_copy(4 * MIB, passes=1)
+    assert one > 0
+    assert many > 0
+
+
+def test_a_read_has_a_rate_on_files_of_any_size(tmp_path: Path) -> None:
+    (tmp_path / "a.image").write_bytes(bytes(9 * MIB))
+    (tmp_path / "b.image").write_bytes(bytes(4096))
+    rate, _ = limits.measure_read(sorted(tmp_path.iterdir()), total_bytes=32 * MIB)
+    assert rate > 0
+
+
+def test_without_images_there_is_nothing_to_measure() -> None:
+    with pytest.raises(BenchError, match="no weight image"):
+        limits.measure_read([])

@@ -1,0 +1,414 @@
+"""The batcher: which jobs run together, and in which order."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from overcommit.runtime.batcher import LOWER_SHARE, SWEEP_NS, Batch, Batcher
+from overcommit.runtime.config import Batching, ModelConfig
+from overcommit.runtime.lanes import BATCH_BYTES_MAX, NEVER_NS, Job, Limits, limits_of
+
+MS = 1_000_000
+_ids = itertools.count(1)
+
+
+def job(slot: int = 1, now_ns: int = 0, **fields: object) -> Job:
+    fields = {"link": 1, "deadline_ns": NEVER_NS, **fields}
+    return Job(next(_ids), slot, taken_ns=now_ns, **fields)  # type: ignore[arg-type]
+
+
+def runnable(*slots: int, **limits: int) -> Batcher:
+    batcher = Batcher()
+    for slot in slots:
+        batcher.configure(slot, Limits(**{"rows_max": 4, **limits}))
+        batcher.set_runnable(slot, True, 0)
+    return batcher
+
+
+def add(batcher: Batcher, *jobs: Job, now_ns: int = 0) -> None:
+    for one in jobs:
+        assert batcher.add(one, now_ns)
+
+
+def take(batcher: Batcher, now_ns: int = 0, cost_ns: int = MS) -> list[Job]:
+    batch = batcher.next(now_ns)
+    if batch is None:
+        return []
+    batcher.finish(batch, cost_ns, now_ns)
+    return batch.jobs
+
+
+# --- one lane -----------------------------------------------------------------------------------
+def test_a_free_worker_takes_what_waits_at_once() -> None:
+    batcher = runnable(1)
+    first, second = job(), job()
+    add(batcher, first, second)
+    assert take(batcher) == [first, second]
+    assert take(batcher) == []
+    assert len(batcher) == 0
+
+
+def test_a_batch_has_at_most_the_rows_that_the_config_allows() -> None:
+    batcher = runnable(1)
+    jobs = [job(rows=2), job(rows=1), job(rows=2), job(rows=4)]
+    add(batcher, *jobs)
+    assert [take(batcher) for _ in range(3)] == [jobs[:2], [jobs[2]], [jobs[3]]]
+
+
+def test_a_request_with_too_many_rows_runs_alone() -> None:
+    batcher = runnable(1)
+    small, huge = job(), job(rows=100)
+    add(batcher, huge, small)
+    assert [take(batcher), take(batcher)] == [[huge], [small]]
+
+
+def test_padded_bytes_bound_a_batch() -> None:
+    batcher = runnable(1)
+    short, long = job(row_bytes=8), job(row_bytes=BATCH_BYTES_MAX)
+    add(batcher, short, long)
+    assert [take(batcher), take(batcher)] == [[short], [long]]
+
+
+def test_a_model_that_does_not_batch_gets_its_requests_one_by_one() -> None:
+    batcher = Batcher()
+    batcher.configure(1, limits_of(ModelConfig(batching=Batching(max_batch_size=0))))
+    batcher.set_runnable(1, True, 0)
+    jobs = [job(), job()]
+    add(batcher, *jobs)
+    assert [take(batcher), take(batcher)] == [[jobs[0]], [jobs[1]]]
+
+
+def test_a_suspect_runs_alone() -> None:
+    batcher = runnable(1)
+    jobs = [job(), job(alone=True), job(alone=True), job()]
+    add(batcher, *jobs)
+    batches = [take(batcher) for _ in range(3)]
+    assert sorted(len(batch) for batch in batches) == [1, 1, 2]
+    assert [jobs[0], jobs[3]] in batches
+
+
+def test_only_equal_shapes_share_a_batch() -> None:
+    batcher = runnable(1)
+    jobs = [job(shape_key=key) for key in "abab"]
+    add(batcher, *jobs)
+    assert [take(batcher), take(batcher)] == [[jobs[0], jobs[2]], [jobs[1], jobs[3]]]
+
+
+def test_the_earliest_deadline_goes_first() -> None:
+    batcher = runnable(1, rows_max=1)
+    late, soon, never = job(deadline_ns=90), job(deadline_ns=50), job()
+    add(batcher, never, late, soon)
+    assert [take(batcher), take(batcher), take(batcher)] == [[soon], [late], [never]]
+
+
+def test_a_full_lane_refuses() -> None:
+    batcher = runnable(1, jobs_max=2)
+    add(batcher, job(), job())
+    assert not batcher.add(job(), 0)
+    take(batcher)
+    assert batcher.add(job(), 0)
+
+
+# --- queue delay --------------------------------------------------------------------------------
+def test_a_queue_delay_holds_a_lane_until_its_oldest_job_has_waited_that_long() -> None:
+    batcher = runnable(1, delay_ns=100)
+    first, second = job(now_ns=10), job(now_ns=60)
+    add(batcher, first, now_ns=10)
+    add(batcher, second, now_ns=60)
+    assert take(batcher, 109) == []
+    assert batcher.wake_ns() == 110
+    assert take(batcher, 110) == [first, second]
+    assert batcher.wake_ns() is None
+
+
+def test_a_full_batch_does_not_wait_for_its_delay() -> None:
+    batcher = runnable(1, delay_ns=100)
+    jobs = [job() for _ in range(4)]
+    add(batcher, *jobs)
+    assert take(batcher, 0) == jobs
+
+
+# --- deadlines ----------------------------------------------------------------------------------
+def test_an_expired_job_is_not_run() -> None:
+    batcher = runnable(1)
+    late, good = job(deadline_ns=50), job()
+    add(batcher, late, good)
+    assert take(batcher, 50) == [good]
+    assert batcher.take_expired() == [late]
+    assert batcher.take_expired() == []
+
+
+def test_a_job_expires_in_a_lane_that_cannot_run() -> None:
+    batcher = Batcher()
+    late = job(deadline_ns=5 * SWEEP_NS)
+    add(batcher, late)
+    assert batcher.wake_ns() == 5 * SWEEP_NS
+    assert batcher.next(5 * SWEEP_NS) is None
+    assert batcher.take_expired() == [late]
+    assert len(batcher) == 0
+    assert batcher.cancel(late.request_id, 0) is None
+
+
+# --- between lanes ------------------------------------------------------------------------------
+def test_a_lane_that_cannot_run_holds_up_no_other() -> None:
+    batcher = runnable(2)
+    add(batcher, job(1))
+    other = job(2)
+    add(batcher, other)
+    assert take(batcher) == [other]
+    assert take(batcher) == []
+    batcher.set_runnable(1, True, 0)
+    assert len(take(batcher)) == 1
+
+
+def test_lanes_take_turns() -> None:
+    batcher = runnable(1, 2, rows_max=1)
+    add(batcher, *(job(1) for _ in range(3)), *(job(2) for _ in range(3)))
+    assert [take(batcher)[0].slot for _ in range(6)] == [1, 2, 1, 2, 1, 2]
+
+
+def shares(batcher: Batcher, costs: dict[int, int], batches: int) -> dict[int, int]:
+    """Keep all lanes full, run, and return the compute time that each slot got."""
+    got = dict.fromkeys(costs, 0)
+    for slot in costs:
+        add(batcher, job(slot), job(slot))
+    for _ in range(batches):
+        batch = batcher.next(0)
+        assert batch is not None
+        batcher.finish(batch, costs[batch.slot], 0)
+        got[batch.slot] += costs[batch.slot]
+        add(batcher, *(job(batch.slot) for _ in batch.jobs))
+    return got
+
+
+def test_a_heavy_model_gets_no_more_time_than_a_light_one() -> None:
+    got = shares(runnable(1, 2, rows_max=1), {1: 50 * MS, 2: MS}, 1000)
+    assert got[1] == pytest.approx(got[2], rel=0.1)
+
+
+def test_time_is_shared_by_weight() -> None:
+    batcher = runnable(1, rows_max=1, weight=3)
+    batcher.configure(2, Limits())
+    batcher.set_runnable(2, True, 0)
+    got = shares(batcher, {1: 2 * MS, 2: MS}, 1000)
+    assert got[1] == pytest.approx(3 * got[2], rel=0.05)
+
+
+def test_time_that_nobody_else_wanted_is_not_held_against_a_lane() -> None:
+    batcher = runnable(1, 2, rows_max=1)
+    for _ in range(100):
+        add(batcher, job(1))
+        take(batcher, cost_ns=1000 * MS)
+    assert take(batcher) == []
+    got = shares(batcher, {1: MS, 2: MS}, 10)
+    assert got[1] == pytest.approx(got[2], abs=2 * MS)
+
+
+def test_a_lane_that_was_away_has_no_claim_to_the_time_it_missed() -> None:
+    batcher = runnable(1, 2, rows_max=1)
+    shares(batcher, {1: MS}, 1000)
+    got = shares(batcher, {2: MS, 1: MS}, 10)
+    assert got[1] == pytest.approx(got[2], abs=2 * MS)
+
+
+def test_a_higher_class_goes_first() -> None:
+    batcher = runnable(1)
+    batcher.configure(2, Limits(priority=5))
+    batcher.set_runnable(2, True, 0)
+    add(batcher, job(1), job(2))
+    assert [take(batcher)[0].slot, take(batcher)[0].slot] == [2, 1]
+
+
+def test_a_lower_class_is_slowed_and_not_starved() -> None:
+    batcher = runnable(1, rows_max=1)
+    batcher.configure(2, Limits(priority=5))
+    batcher.set_runnable(2, True, 0)
+    got = shares(batcher, {1: 7 * MS, 2: MS}, 1000)
+    assert got[2] == pytest.approx(LOWER_SHARE * got[1], rel=0.1)
+
+
+# --- leaving ------------------------------------------------------------------------------------
+def test_a_batch_that_is_put_back_comes_again_in_the_same_order() -> None:
+    batcher = runnable(1, rows_max=2)
+    jobs = [job(deadline_ns=100) for _ in range(4)]
+    add(batcher, *jobs)
+    batch = batcher.next(0)
+    assert batch is not None
+    batcher.put_back(batch, 0)
+    batcher.set_runnable(1, False, 0)
+    assert take(batcher) == []
+    batcher.set_runnable(1, True, 0)
+    assert [take(batcher), take(batcher)] == [jobs[:2], jobs[2:]]
+
+
+def test_a_cancelled_job_leaves_and_does_not_run() -> None:
+    batcher = runnable(1)
+    gone, stays = job(), job()
+    add(batcher, gone, stays)
+    assert batcher.cancel(gone.request_id, 0) is gone
+    assert batcher.cancel(gone.request_id, 0) is None
+    assert take(batcher) == [stays]
+
+
+def test_a_lost_link_takes_its_jobs_and_no_others() -> None:
+    batcher = runnable(1, 2)
+    mine, other, parked = job(link=7), job(link=8), job(3, link=7)
+    add(batcher, mine, other, parked)
+    assert set(batcher.drop_link(7, 0)) == {mine, parked}
+    assert take(batcher) == [other]
+    assert batcher.waiting(3) == 0
+
+
+def test_a_removed_lane_gives_its_jobs_back() -> None:
+    batcher = runnable(1)
+    one = job()
+    add(batcher, one)
+    assert batcher.remove(1) == [one]
+    assert take(batcher) == []
+    assert len(batcher) == 0
+
+
+# --- against a model ----------------------------------------------------------------------------
+class BatcherMachine(RuleBasedStateMachine):
+    """The batcher against a set of jobs that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batcher = Batcher()
+        self.now_ns = 0
+        self.waiting: dict[int, Job] = {}
+        self.can_run: set[int] = set()
+        self.delays: dict[int, int] = {}
+        self.out: Batch | None = None
+        for slot in range(4):
+            self.delays[slot] = 1000 * (slot == 3)
+            limits = Limits(
+                rows_max=4, delay_ns=self.delays[slot], jobs_max=6, priority=slot % 2, weight=1 + slot
+            )
+            self.batcher.configure(slot, limits)
+
+    def wait_in(self, slot: int) -> list[Job]:
+        return [one for one in self.waiting.values() if one.slot == slot]
+
+    @rule(
+        slot=st.integers(0, 3),
+        key=st.sampled_from("ab"),
+        rows=st.integers(1, 6),
+        link=st.integers(0, 1),
+        timeout_ns=st.sampled_from((10, 10_000, 10_000_000)),
+        alone=st.booleans(),
+    )
+    def add(
+        self, slot: int, key: str, rows: int, link: int, timeout_ns: int, alone: bool
+    ) -> None:
+        one = job(
+            *(slot, self.now_ns),
+            shape_key=key,
+            rows=rows,
+            link=link,
+            deadline_ns=self.now_ns + timeout_ns,
+            alone=alone,
+        )
+        running = len(self.out.jobs) if self.out is not None and self.out.slot == slot else 0
+        was_full = len(self.wait_in(slot)) - running >= 6
+        assert self.batcher.add(one, self.now_ns) == (not was_full)
+        if not was_full:
+            self.waiting[one.request_id] = one
+
+    @rule(step_ns=st.sampled_from((1, 500, 5_000, 3_000_000)))
+    def wait(self, step_ns: int) -> None:
+        self.now_ns += step_ns
+
+    @rule(slot=st.integers(0, 3), can_run=st.booleans())
+    def set_runnable(self, slot: int, can_run: bool) -> None:
+        self.batcher.set_runnable(slot, can_run, self.now_ns)
+        (self.can_run.add if can_run else self.can_run.discard)(slot)
+
+    @precondition(lambda self: self.out is None)
+    @rule()
+    def next(self) -> None:
+        batch = self.batcher.next(self.now_ns)
+        for late in self.batcher.take_expired():
+            assert late.deadline_ns <= self.now_ns
+            del self.waiting[late.request_id]
+        if batch is None:
+            due = [
+                one
+                for one in self.waiting.values()
+                if one.slot in self.can_run
+                and self.now_ns >= one.taken_ns + self.delays[one.slot]
+            ]
+            assert not due, "a due lane was left"
+            return
+        self.out = batch
+        assert batch.slot in self.can_run
+        assert batch.jobs
+        assert all(self.waiting[one.request_id] is one for one in batch.jobs)
+        assert all(one.deadline_ns > self.now_ns for one in batch.jobs)
+        assert len({(one.slot, one.shape_key) for one in batch.jobs}) == 1
+        if len(batch.jobs) > 1:
+            assert sum(one.rows for one in batch.jobs) <= 4
+            assert not any(one.alone for one in batch.jobs)
+        first = min(one.deadline_ns for one in self.wait_in(batch.slot))
+        assert batch.jobs[0].deadline_ns == first
+
+    @precondition(lambda self: self.out is not None)
+    @rule(cost_ns=st.integers(0, 10_000_000))
+    def finish(self, cost_ns: int) -> None:
+        assert self.out is not None
+        self.batcher.finish(self.out, cost_ns, self.now_ns)
+        for one in self.out.jobs:
+            del self.waiting[one.request_id]
+        self.out = None
+
+    @precondition(lambda self: self.out is not None)
+    @rule()
+    def put_back(self) -> None:
+        assert self.out is not None
+        self.batcher.put_back(self.out, self.now_ns)
+        self.out = None
+
+    @precondition(lambda self: self.out is None)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if not self.waiting:
+            return
+        request_id = data.draw(st.sampled_from(sorted(self.waiting)))
+        assert self.batcher.cancel(request_id, self.now_ns) is self.waiting.pop(request_id)
+
+    @precondition(lambda self: self.out is None)
+    @rule(slot=st.integers(0, 3))
+    def drain(self, slot: int) -> None:
+        assert set(self.batcher.drain(slot, self.now_ns)) == set(self.wait_in(slot))
+        self.waiting = {k: v for k, v in self.waiting.items() if v.slot != slot}
+
+    @precondition(lambda self: self.out is None)
+    @rule(link=st.integers(0, 1))
+    def drop_link(self, link: int) -> None:
+        mine = {one for one in self.waiting.values() if one.link == link}
+        assert set(self.batcher.drop_link(link, self.now_ns)) == mine
+        self.waiting = {k: v for k, v in self.waiting.items() if v.link != link}
+
+    @invariant()
+    def counts_agree(self) -> None:
+        assert len(self.batcher) == len(self.waiting)
+        for slot in range(4):
+            running = len(self.out.jobs) if self.out is not None and self.out.slot == slot else 0
+            assert self.batcher.waiting(slot) == len(self.wait_in(slot)) - running
+
+    @invariant()
+    def something_that_waits_wakes_the_worker(self) -> None:
+        deadlines = [one.deadline_ns for one in self.waiting.values()]
+        if deadlines and self.out is None:
+            wake_ns = self.batcher.wake_ns()
+            assert wake_ns is not None
+            assert wake_ns <= max(min(deadlines), self.now_ns) + SWEEP_NS
+
+
+TestBatcherMachine = BatcherMachine.TestCase
+TestBatcherMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

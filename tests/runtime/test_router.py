@@ -1,0 +1,117 @@
+"""Routing: the same worker for the same version, until its queue there is long."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overcommit.runtime.router import Router, short_queue
+
+
+@pytest.fixture
+def router() -> Router:
+    router = Router()
+    for worker in (10, 11, 12, 13):
+        router.add(worker)
+    return router
+
+
+def home(router: Router, slot: int) -> int:
+    worker = router.choose(slot, 1_000_000)
+    assert worker is not None
+    return worker
+
+
+def test_there_is_no_worker_when_none_is_linked() -> None:
+    assert Router().choose(1, 4) is None
+
+
+def test_a_version_keeps_its_worker_while_its_queue_there_is_short(router: Router) -> None:
+    first = home(router, 7)
+    for _ in range(4):
+        assert router.choose(7, 4) == first
+        router.on_submit(first, 7)
+    assert router.choose(7, 4) != first
+
+
+def test_what_does_not_fit_at_home_goes_to_the_least_loaded(router: Router) -> None:
+    first = home(router, 7)
+    others = [worker for worker in router.workers if worker != first]
+    for _ in range(9):
+        router.on_submit(first, 7)
+    router.on_submit(others[0], 1)
+    router.on_submit(others[2], 2)
+    assert router.choose(7, 4) == others[1]
+
+
+def test_the_home_wins_a_tie_when_every_queue_is_long(router: Router) -> None:
+    first = home(router, 7)
+    for worker in router.workers:
+        for _ in range(5):
+            router.on_submit(worker, 7)
+    assert router.choose(7, 4) == first
+
+
+def test_a_version_comes_home_when_its_queue_has_become_short(router: Router) -> None:
+    first = home(router, 7)
+    for _ in range(4):
+        router.on_submit(first, 7)
+    assert router.choose(7, 4) != first
+    router.on_done(first, 7)
+    assert router.choose(7, 4) == first
+
+
+def test_a_worker_to_avoid_is_not_picked(router: Router) -> None:
+    first = home(router, 7)
+    second = router.choose(7, 4, avoid=(first,))
+    assert second not in (None, first)
+    assert router.choose(7, 4, avoid=router.workers) is None
+
+
+def test_only_the_versions_of_a_worker_that_goes_get_a_new_home(router: Router) -> None:
+    before = {slot: home(router, slot) for slot in range(500)}
+    router.remove(12)
+    for slot, worker in before.items():
+        assert (home(router, slot) == worker) == (worker != 12)
+
+
+def test_versions_spread_over_the_workers(router: Router) -> None:
+    shares = Counter(home(router, slot) for slot in range(4000))
+    assert all(800 < share < 1200 for share in shares.values())
+
+
+def test_what_was_outstanding_at_a_removed_worker_is_forgotten(router: Router) -> None:
+    router.on_submit(11, 5)
+    router.remove(11)
+    router.on_done(11, 5)
+    assert router.outstanding(11) == 0
+    router.add(11)
+    assert router.outstanding(11, 5) == 0
+
+
+def test_a_short_queue_is_two_batches_and_two_requests_where_nothing_batches() -> None:
+    assert short_queue(32) == 64
+    assert short_queue(0) == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=200))
+def test_counts_are_the_submits_less_the_dones(steps: list[tuple[int, bool]]) -> None:
+    router = Router()
+    for worker in range(3):
+        router.add(worker)
+    model: Counter[tuple[int, int]] = Counter()
+    for slot, is_submit in steps:
+        worker = router.choose(slot, 2)
+        assert worker is not None
+        if is_submit:
+            router.on_submit(worker, slot)
+            model[worker, slot] += 1
+        elif busy := next((key for key in model if model[key]), None):
+            router.on_done(*busy)
+            model[busy] -= 1
+        for one in range(3):
+            assert router.outstanding(one) == sum(n for (w, _), n in model.items() if w == one)
+            assert router.outstanding(one, slot) == model[one, slot]
