@@ -51,12 +51,14 @@ LOAD_S_MAX: Final = 120.0  # of a load that a phase ends itself
 class Chaos:
     """One run of the scenario."""
 
-    def __init__(self, options: Options, report: Report, fleet: Fleet, folder: Path) -> None:
+    def __init__(
+        self, options: Options, report: Report, fleet: Fleet, folder: Path, budgets: tuple[str, str]
+    ) -> None:
         self.options = options
         self.report = report
         self.fleet = fleet
         self.folder = folder
-        self.flags = ["--device-memory", DEVICE_MEMORY, "--host-memory", HOST_MEMORY]
+        self.flags = ["--device-memory", budgets[0], "--host-memory", budgets[1]]
         self.flags += ["--workers", str(WORKERS), "--front-ends", str(FRONT_ENDS)]
         self._loads = 0
         fleet.references.save(folder / "all.npz")
@@ -240,17 +242,20 @@ class Chaos:
 
 def run(options: Options, report: Report) -> None:
     """Run the scenario with its own models."""
-    run_fleet(options, report, minilm_variants(options, report, VARIANTS))
+    fleet = minilm_variants(options, report, VARIANTS)
+    run_fleet(options, report, fleet, DEVICE_MEMORY, HOST_MEMORY)
 
 
-def run_fleet(options: Options, report: Report, fleet: Fleet) -> None:
-    """Run the scenario with these models."""
+def run_fleet(
+    options: Options, report: Report, fleet: Fleet, device_memory: str, host_memory: str
+) -> None:
+    """Run the scenario with these models and budgets; the first RESIDENT models must fit DEVICE."""
     kill_s = options.seconds or (QUICK_KILL_S if options.quick else KILL_S)
     resident_s = options.seconds or (QUICK_RESIDENT_S if options.quick else RESIDENT_S)
     report.settings = {
         "models": len(fleet.names),
-        "device memory": DEVICE_MEMORY,
-        "host memory": HOST_MEMORY,
+        "device memory": device_memory,
+        "host memory": host_memory,
         "front ends": FRONT_ENDS,
         "workers": WORKERS,
         "connections": options.connections,
@@ -258,7 +263,7 @@ def run_fleet(options: Options, report: Report, fleet: Fleet) -> None:
         "seed": options.seed,
     }
     with run_folder(options, report) as folder:
-        chaos = Chaos(options, report, fleet, folder)
+        chaos = Chaos(options, report, fleet, folder, (device_memory, host_memory))
         report.step("packing")
         chaos.pack()
         (folder / "tmp").mkdir(exist_ok=True)

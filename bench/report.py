@@ -146,10 +146,17 @@ class Report:
 
 
 def _table(title: str, figures: list[Figure]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    has_limits = any(figure.limit is not None for figure in figures)
+    table = Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        show_header=has_limits,
+    )
     table.add_column("")
     table.add_column("", justify="right")
-    has_limits = any(figure.limit is not None for figure in figures)
     if has_limits:
         table.add_column("limit", justify="right")
         table.add_column("ratio", justify="right")

@@ -126,7 +126,7 @@ def _figures(
             note="O_DIRECT" if physical.read_is_direct else "buffered: O_DIRECT is refused here",
         ),
     )
-    if records and not all(record.get("direct", True) for record in records):
+    if not all(record["direct"] for record in records if record["source"] == "disk"):
         report.notes.append("some reads of the server were not O_DIRECT")
 
 

@@ -10,13 +10,15 @@ Invariants
     a list of whole chunks in any order, so no allocation over that size can fail while enough 2 MiB
     chunks are free: there is no external fragmentation and nothing to compact.
  3. With `can_split` (memfd) a 64 MiB chunk splits on demand and merges when all 32 parts are free.
-    Without (CUDA, whose chunks are made once) a share is split at construction, for ever.
+    Without (CUDA, whose chunks are made once) a share is split at construction, for ever; a rest
+    for which the small ones do not suffice takes a 64 MiB chunk whole.
 
 Called by residency; pure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -38,10 +40,6 @@ class Extent(NamedTuple):
     length: int
 
 
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_BYTES)
-
-
 def _merge(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     merged: list[Extent] = []
     for extent in extents:
@@ -52,34 +50,69 @@ def _merge(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     return tuple(merged)
 
 
+class _Ranking:
+    """Keys with a level from 0 to `level_max` each; finds the lowest level that suffices.
+
+    With 20,000 small models, sorting the slabs at each allocation took over a millisecond.
+    """
+
+    def __init__(self, level_max: int) -> None:
+        self._keys: list[dict[int, None]] = [{} for _ in range(level_max + 1)]
+        self._level: dict[int, int] = {}
+
+    def set(self, key: int, level: int) -> None:
+        self.discard(key)
+        self._level[key] = level
+        self._keys[level][key] = None
+
+    def discard(self, key: int) -> None:
+        if key in self._level:
+            del self._keys[self._level.pop(key)][key]
+
+    def find(self, level_min: int) -> int | None:
+        """A key of the lowest level that is not below `level_min`; None when there is none."""
+        for keys in self._keys[level_min:]:
+            if keys:
+                return next(iter(keys))
+        return None
+
+    def level(self, key: int) -> int:
+        return self._level[key]
+
+    def __len__(self) -> int:
+        return len(self._level)
+
+
 class ChunkAllocator:
     """Free space of one arena.  `capacity_bytes` is rounded down to whole 2 MiB chunks."""
 
     def __init__(
         self, capacity_bytes: int, *, can_split: bool = True, small_share: float = 0.25
     ) -> None:
+        assert capacity_bytes >= 0
+        assert 0 < small_share <= 1
         smalls = capacity_bytes // SMALL_CHUNK_BYTES
         self.capacity_bytes = smalls * SMALL_CHUNK_BYTES
         self.can_split = can_split
-        whole, rest = divmod(smalls, SMALL_PER_LARGE)
-        split = 0 if can_split else min(whole, round(whole * small_share + 0.499))
-        self._large: set[int] = set(range(split, whole))
+        self._whole, rest = divmod(smalls, SMALL_PER_LARGE)
+        split = 0 if can_split else math.ceil(self._whole * small_share)
+        self._large: set[int] = set(range(split, self._whole))
         # Free 2 MiB chunks by their 64 MiB parent; a parent that is here is split.
-        self._small: dict[int, set[int]] = {
-            parent: set(range(parent * SMALL_PER_LARGE, (parent + 1) * SMALL_PER_LARGE))
-            for parent in range(split)
-        }
+        self._small: dict[int, set[int]] = {}
+        self._small_free = 0
+        self._parents = _Ranking(SMALL_PER_LARGE)  # split parents by their number of free chunks
+        for parent in range(split):
+            self._split(parent, SMALL_PER_LARGE)
         if rest:  # the last, partial 64 MiB can only ever be small chunks
-            self._small[whole] = set(range(whole * SMALL_PER_LARGE, smalls))
-        self._whole = whole
+            self._split(self._whole, rest)
         self._slabs: dict[int, bytearray] = {}  # small chunk -> one byte a page, 1 = taken
-        self._slab_free: dict[int, int] = {}
+        self._runs = _Ranking(PAGES_PER_SLAB)  # slabs by their longest run of free pages
         self._used = 0
 
     def __repr__(self) -> str:
         return (
             f"<ChunkAllocator {self.used_bytes} of {self.capacity_bytes} bytes used, "
-            f"{len(self._large)} large and {self._free_smalls()} small chunks free, "
+            f"{len(self._large)} large and {self._small_free} small chunks free, "
             f"{len(self._slabs)} slabs>"
         )
 
@@ -94,79 +127,79 @@ class ChunkAllocator:
         return self.capacity_bytes - self._used
 
     def footprint(self, nbytes: int) -> int:
-        """Bytes that an allocation of `nbytes` really takes."""
-        if nbytes <= SLAB_MODEL_BYTES_MAX:
-            return max(1, _pages(nbytes)) * PAGE_BYTES
-        return -(-nbytes // SMALL_CHUNK_BYTES) * SMALL_CHUNK_BYTES
+        """Bytes that an allocation of `nbytes` takes (without `can_split`: at least)."""
+        unit = PAGE_BYTES if nbytes <= SLAB_MODEL_BYTES_MAX else SMALL_CHUNK_BYTES
+        return max(1, -(-nbytes // unit)) * unit
 
     # --- allocating -----------------------------------------------------------------------------
     def try_allocate(self, nbytes: int) -> tuple[Extent, ...] | None:
         """Place `nbytes`; None when it does not fit now.
 
-        Extent i holds the bytes that follow those of extent i - 1; neighbours are merged.  The
-        extents together are `footprint(nbytes)` long.
+        Extent i holds the bytes that follow those of extent i - 1; neighbours are merged.
         """
         assert nbytes >= 0
+        footprint = self.footprint(nbytes)
         if nbytes <= SLAB_MODEL_BYTES_MAX:
-            run = self._take_run(max(1, _pages(nbytes)))
+            run = self._take_run(footprint // PAGE_BYTES)
             extents: tuple[Extent, ...] | None = None if run is None else (run,)
         else:
-            extents = self._take_chunks(-(-nbytes // SMALL_CHUNK_BYTES))
+            extents = self._take_chunks(footprint // SMALL_CHUNK_BYTES)
         if extents is not None:
             self._used += sum(extent.length for extent in extents)
         return extents
 
     def _take_chunks(self, smalls: int) -> tuple[Extent, ...] | None:
-        free_smalls = self._free_smalls()
         larges = min(smalls // SMALL_PER_LARGE, len(self._large))
         rest = smalls - larges * SMALL_PER_LARGE
-        spare_larges = len(self._large) - larges
-        if rest > free_smalls + (spare_larges * SMALL_PER_LARGE if self.can_split else 0):
+        missing = -(-max(0, rest - self._small_free) // SMALL_PER_LARGE)
+        if missing > len(self._large) - larges:
             return None
-        extents = []
-        for _ in range(larges):
-            parent = min(self._large)
-            self._large.discard(parent)
-            extents.append(Extent(parent * LARGE_CHUNK_BYTES, LARGE_CHUNK_BYTES))
+        if missing and not self.can_split:
+            larges, rest = larges + 1, 0  # cannot be more: otherwise larges would be used up
+        # Whole ones from the front, splits from the back: what stays whole stays together.
+        chosen = sorted(self._large)[:larges]
+        self._large.difference_update(chosen)
+        extents = [Extent(parent * LARGE_CHUNK_BYTES, LARGE_CHUNK_BYTES) for parent in chosen]
         chunks = sorted(self._take_small() for _ in range(rest))
         extents += [Extent(chunk * SMALL_CHUNK_BYTES, SMALL_CHUNK_BYTES) for chunk in chunks]
         return _merge(extents)
 
-    def _free_smalls(self) -> int:
-        return sum(len(chunks) for chunks in self._small.values())
+    def _split(self, parent: int, smalls: int) -> None:
+        first = parent * SMALL_PER_LARGE
+        self._small[parent] = set(range(first, first + smalls))
+        self._parents.set(parent, smalls)
+        self._small_free += smalls
 
     def _take_small(self) -> int:
         # The fullest parent first, so that others empty and can merge.
-        parents = [parent for parent, chunks in self._small.items() if chunks]
-        if not parents:
+        parent = self._parents.find(1)
+        if parent is None:
             parent = max(self._large)
             self._large.discard(parent)
-            first = parent * SMALL_PER_LARGE
-            self._small[parent] = set(range(first, first + SMALL_PER_LARGE))
-        else:
-            parent = min(parents, key=lambda p: (len(self._small[p]), p))
-        chunk = min(self._small[parent])
-        self._small[parent].discard(chunk)
+            self._split(parent, SMALL_PER_LARGE)
+        chunks = self._small[parent]
+        chunk = min(chunks)
+        chunks.discard(chunk)
+        self._small_free -= 1
+        self._parents.set(parent, len(chunks))
         return chunk
 
     def _take_run(self, pages: int) -> Extent | None:
-        """First fit of a run of pages, in the fullest slab that has it."""
-        for slab in sorted(self._slab_free, key=lambda s: (self._slab_free[s], s)):
-            if self._slab_free[slab] >= pages:
-                at = self._slabs[slab].find(bytes(pages))
-                if at >= 0:
-                    return self._mark_run(slab, at, pages)
-        if not self._free_smalls() and not (self.can_split and self._large):
-            return None
-        slab = self._take_small()
-        self._slabs[slab] = bytearray(PAGES_PER_SLAB)
-        self._slab_free[slab] = PAGES_PER_SLAB
-        return self._mark_run(slab, 0, pages)
-
-    def _mark_run(self, slab: int, at: int, pages: int) -> Extent:
-        self._slabs[slab][at : at + pages] = b"\1" * pages
-        self._slab_free[slab] -= pages
+        """Best fit: the slab whose longest free run is the shortest that is long enough."""
+        slab = self._runs.find(pages)
+        if slab is None:
+            if not self._small_free and not (self.can_split and self._large):
+                return None
+            slab = self._take_small()
+            self._slabs[slab] = bytearray(PAGES_PER_SLAB)
+        taken = self._slabs[slab]
+        at = taken.find(bytes(pages))
+        taken[at : at + pages] = b"\1" * pages
+        self._rank_slab(slab)
         return Extent(slab * SMALL_CHUNK_BYTES + at * PAGE_BYTES, pages * PAGE_BYTES)
+
+    def _rank_slab(self, slab: int) -> None:
+        self._runs.set(slab, max(map(len, self._slabs[slab].split(b"\1"))))
 
     # --- freeing --------------------------------------------------------------------------------
     def free(self, extents: Iterable[Extent | tuple[int, int]]) -> None:
@@ -185,38 +218,53 @@ class ChunkAllocator:
         taken = self._slabs[slab]
         assert taken[at : at + pages] == b"\1" * pages, "freed twice"
         taken[at : at + pages] = bytes(pages)
-        self._slab_free[slab] += pages
-        if self._slab_free[slab] == PAGES_PER_SLAB:
-            del self._slabs[slab], self._slab_free[slab]
+        self._rank_slab(slab)
+        if self._runs.level(slab) == PAGES_PER_SLAB:
+            del self._slabs[slab]
+            self._runs.discard(slab)
             self._give_small(slab)
 
     def _free_chunks(self, offset: int, length: int) -> None:
         end = offset + length
         while offset < end:
-            parent, inside = divmod(offset, LARGE_CHUNK_BYTES)
-            if inside == 0 and end - offset >= LARGE_CHUNK_BYTES and parent not in self._small:
-                assert parent not in self._large, "freed twice"
-                self._large.add(parent)
-                offset += LARGE_CHUNK_BYTES
-            else:
+            parent = offset // LARGE_CHUNK_BYTES
+            if parent in self._small:
                 self._give_small(offset // SMALL_CHUNK_BYTES)
                 offset += SMALL_CHUNK_BYTES
+            else:
+                assert parent not in self._large, "freed twice"
+                assert offset % LARGE_CHUNK_BYTES == 0, "a part of a whole chunk"
+                self._large.add(parent)
+                offset += LARGE_CHUNK_BYTES
 
     def _give_small(self, chunk: int) -> None:
         parent = chunk // SMALL_PER_LARGE
         chunks = self._small[parent]
         assert chunk not in chunks, "freed twice"
         chunks.add(chunk)
+        self._small_free += 1
+        self._parents.set(parent, len(chunks))
         if self.can_split and parent < self._whole and len(chunks) == SMALL_PER_LARGE:
             del self._small[parent]
+            self._parents.discard(parent)
+            self._small_free -= SMALL_PER_LARGE
             self._large.add(parent)
 
     def check(self) -> None:
         """Assert that the books balance."""
-        free = len(self._large) * LARGE_CHUNK_BYTES + self._free_smalls() * SMALL_CHUNK_BYTES
-        free += sum(self._slab_free.values()) * PAGE_BYTES
-        assert free == self.free_bytes, (free, self.free_bytes)
+        assert self._small_free == sum(map(len, self._small.values()))
+        slab_pages = sum(taken.count(0) for taken in self._slabs.values())
+        free = len(self._large) * LARGE_CHUNK_BYTES + self._small_free * SMALL_CHUNK_BYTES
+        assert free + slab_pages * PAGE_BYTES == self.free_bytes
+        assert not self._large & self._small.keys()
+        assert len(self._parents) == len(self._small)
+        for parent, chunks in self._small.items():
+            assert all(chunk // SMALL_PER_LARGE == parent for chunk in chunks)
+            assert self._parents.level(parent) == len(chunks)
+        assert len(self._runs) == len(self._slabs)
         for slab, taken in self._slabs.items():
-            assert taken.count(0) == self._slab_free[slab]
-            assert slab not in self._small.get(slab // SMALL_PER_LARGE, ())
-        assert not self._large & set(self._small)
+            assert slab not in self._small[slab // SMALL_PER_LARGE]
+            run = self._runs.level(slab)
+            assert bytes(run) in taken
+            assert bytes(run + 1) not in taken
+            assert run < PAGES_PER_SLAB, "an empty slab is a chunk"

@@ -50,9 +50,9 @@ log = logging.getLogger("overcommit.worker")
 Opened = tuple["ImageHeader", "Program"]
 Opener = Callable[[VersionInfo], Opened]
 
-# Faulting a model's pages in costs 20-50 us a MiB and blocks every lane of the worker; a larger
+# Faulting a model's pages in costs 65-240 us a MiB, and every lane of the worker waits; a larger
 # model takes its faults, 16 pages each, in its first batch.
-POPULATE_BYTES_MAX: Final = 32 * MIB
+POPULATE_BYTES_MAX: Final = 16 * MIB
 
 
 @dataclass(slots=True, frozen=True)

@@ -42,9 +42,9 @@ class Link:
         self.key = link_key(message.seat, message.epoch)
         self.payload_bytes = message.payload_bytes
         self.bell = fds["peer_doorbell"]
-        ring_bytes = _shm.ring_bytes(message.slot_count)
         try:
-            self._memory = mmap.mmap(fds["link"], message.completion_offset + ring_bytes)
+            link_bytes = message.completion_offset + _shm.ring_bytes(message.slot_count)
+            self._memory = mmap.mmap(fds["link"], link_bytes)
             self._in = mmap.mmap(fds["ingress"], self.payload_bytes, prot=mmap.PROT_READ)
             self._out = mmap.mmap(fds["egress"], self.payload_bytes)
         finally:

@@ -57,7 +57,7 @@ class Room:
         """Yield those that may leave now, the least precious first."""
         raise NotImplementedError
 
-    def _may_leave(self, version: Version) -> bool:
+    def _may_leave(self, version: Version, now_ns: int) -> bool:
         raise NotImplementedError
 
     def _try_evict(self, version: Version) -> bool:
@@ -98,7 +98,9 @@ class Room:
             return None
         kept, spared = self._without_superfluous(chosen, freed - missing)
         for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
-            if victim.slot not in self.holders or not (is_checked or self._may_leave(victim)):
+            if victim.slot not in self.holders or not (
+                is_checked or self._may_leave(victim, now_ns)
+            ):
                 continue
             if not self._try_evict(victim):
                 continue
@@ -179,12 +181,14 @@ class DeviceRoom(Room):
         return large + SMALL_CHUNK_BYTES * len(self._slabs_of(small))  # a slab is no chunk for it
 
     def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
-        candidates = [slot for slot, version in self.holders.items() if _is_evictable(version)]
+        candidates = [
+            slot for slot, version in self.holders.items() if _is_evictable(version, now_ns)
+        ]
         refreshed: set[int] = set()
         queued_for: list[Version] = []
         for slot in self._policy.victims(candidates, now_ns):
             version = self.holders.get(slot)
-            if version is None or not _is_evictable(version):
+            if version is None or not _is_evictable(version, now_ns):
                 continue
             usage = self._port.usage(slot)
             if usage.uses != version.uses and slot not in refreshed:
@@ -203,8 +207,8 @@ class DeviceRoom(Room):
             # bytes would evict each other before either runs.
             yield from (v for v in queued_for if now_ns - v.published_ns >= STARVING_NS)
 
-    def _may_leave(self, version: Version) -> bool:
-        if not _is_evictable(version):
+    def _may_leave(self, version: Version, now_ns: int) -> bool:
+        if not _is_evictable(version, now_ns):
             return False
         usage = self._port.usage(version.slot)
         return not usage.leases and not usage.waiting
@@ -239,7 +243,7 @@ class HostRoom(Room):
         return version.host
 
     def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
-        idle = [version for version in self.holders.values() if self._may_leave(version)]
+        idle = [version for version in self.holders.values() if self._may_leave(version, now_ns)]
         yield from (version for version in idle if version.pinned)
         both = [v.slot for v in idle if v.state is State.DEVICE and not v.pinned]
         # The other way round: the copy of what stays on DEVICE longest is needed last.
@@ -250,7 +254,7 @@ class HostRoom(Room):
             if slot in self.holders:
                 yield self.holders[slot]
 
-    def _may_leave(self, version: Version) -> bool:
+    def _may_leave(self, version: Version, now_ns: int) -> bool:
         return version.state is not State.LOADING and not version.waiters
 
     def _try_evict(self, version: Version) -> bool:
@@ -267,8 +271,11 @@ class HostRoom(Room):
             version.state = State.DISK
 
 
-def _is_evictable(version: Version) -> bool:
-    return version.state is State.DEVICE and not version.pinned and not version.is_leaving
+def _is_evictable(version: Version, now_ns: int) -> bool:
+    if version.state is not State.DEVICE or version.pinned or version.is_leaving:
+        return False
+    # Its publish may be an answer of this very event: nobody has heard of it yet.
+    return version.published_ns < now_ns
 
 
 def _slab(extents: Extents) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -25,28 +26,33 @@ Page = dict[str, Any]
 
 def models_table(page: Page) -> RenderableType:
     """Show one page of a server's models and how full its tiers are."""
-    table = Table()
-    for title in ("model", "version", "state", "tier"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis")
-    for title in ("device", "host", "size", "requests", "last used"):
+    rows = page["models"]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("model", no_wrap=True, overflow="ellipsis")
+    for title in ("version", "state", "tier"):
+        table.add_column(title, no_wrap=True)
+    for title in ("size", "requests", "last used"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("pin")
-    has_reasons = any(row.get("reason") for row in page["models"])
-    if has_reasons:
-        table.add_column("reason", overflow="fold")
-    for row in page["models"]:
-        state, tier = str(row["state"]), str(row["tier"])
-        cells = [
+    # Columns that are mostly empty would push the others off a narrow terminal.
+    extras = {
+        "": ["pinned" if row["pinned"] else "" for row in rows],
+        "reason": [str(row.get("reason", "")) for row in rows],
+    }
+    extras = {title: cells for title, cells in extras.items() if any(cells)}
+    for title in extras:
+        table.add_column(title, overflow="fold")
+    for at, row in enumerate(rows):
+        state = str(row["state"])
+        table.add_row(
             escape(str(row["name"])),
             escape(str(row["version"])),
             _styled(state.lower(), _STATE_STYLE.get(state)),
-            _styled(tier.lower(), _TIER_STYLE.get(tier)),
-            *(_size(row[key]) for key in ("device_bytes", "host_bytes", "bytes")),
+            _tiers(row),
+            _size(row["bytes"]),
             str(row["requests"]),
             _ago(row["last_used_s"]),
-            "pin" if row["pinned"] else "",
-        ]
-        table.add_row(*cells, *([escape(str(row.get("reason", "")))] if has_reasons else []))
+            *(escape(cells[at]) for cells in extras.values()),
+        )
     lines = [f"{len(page['models'])} of {page['total']} versions"]
     for tier in ("device", "host"):
         capacity, used = page[tier]["capacity"], page[tier]["used"]
@@ -128,6 +134,14 @@ def _size(nbytes: int) -> str:
     return show_bytes(nbytes) if nbytes else ""
 
 
+def _tiers(row: dict[str, Any]) -> str:
+    """Every tier that holds the weights, the fastest first."""
+    held = [tier for tier in ("DEVICE", "HOST") if row[f"{tier.lower()}_bytes"]]
+    tiers = held or [str(row["tier"])]
+    text = "+".join(tier.lower() for tier in tiers)
+    return _styled("loading" if row.get("loading") else text, _TIER_STYLE.get(tiers[0]))
+
+
 def _styled(text: str, style: str | None) -> str:
     return f"[{style}]{escape(text)}[/]" if style else escape(text)
 
@@ -137,5 +151,5 @@ def _ago(seconds: float | None) -> str:
         return ""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.1f} s ago"
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"

@@ -84,7 +84,10 @@ class World:
         """The mover ends a load, by default the oldest."""
         job = next(iter(self.loads)) if job is None else job
         self.loads.pop(job, None)
-        return self.take(self.residency.on_load_done(job, ok, message, self.now_ns, 10 * MS))
+        actions = self.residency.on_load_done(job, ok, message, self.now_ns, 10 * MS)
+        self.take(actions)
+        self.now_ns += 1  # no two events are at one time
+        return actions
 
     def remove(self, slot: int) -> list[Action]:
         return self.take(self.residency.remove(slot, self.now_ns))
@@ -102,7 +105,6 @@ class World:
     def load(self, *slots: int) -> None:
         """Bring these to DEVICE, one after the other."""
         for slot in slots:
-            self.now_ns += 1
             self.want(slot)
             self.finish()
             assert self.state(slot) is State.DEVICE

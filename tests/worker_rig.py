@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
+from front_rig import PAYLOAD_BYTES, WATCHDOG_S, Array, Front
 
-from overcommit.runtime import _shm, payload
+from overcommit.runtime import _shm, child
 from overcommit.runtime.bound import Opened
 from overcommit.runtime.config import (
     PAGE_BYTES,
@@ -31,14 +34,8 @@ from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import LinkDown, LinkUp, Message, Placed, Start, VersionInfo
-from overcommit.runtime.signature import NUMPY_TYPES
 from overcommit.runtime.worker import Worker, serve
 
-WATCHDOG_S = 30.0
-PAYLOAD_BYTES = 1 << 20
-CAPACITY = 4096
-
-Array = np.ndarray[Any, np.dtype[Any]]
 Run = Callable[[dict[str, Array]], dict[str, Array]]
 
 
@@ -74,6 +71,28 @@ def opened(program: FakeProgram) -> Opened:
     return cast(Opened, (None, program))
 
 
+class Programs:
+    """The opener: one fake program per slot, made on demand; `error` fails the next ones."""
+
+    def __init__(self) -> None:
+        self.by_slot: dict[int, FakeProgram] = {}
+        self.error: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __getitem__(self, slot: int) -> FakeProgram:
+        return self.by_slot.setdefault(slot, FakeProgram())
+
+    def __call__(self, version: VersionInfo) -> Opened:
+        assert self.gate.wait(30)
+        if self.error is not None:
+            raise self.error
+        return opened(self[version.slot])
+
+
+X = np.array([[1, 2, 3, 4]], np.float32)
+
+
 def vector_config(**batching: int) -> ModelConfig:
     """A model that takes rows of four numbers and gives as many."""
     fields = {"datatype": "FP32", "shape": (-1, 4), "axes": ("batch", None)}
@@ -95,117 +114,6 @@ def info(slot: int, config: ModelConfig | None = None) -> VersionInfo:
         nbytes=PAGE_BYTES,
         config=config or vector_config(),
     )
-
-
-class Front:
-    """A front-end incarnation: it submits and it collects answers."""
-
-    def __init__(self, seat: int, epoch: int, worker_epoch: int, slots: int) -> None:
-        self.seat, self.epoch, self.slots = seat, epoch, slots
-        self.half = _shm.ring_bytes(slots)
-        self.fds = {
-            "link": create_memfd("link", 2 * self.half),
-            "peer_doorbell": os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC),
-            "ingress": create_memfd("ingress", PAYLOAD_BYTES),
-            "egress": create_memfd("egress", PAYLOAD_BYTES),
-        }
-        link = mmap.mmap(self.fds["link"], 2 * self.half)
-        _shm.create_ring(link, 0, slots, 1, epoch, worker_epoch)
-        _shm.create_ring(link, self.half, slots, 2, worker_epoch, epoch)
-        self.submissions = _shm.SubmissionRing(link, 0, True, epoch, worker_epoch)
-        self.completions = _shm.CompletionRing(link, self.half, False, worker_epoch, epoch)
-        self.ingress = memoryview(mmap.mmap(self.fds["ingress"], PAYLOAD_BYTES))
-        self.egress = memoryview(mmap.mmap(self.fds["egress"], PAYLOAD_BYTES))
-        self.answers: dict[int, _shm.Completion] = {}
-        self._sent = 0
-
-    def next_id(self) -> int:
-        return link_key(self.seat, self.epoch) << 40 | self._sent
-
-    def submit(
-        self,
-        slot: int,
-        inputs: list[Array] | bytes,
-        *,
-        datatype: str = "FP32",
-        timeout_ns: int = 60_000_000_000,
-        capacity: int = CAPACITY,
-        flags: int = 0,
-    ) -> int:
-        """Write a request into the next block and push it; return its id."""
-        block = self._sent % (PAYLOAD_BYTES // CAPACITY) * CAPACITY
-        length = self._write(block, inputs, datatype)
-        return self.push(
-            *(self.next_id(), slot, block, length),
-            capacity=capacity,
-            deadline_ns=time.monotonic_ns() + timeout_ns,
-            flags=flags,
-        )
-
-    def push(
-        self,
-        request_id: int,
-        slot: int,
-        block: int = 0,
-        length: int = 0,
-        *,
-        capacity: int = CAPACITY,
-        deadline_ns: int = 0,
-        kind: int = _shm.SUBMIT,
-        flags: int = 0,
-    ) -> int:
-        """Push a submission as it is, right or wrong."""
-        assert self.submissions.push(
-            *(request_id, deadline_ns, block, block, length, capacity, kind, slot, flags)
-        )
-        self._sent += 1
-        return request_id
-
-    def _write(self, block: int, inputs: list[Array] | bytes, datatype: str) -> int:
-        if isinstance(inputs, bytes):
-            self.ingress[block : block + len(inputs)] = inputs
-            return len(inputs)
-        places, length = payload.plan(
-            [(index, datatype, array.nbytes, array.shape) for index, array in enumerate(inputs)]
-        )
-        payload.encode(self.ingress[block : block + length], places)
-        for place, array in zip(places, inputs, strict=True):
-            start = block + place.offset
-            self.ingress[start : start + place.nbytes] = array.tobytes()
-        return length
-
-    def collect(self) -> dict[int, _shm.Completion]:
-        """Take what has been answered; assert that nothing is answered twice."""
-        for completion in self.completions.pop(self.slots):
-            assert completion[0] not in self.answers, "answered twice"
-            self.answers[completion[0]] = completion
-        return self.answers
-
-    def status(self, request_id: int) -> int:
-        return self.answers[request_id][5]
-
-    def block_of(self, request_id: int) -> int:
-        return (request_id & 0xFF_FFFF_FFFF) % (PAYLOAD_BYTES // CAPACITY) * CAPACITY
-
-    def text(self, request_id: int) -> str:
-        """The message of an answer that is no result."""
-        block = self.block_of(request_id)
-        return bytes(self.egress[block : block + self.answers[request_id][4]]).decode()
-
-    def outputs(self, request_id: int) -> list[Array]:
-        """The tensors of an answer."""
-        assert self.status(request_id) == _shm.OK, self.text(request_id)
-        block = self.block_of(request_id)
-        view = self.egress[block : block + self.answers[request_id][4]]
-        return [
-            np.frombuffer(view[place.offset : place.offset + place.nbytes], dtype).reshape(shape)
-            for place in payload.decode(view)
-            for dtype, shape in ((NUMPY_TYPES[place.datatype], place.shape),)
-        ]
-
-    def close(self) -> None:
-        for fd in self.fds.values():
-            os.close(fd)
 
 
 class Rig:
@@ -287,7 +195,7 @@ class Rig:
         return messages
 
     def link(self, seat: int = 0, epoch: int = 1, slots: int = 64) -> Front:
-        front = Front(seat, epoch, self.epoch, slots)
+        front = Front(seat, epoch, slots, self.epoch, self.fds["doorbell"])
         self.fronts.append(front)
         message = LinkUp(
             seat=seat,
@@ -311,7 +219,12 @@ class Rig:
         return Placed(slot=slot, generation=generation, extents=((start, PAGE_BYTES),))
 
     def serve(
-        self, slot: int, *, weight: float = 2.0, config: ModelConfig | None = None, generation: int = 1
+        self,
+        slot: int,
+        *,
+        weight: float = 2.0,
+        config: ModelConfig | None = None,
+        generation: int = 1,
     ) -> None:
         """Tell the worker of a version and place it."""
         self.control.send(info(slot, config))
@@ -332,8 +245,7 @@ class Rig:
 
     def settle(self) -> None:
         """Let the worker do everything that it can do now."""
-        self.worker.turn()
-        while self.worker.turn():
+        while self.worker.turn() or select.select((self.worker.control,), (), (), 0)[0]:
             pass
 
     def close(self) -> None:
@@ -351,6 +263,13 @@ class Rig:
             front.close()
         for fd in self.fds.values():
             os.close(fd)
+
+
+def ready(rig: Rig, front: Front, slot: int = 3, **serve: object) -> None:
+    """Serve a version and wait until it has answered once."""
+    rig.serve(slot, **serve)  # type: ignore[arg-type]
+    rig.answered(front, front.submit(slot, [X]))
+    rig.heard()
 
 
 def main(control_fd: int) -> None:
@@ -377,4 +296,6 @@ class Deadly(FakeProgram):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    # As any child, but that `main` is the one above.
+    child.MODULE_OF_KIND["worker"] = "__main__"
+    child.run_child("worker", int(sys.argv[1]), os.getppid())

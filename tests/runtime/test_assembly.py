@@ -153,7 +153,7 @@ def test_tensors_that_the_version_does_not_take_are_refused(
 
 def test_inputs_must_agree_on_the_batch_and_on_a_ragged_axis() -> None:
     one = signature([IDS, MASK], [HIDDEN])
-    with pytest.raises(BadRequest, match="axis 1 .'sequence'. of input 'mask' has size 4"):
+    with pytest.raises(BadRequest, match=r"axis 1 .'sequence'. of input 'mask' has size 4"):
         one.read(text_block(3, 4))
     two_rows = np.ones((2, 3), np.int64)
     with pytest.raises(BadRequest, match="first axis"):

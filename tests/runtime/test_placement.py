@@ -129,7 +129,7 @@ def test_host_gives_up_the_only_copy_only_when_the_others_are_not_enough(
     versions = _fill(room, policy, held)
     free = room.allocator.free_bytes
     wish = _version(policy, 99, chunks, State.DISK)
-    placed = room.try_place(wish, 0, desperate=False)
+    placed = room.try_place(wish, 1, desperate=False)
     gone = [version for version in versions if version.host is None]
     cheap = sum(v.nbytes for v, (_, s) in zip(versions, held, strict=False) if s is State.DEVICE)
     idle = sum(
@@ -162,7 +162,7 @@ def test_device_evicts_a_minimal_set_of_what_is_not_leased_or_nothing(
     free = room.allocator.free_bytes
     idle = sum(version.nbytes for version in versions if version.slot not in leased)
     wish = _version(policy, 99, needed, State.DISK)
-    placed = room.try_place(wish, 0, desperate=False)
+    placed = room.try_place(wish, 1, desperate=False)
     gone = [version for version in versions if version.device is None]
     assert (placed is not None) == (wish.nbytes <= free + idle)
     assert not leased & {version.slot for version in gone}

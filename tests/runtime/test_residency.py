@@ -285,7 +285,8 @@ def test_a_wish_during_the_backoff_is_refused_at_once_with_the_time_that_is_left
     world.now_ns += 200 * MS
     (refusal,) = world.want(1, waiter=9)
     assert isinstance(refusal, Refuse)
-    assert (refusal.retry_after_s, refusal.waiters) == (0.3, {9})
+    assert refusal.waiters == {9}
+    assert refusal.retry_after_s == pytest.approx(0.3)
     assert "no such file" in refusal.message
     world.now_ns += 300 * MS
     assert isinstance(world.want(1)[0], StartLoad)
@@ -356,8 +357,7 @@ def test_a_pinned_version_whose_load_failed_is_tried_again_by_itself() -> None:
     world.add(1, pinned=True)
     world.want(1, NOBODY)
     world.finish(ok=False, message="the disk is gone")
-    at_ns = world.residency.next_tick_ns()
-    assert at_ns == world.now_ns + int(LOAD_BACKOFF_S[0] * SECOND)
+    assert world.residency.next_tick_ns() == SECOND + int(LOAD_BACKOFF_S[0] * SECOND)
     assert isinstance(world.tick(int(LOAD_BACKOFF_S[0] * SECOND))[0], StartLoad)
 
 

@@ -1,0 +1,201 @@
+"""Versions in a worker: asked for, placed, bound, lost, broken, forgotten."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from front_rig import Array, Front
+from worker_rig import Programs, Rig, X, info, ready, vector_config
+
+from overcommit.runtime import _shm
+from overcommit.runtime.config import PAGE_BYTES, ModelConfig
+from overcommit.runtime.errors import Forbidden
+from overcommit.runtime.messages import (
+    Activate,
+    ActivationFailed,
+    BindFailed,
+    Forget,
+    Placed,
+)
+
+
+# --- the way of a version -----------------------------------------------------------------------
+def test_an_unknown_version_is_asked_for_once_and_its_requests_wait(rig: Rig, front: Front) -> None:
+    requests = [front.submit(5, [X]) for _ in range(3)]
+    rig.settle()
+    assert rig.heard() == [Activate(slot=5)]
+    assert rig.leases.read(5)[1] == 3
+    rig.serve(5, weight=4.0)
+    rig.answered(front, *requests)
+    np.testing.assert_array_equal(front.outputs(requests[2])[0], 4 * X)
+    assert front.answers[requests[0]][6] == 3
+    assert rig.heard() == []
+
+
+def test_a_version_that_is_not_there_holds_up_no_other(rig: Rig, front: Front) -> None:
+    ready(rig, front)
+    front.submit(5, [X])
+    request = front.submit(3, [X])
+    rig.answered(front, request)
+    assert len(front.answers) == 2
+
+
+def test_an_evicted_version_is_asked_for_again_and_is_not_bound_again(
+    rig: Rig, front: Front, programs: Programs
+) -> None:
+    ready(rig, front)
+    assert _shm.try_evict(rig.table, [rig.leases], 3, 1)
+    rig.table.set(3, _shm.ABSENT, 1)
+    request = front.submit(3, [X])
+    rig.settle()
+    assert rig.heard() == [Activate(slot=3)]
+    assert request not in front.collect()
+    assert rig.leases.read(3)[:2] == (0, 1)
+    rig.control.send(rig.publish(3, 2, 5.0, page=20))
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 5 * X)
+    assert programs[3].bindings == 1
+
+
+def test_a_placement_that_is_already_stale_is_not_used(rig: Rig, front: Front) -> None:
+    ready(rig, front)
+    rig.table.set(3, _shm.LOADING, 1)
+    request = front.submit(3, [X])
+    rig.settle()
+    rig.control.send(Placed(slot=3, generation=2, extents=((0, PAGE_BYTES),)))
+    rig.settle()
+    assert rig.heard() == [Activate(slot=3), Activate(slot=3)]
+    rig.control.send(rig.publish(3, 3, 7.0))
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 7 * X)
+
+
+def test_weights_may_come_before_the_program(rig: Rig, front: Front, programs: Programs) -> None:
+    programs.gate.clear()
+    rig.serve(3)
+    request = front.submit(3, [X])
+    rig.settle()
+    assert request not in front.collect()
+    programs.gate.set()
+    rig.answered(front, request)
+    assert front.status(request) == _shm.OK
+
+
+def test_a_failed_activation_answers_what_waits_and_is_tried_again(rig: Rig, front: Front) -> None:
+    request = front.submit(5, [X])
+    rig.settle()
+    rig.heard()
+    rig.control.send(
+        ActivationFailed(slot=5, code="overloaded", message="no room", retry_after_s=1.5)
+    )
+    rig.answered(front, request)
+    assert front.status(request) == _shm.NOT_RESIDENT
+    assert front.text(request) == "overloaded\nno room"
+    assert front.answers[request][7] == 1500
+    front.submit(5, [X])
+    rig.settle()
+    assert rig.heard() == [Activate(slot=5)]
+
+
+def test_a_program_that_cannot_be_loaded_fails_its_requests_and_is_reported(
+    rig: Rig, front: Front, programs: Programs
+) -> None:
+    programs.error = Forbidden("code is not allowed")
+    rig.serve(3)
+    first = front.submit(3, [X])
+    rig.answered(front, first)
+    assert front.status(first) == _shm.NOT_RESIDENT
+    text = "model 'm3' version 1 cannot be started: code is not allowed"
+    assert front.text(first) == f"forbidden\n{text}"
+    assert BindFailed(slot=3, message=text) in rig.heard()
+    # Nobody tries again at once: the next request is answered from memory.
+    second = front.submit(3, [X])
+    rig.answered(front, second)
+    assert front.text(second) == f"forbidden\n{text}"
+    assert rig.heard() == []
+
+
+def test_a_version_that_failed_is_tried_again_later(
+    rig: Rig, front: Front, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overcommit.runtime.bound.LOAD_BACKOFF_S", (0.0,))
+    programs.error = OSError("gone")
+    rig.serve(3)
+    rig.answered(front, front.submit(3, [X]))
+    programs.error = None
+    request = front.submit(3, [X])
+    rig.until(lambda: Activate(slot=3) in rig.heard())
+    rig.control.send(rig.publish(3, 2, 2.0))
+    rig.answered(front, request)
+    assert front.status(request) == _shm.OK
+
+
+def test_extents_that_do_not_hold_the_image_break_the_version_only(rig: Rig, front: Front) -> None:
+    request = front.submit(5, [X])
+    rig.control.send(info(5))
+    rig.table.set(5, _shm.RESIDENT, 1)
+    rig.control.send(Placed(slot=5, generation=1, extents=()))
+    rig.answered(front, request)
+    assert front.status(request) == _shm.NOT_RESIDENT
+    ready(rig, front)
+
+
+def test_a_forgotten_version_is_let_go_and_asked_for_anew(rig: Rig, front: Front) -> None:
+    ready(rig, front)
+    rig.control.send(Forget(slot=3))
+    rig.until(lambda: rig.worker.versions.get(3) is None)
+    request = front.submit(3, [X])
+    rig.settle()
+    assert rig.heard() == [Activate(slot=3)]
+    rig.control.send(Forget(slot=3))
+    rig.answered(front, request)
+    assert front.text(request).startswith("unavailable\n")
+
+
+def test_bound_models_are_bounded_and_come_back(rig: Rig, front: Front, programs: Programs) -> None:
+    rig.worker.versions.bound_max = 2
+    for slot in (1, 2, 3):
+        ready(rig, front, slot)
+    assert [rig.worker.versions.get(slot).model is None for slot in (1, 2, 3)] == [
+        True,
+        False,
+        False,
+    ]  # type: ignore[union-attr]
+    request = front.submit(1, [X])
+    rig.settle()
+    assert rig.heard() == [Activate(slot=1)]
+    rig.control.send(rig.publish(1, 1, 2.0))
+    rig.answered(front, request)
+    assert programs[1].bindings == 2
+
+
+def test_a_lease_that_is_dropped_rings_a_hungry_supervisor(rig: Rig, front: Front) -> None:
+    ready(rig, front)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(rig.fds["supervisor_bell"])
+    rig.table.set_hungry(True)
+    rig.answered(front, front.submit(3, [X]))
+    assert os.eventfd_read(rig.fds["supervisor_bell"]) == 1
+
+
+def test_a_version_is_warmed_up_with_a_row_of_zeros_when_nothing_waits(
+    rig: Rig, front: Front, programs: Programs
+) -> None:
+    rows: list[list[list[float]]] = []
+
+    def fail_on_zeros(inputs: dict[str, Array]) -> dict[str, Array]:
+        rows.append(inputs["x"].tolist())
+        if not inputs["x"].any():
+            raise ValueError("no zeros, please")
+        return {"y": inputs["x"]}
+
+    programs[3].run = fail_on_zeros
+    fields = {"inputs": vector_config().inputs, "outputs": vector_config().outputs}
+    rig.serve(3, config=ModelConfig(warm_up=True, **fields))  # type: ignore[arg-type]
+    rig.until(lambda: bool(rows))
+    request = front.submit(3, [X])
+    rig.answered(front, request)
+    assert rows == [[[0, 0, 0, 0]], X.tolist()]
+    assert front.status(request) == _shm.OK
