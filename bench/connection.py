@@ -26,7 +26,7 @@ from typing import Final, cast
 import httptools
 
 from overcommit.bench.histogram import Histogram
-from overcommit.bench.tally import Tally
+from overcommit.bench.tally import LOST, Tally
 from overcommit.bench.wire import ID_CHARS
 from overcommit.bench.workload import Request, Workload
 
@@ -120,9 +120,7 @@ class Connection(asyncio.Protocol):
         run = self._run
         if self._request is not None:
             run.tally.broken += 1
-            run.tally.note(
-                f"{self._request.target}: connection lost: {error or 'closed by server'}"
-            )
+            run.tally.note(f"{self._request.target}: {LOST}: {error or 'closed by the server'}")
             self._request = None
         if run.is_stopping or not run.reconnect:
             self.is_done = True

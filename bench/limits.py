@@ -44,11 +44,15 @@ class Limits:
         return max(self.copy_one_thread, self.copy_all_cores)
 
 
-def measure(images: Sequence[Path]) -> Limits:
-    """Measure everything; takes a few seconds, and nothing else should run."""
+def measure(images: Sequence[Path], before: tuple[float, float] = (0.0, 0.0)) -> Limits:
+    """Measure everything; takes a few seconds, and nothing else should run.
+
+    `before` is what `measure_copy` returned earlier in the run: the higher figures count, because
+    neighbours on a shared machine can only lower them.
+    """
     one, many = measure_copy()
     read, direct = measure_read(images)
-    return Limits(one, many, read, direct)
+    return Limits(max(one, before[0]), max(many, before[1]), read, direct)
 
 
 def _populated(nbytes: int) -> tuple[mmap.mmap, int]:

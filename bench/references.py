@@ -15,8 +15,10 @@ Called by the scenarios; `References.load` by the load generator.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,21 +174,25 @@ def compute(
 def _run_job(
     arguments: list[str], done: int, total: int, on_progress: Callable[[int, int], None]
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "overcommit.bench.reference_job", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        for _ in process.stdout:
-            done += 1
-            on_progress(done, total)
-        _, errors = process.communicate()
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode:
-        raise BenchError(f"the references could not be computed:\n{errors[-4000:]}")
+    # torch makes a folder in TMPDIR as soon as it is imported far enough.
+    with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "overcommit.bench.reference_job", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": temporary},
+        )
+        with process:
+            try:
+                assert process.stdout is not None
+                for _ in process.stdout:
+                    done += 1
+                    on_progress(done, total)
+                process.wait()
+            finally:
+                process.kill()  # when we are interrupted; it has ended otherwise
+        if process.returncode:
+            errors.seek(0)
+            text = errors.read().decode(errors="replace")[-4000:]
+            raise BenchError(f"the references could not be computed:\n{text}")

@@ -41,12 +41,17 @@ class Server:
     """`overcommit serve`; use as a context manager."""
 
     def __init__(
-        self, repository: Path, cache: Path, work: Path, flags: Sequence[str] = ()
+        self,
+        repository: Path,
+        cache: Path,
+        work: Path,
+        flags: Sequence[str] = (),
+        name: str = "server",
     ) -> None:
-        """`work` gets the log and the server's own TMPDIR."""
+        """`work` gets the log, which is named after `name`, and the server's own TMPDIR."""
         self._command = [sys.executable, "-P", "-m", "overcommit", "serve", str(repository)]
         self._command += ["--port", "0", "--cache-dir", str(cache), *flags]
-        self.log = work / "server.log"
+        self.log = work / f"{name}.log"
         self.temporary = work / "tmp"
         self.port = 0
         self.ready_s = 0.0

@@ -9,6 +9,7 @@ import msgspec
 from overcommit.bench.histogram import Histogram
 
 EXAMPLES_MAX: Final = 12
+LOST: Final = "connection lost"
 
 
 class Tally(msgspec.Struct, kw_only=True):
@@ -36,8 +37,8 @@ class Tally(msgspec.Struct, kw_only=True):
     silence_ns: int = 0  # the longest time without any answer, over all connections
 
     def note(self, example: str) -> None:
-        """Keep the first few explanations."""
-        if len(self.examples) < EXAMPLES_MAX:
+        """Keep the first few explanations that differ."""
+        if len(self.examples) < EXAMPLES_MAX and example not in self.examples:
             self.examples.append(example)
 
     @property

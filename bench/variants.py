@@ -53,6 +53,7 @@ def run_fleet(
     flags += ["--workers", str(options.workers)]
     with run_folder(options, report) as folder:
         fleet.references.save(folder / "references.npz")
+        copy = limits.measure_copy()
         report.step("starting the server")
         with Server(fleet.repository, fleet.cache, folder, flags) as server:
             report.step(f"ready after {server.ready_s:.1f} s")
@@ -69,7 +70,7 @@ def run_fleet(
             status = server.wait_end()
             left = server.family()
         report.step("measuring the limits of the machine")
-        physical = limits.measure(fleet.images())
+        physical = limits.measure(fleet.images(), copy)
         _figures(report, tally, before, after, physical)
         _answers(report, [warm_up, tally])
         _movement(report, before, after, metrics)

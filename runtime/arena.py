@@ -8,18 +8,22 @@ Invariants
     across eviction and reload into other chunks.
  2. What is not mapped is PROT_NONE: a use of evicted weights is a fault, never another model's bytes.
  3. A mapping is read-only; only the mover maps an arena writable.
- 4. A view keeps its mapping alive; a mapping with views is never unreserved under them.
+ 4. The address range is given back when the mapping is closed and the last view of it is gone; in
+    between it is PROT_NONE, so that a tensor that was left over cannot read what comes there next.
 
 Called by workers (Mapping) and by the mover (Arena).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from collections.abc import Sequence
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PAGE_BYTES
+from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import create_memfd
 
 
@@ -34,20 +38,31 @@ class Arena:
     @classmethod
     def create(cls, name: str, nbytes: int) -> Arena:
         """Make a fresh arena of this size, a multiple of 4096."""
+        assert nbytes % PAGE_BYTES == 0
         return cls(create_memfd(name, nbytes), nbytes)
 
     @classmethod
     def from_fd(cls, fd: int, nbytes: int) -> Arena:
-        """Take over a descriptor that another process made."""
+        """Take over a descriptor that another process made.
+
+        Raises ProtocolError when it is shorter: a touch of the rest would kill this process.
+        """
+        size = os.fstat(fd).st_size
+        if size < nbytes:
+            raise ProtocolError(f"an arena of {nbytes} bytes came as a descriptor of {size}")
         return cls(fd, nbytes)
 
     def map_all(self, writable: bool) -> int:
-        """Map the whole arena once; return its address."""
-        if self._address is None:
-            address = _shm.reserve(self.nbytes)
+        """Map the whole arena, once; return its address."""
+        assert self._address is None, "mapped once"
+        address = _shm.reserve(self.nbytes)
+        try:
             _shm.map_fixed(address, self.fd, 0, self.nbytes, writable, False)
-            self._address = address
-        return self._address
+        except OSError:
+            _shm.release(address, self.nbytes)
+            raise
+        self._address = address
+        return address
 
     def close(self) -> None:
         """Unmap and close; views of it must be gone."""
@@ -66,6 +81,11 @@ class Mapping:
         self._reserved = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
         self._arena_fd = arena_fd
         self.address = _shm.reserve(self._reserved)
+        # Every view holds this object, so its end is the end of the last use of the range.
+        self._range: ctypes.Array[ctypes.c_ubyte] | None = (ctypes.c_ubyte * nbytes).from_address(
+            self.address
+        )
+        weakref.finalize(self._range, _shm.release, self.address, self._reserved).atexit = False
 
     def map(
         self, extents: Sequence[tuple[int, int]], generation: int, populate: bool = True
@@ -76,6 +96,7 @@ class Mapping:
         Raises ValueError when the extents are shorter than the image, OSError from mmap; after an
         error nothing is mapped.
         """
+        assert self._range is not None, "open"
         self.generation = None
         at = 0
         try:
@@ -94,16 +115,17 @@ class Mapping:
 
     def unmap(self) -> None:
         """Give the chunks back; the address range stays."""
+        assert self._range is not None, "open"
         self.generation = None
         _shm.unmap_fixed(self.address, self._reserved)
 
     def view(self) -> memoryview:
         """Return the image's bytes, read-only.  It is valid to read only while mapped."""
-        return _shm.view(self.address, self.nbytes, False)
+        assert self._range is not None, "open"
+        return memoryview(self._range).cast("B").toreadonly()
 
     def close(self) -> None:
-        """Give the address range back.  Every view and tensor over it must be gone."""
-        if self.address:
-            _shm.release(self.address, self._reserved)
-            self.address = 0
-            self.generation = None
+        """Unmap for good; the address range goes with the last view of it."""
+        if self._range is not None:
+            self.unmap()
+            self._range = None

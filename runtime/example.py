@@ -59,11 +59,8 @@ def example_request(url: str, route: Route) -> str:
             continue
         dtype = _NUMPY.get(spec.datatype, spec.datatype.lower())
         array = f'numpy.ones({example_shape(spec)}, "{dtype}")'
-        code += [
-            f'inputs.append(triton.InferInput("{spec.name}", {example_shape(spec)}, '
-            f'"{spec.datatype}"))',
-            f"inputs[-1].set_data_from_numpy({array})",
-        ]
+        made = f'triton.InferInput("{spec.name}", {example_shape(spec)}, "{spec.datatype}")'
+        code += [f"inputs.append({made})", f"inputs[-1].set_data_from_numpy({array})"]
     output = route.outputs[0].name if route.outputs else ""
     code.append(f'print(client.infer("{route.name}", inputs).as_numpy("{output}"))')
     text = json.dumps(body)

@@ -1,6 +1,6 @@
 """The image file: a model version's weights exactly as they lie in an arena.
 
-    bytes 0..31     magic, format version, header length, header crc32
+    prefix          magic, format version, payload offset, header length, crc32 of these and the header
     then            header, MessagePack (`ImageHeader`), zero padding to 4096
     then            payload: tensors at 256-byte boundaries, padded to 4096
 
@@ -36,9 +36,13 @@ from overcommit.runtime.config import (
 from overcommit.runtime.errors import ImageError
 
 MAGIC: Final = b"OVERCOMMITIMAGE\0"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 HEADER_BYTES_MAX: Final = 64 << 20
-_PREFIX: Final = struct.Struct("<16sIQI")
+# The payload's offset is stored, not computed from the header: it must survive a new header field.
+_FIELDS: Final = struct.Struct("<16sIQQ")
+_CRC: Final = struct.Struct("<I")
+_PREFIX_BYTES: Final = _FIELDS.size + _CRC.size
+_REMEDY: Final = "delete it to pack it again"
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -168,30 +172,15 @@ def write_image(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pieces = -(-header.nbytes // READ_BYTES)
-    # Digests are fixed-size on the wire only if they are large: reserve with the largest crc.
+    # The payload is written first and its digests are not known yet: leave room for the largest.
     reserved = msgspec.structs.replace(header, piece_digests=(0xFFFFFFFF,) * pieces)
-    start = _up(_PREFIX.size + len(_ENCODER.encode(reserved)), IMAGE_ALIGN_BYTES)
+    start = _up(_PREFIX_BYTES + len(_ENCODER.encode(reserved)), IMAGE_ALIGN_BYTES)
     fd, temporary = tempfile.mkstemp(prefix=".packing-", dir=path.parent)
     try:
         os.lseek(fd, start, os.SEEK_SET)
-        writer = _PayloadWriter(fd)
-        for entry, data in tensors:
-            if len(data) != entry.nbytes or writer.position > entry.offset:
-                raise ImageError(
-                    f"tensor '{entry.name}' has {len(data)} bytes, its entry says {entry.nbytes}"
-                )
-            writer.pad_to(entry.offset)
-            writer.write(data)
-            if on_progress is not None:
-                on_progress(writer.position, header.nbytes)
-        if writer.position > header.nbytes:
-            raise ImageError(f"the tensors are longer than the payload of {header.nbytes} bytes")
-        writer.pad_to(header.nbytes)
-        writer.finish()
-        done = msgspec.structs.replace(header, piece_digests=tuple(writer.digests))
-        encoded = _ENCODER.encode(done)
-        prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(encoded), zlib.crc32(encoded))
-        os.pwrite(fd, prefix + encoded, 0)
+        digests = _write_payload(fd, header, tensors, on_progress)
+        done = msgspec.structs.replace(header, piece_digests=digests)
+        _write_header(fd, start, _ENCODER.encode(done))
         os.fchmod(fd, 0o644)
         os.fsync(fd)
         os.rename(temporary, path)
@@ -202,6 +191,44 @@ def write_image(
         os.close(fd)
     _sync_folder(path.parent)
     return done
+
+
+def _write_payload(
+    fd: int,
+    header: ImageHeader,
+    tensors: Iterable[tuple[TensorEntry, memoryview]],
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[int, ...]:
+    """Write every tensor to its place; return the digests.  A missing one must not become zeros."""
+    writer = _PayloadWriter(fd)
+    wanted = (entry for entry in header.tensors if entry.alias_of is None)
+    for entry, data in tensors:
+        if entry != next(wanted, None):
+            raise ImageError(f"tensor '{entry.name}' is not the next one of the table")
+        if data.nbytes != entry.nbytes or writer.position > entry.offset:
+            raise ImageError(
+                f"tensor '{entry.name}' has {data.nbytes} bytes, its entry says {entry.nbytes}"
+            )
+        writer.pad_to(entry.offset)
+        writer.write(data)
+        if on_progress is not None:
+            on_progress(writer.position, header.nbytes)
+    if (missing := next(wanted, None)) is not None:
+        raise ImageError(f"tensor '{missing.name}' was not given")
+    if writer.position > header.nbytes:
+        raise ImageError(f"the tensors are longer than the payload of {header.nbytes} bytes")
+    writer.pad_to(header.nbytes)
+    writer.finish()
+    return tuple(writer.digests)
+
+
+def _write_header(fd: int, payload_offset: int, encoded: bytes) -> None:
+    fields = _FIELDS.pack(MAGIC, FORMAT_VERSION, payload_offset, len(encoded))
+    head = memoryview(fields + _CRC.pack(zlib.crc32(fields + encoded)) + encoded)
+    assert len(head) <= payload_offset
+    done = 0
+    while done < len(head):
+        done += os.pwrite(fd, head[done:], done)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -219,30 +246,44 @@ def read_header(path: str | Path) -> tuple[ImageHeader, int]:
     """
     try:
         with open(path, "rb") as file:
-            prefix = file.read(_PREFIX.size)
-            if len(prefix) < _PREFIX.size:
-                raise ImageError(f"{path} is too short for an image; delete it to pack it again")
-            magic, version, length, crc = _PREFIX.unpack(prefix)
-            if magic != MAGIC:
-                raise ImageError(f"{path} is no image; delete it to pack it again")
-            if version != FORMAT_VERSION:
-                raise ImageError(
-                    f"{path} has image format {version}, this server reads {FORMAT_VERSION}; "
-                    f"delete it to pack it again"
-                )
-            encoded = file.read(length) if length <= HEADER_BYTES_MAX else b""
+            prefix = file.read(_PREFIX_BYTES)
+            start, length = _read_prefix(path, prefix)
+            encoded = file.read(length)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
-    if len(encoded) != length or zlib.crc32(encoded) != crc:
-        raise ImageError(f"the header of {path} is damaged; delete it to pack it again")
+    (crc,) = _CRC.unpack_from(prefix, _FIELDS.size)
+    if len(encoded) != length or zlib.crc32(prefix[: _FIELDS.size] + encoded) != crc:
+        raise ImageError(f"the header of {path} is damaged; {_REMEDY}")
     try:
         header = _DECODER.decode(encoded)
     except msgspec.DecodeError as error:
-        raise ImageError(f"the header of {path} cannot be decoded: {error}") from error
-    pieces = -(-header.nbytes // READ_BYTES)
-    reserved = msgspec.structs.replace(header, piece_digests=(0xFFFFFFFF,) * pieces)
-    start = _up(_PREFIX.size + len(_ENCODER.encode(reserved)), IMAGE_ALIGN_BYTES)
+        raise ImageError(f"the header of {path} cannot be decoded: {error}; {_REMEDY}") from error
+    if (
+        header.nbytes <= 0
+        or header.nbytes % PAGE_BYTES
+        or start % IMAGE_ALIGN_BYTES
+        or len(header.piece_digests) != -(-header.nbytes // READ_BYTES)
+    ):
+        raise ImageError(f"the header of {path} contradicts itself; {_REMEDY}")
     if size < start + header.nbytes:
-        raise ImageError(f"{path} is cut off; delete it to pack it again")
+        raise ImageError(
+            f"{path} is cut off: {size} bytes of {start + header.nbytes} are there; {_REMEDY}"
+        )
     return header, start
+
+
+def _read_prefix(path: str | Path, prefix: bytes) -> tuple[int, int]:
+    """Return where the payload starts and how long the header is."""
+    if len(prefix) < _PREFIX_BYTES:
+        raise ImageError(f"{path} is too short for an image; {_REMEDY}")
+    magic, version, start, length = _FIELDS.unpack_from(prefix)
+    if magic != MAGIC:
+        raise ImageError(f"{path} is no image; {_REMEDY}")
+    if version != FORMAT_VERSION:
+        raise ImageError(
+            f"{path} has image format {version}, this server reads {FORMAT_VERSION}; {_REMEDY}"
+        )
+    if length > min(HEADER_BYTES_MAX, start):
+        raise ImageError(f"the header of {path} is damaged; {_REMEDY}")
+    return start, length

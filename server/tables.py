@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from overcommit.runtime.telemetry import show_bytes
 
@@ -31,7 +32,7 @@ def models_table(page: Page) -> RenderableType:
     table.add_column("model", no_wrap=True, overflow="ellipsis")
     for title in ("version", "state", "tier"):
         table.add_column(title, no_wrap=True)
-    for title in ("size", "requests", "last used"):
+    for title in ("size", "requests", "idle"):
         table.add_column(title, justify="right", no_wrap=True)
     # Columns that are mostly empty would push the others off a narrow terminal.
     extras = {
@@ -50,7 +51,7 @@ def models_table(page: Page) -> RenderableType:
             _tiers(row),
             _size(row["bytes"]),
             str(row["requests"]),
-            _ago(row["last_used_s"]),
+            _idle(row["last_used_s"]),
             *(escape(cells[at]) for cells in extras.values()),
         )
     lines = [f"{len(page['models'])} of {page['total']} versions"]
@@ -59,7 +60,7 @@ def models_table(page: Page) -> RenderableType:
         if capacity:
             share = f"{used / capacity:.0%}"
             lines.append(f"{tier} {_size(used) or '0'} of {_size(capacity)} ({share})")
-    return Group(table, "   ".join(lines))
+    return Group(table, Text("   ".join(lines)))
 
 
 def watch(console: Console, fetch: Callable[[int], Page], limit: int, interval_s: float) -> None:
@@ -146,7 +147,7 @@ def _styled(text: str, style: str | None) -> str:
     return f"[{style}]{escape(text)}[/]" if style else escape(text)
 
 
-def _ago(seconds: float | None) -> str:
+def _idle(seconds: float | None) -> str:
     if seconds is None:
         return ""
     for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):

@@ -63,7 +63,11 @@ class Server:
     def __init__(self, *repositories: Path, cache: Path, flags: tuple[str, ...] = ()) -> None:
         command = [sys.executable, "-m", "overcommit", "serve", *map(str, repositories)]
         defaults = {"--port": "0", "--cache-dir": str(cache), "--device-memory": "64MiB"}
-        defaults |= {"--host-memory": "64MiB", "--payload-memory": "32MiB", "--scan-interval": "0.3"}
+        defaults |= {
+            "--host-memory": "64MiB",
+            "--payload-memory": "32MiB",
+            "--scan-interval": "0.3",
+        }
         for flag, value in defaults.items():
             if flag not in flags:
                 command += [flag, value]
@@ -126,7 +130,11 @@ class Server:
             time.sleep(0.02)
 
     def request(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WATCHDOG_S)
         try:

@@ -53,7 +53,9 @@ def load_program(header: ImageHeader, *, allow_code: bool) -> Program:
     except OvercommitError:
         raise
     except Exception as error:  # whatever a program's own import or construction raises
-        raise ImageError(f"its program cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ImageError(
+            f"its program cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
     raise ImageError(f"unknown engine '{header.engine}'; known: torch, torch_export")
 
 

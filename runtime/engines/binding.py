@@ -61,7 +61,9 @@ def scan(module: nn.Module) -> tuple[list[TensorFacts], dict[str, torch.Tensor]]
     seen: dict[tuple[object, ...], str] = {}
     for name, role, persistent, tensor in registered(module):
         if tensor.is_meta or tensor.layout is not torch.strided:
-            raise ImageError(f"tensor '{name}' has no plain values ({tensor.device}, {tensor.layout})")
+            raise ImageError(
+                f"tensor '{name}' has no plain values ({tensor.device}, {tensor.layout})"
+            )
         where = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tensor.stride())
         alias_of = seen.get(where) if tensor.numel() else None
         if alias_of is None:

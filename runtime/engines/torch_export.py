@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.engines import binding
 from overcommit.runtime.engines.dtypes import v2_of_torch
 from overcommit.runtime.engines.torch_module import BoundTorch
-from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.image import ImageHeader
 

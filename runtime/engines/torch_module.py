@@ -97,7 +97,7 @@ def load_user_class(path: Path, class_name: str) -> type[nn.Module]:
     if found is None:
         raise RepositoryError(
             f"{path} defines the modules {sorted(classes)}; name one with entry = "
-            f"\"{path.name}:Class\" in model.toml"
+            f'"{path.name}:Class" in model.toml'
         )
     return found
 
@@ -138,11 +138,7 @@ def flatten_outputs(result: object, names: Sequence[str]) -> dict[str, torch.Ten
         fields = getattr(result, "_fields", ())
         items = [
             (
-                fields[i]
-                if i < len(fields)
-                else names[i]
-                if i < len(names)
-                else f"output{i}",
+                fields[i] if i < len(fields) else names[i] if i < len(names) else f"output{i}",
                 value,
             )
             for i, value in enumerate(result)

@@ -45,7 +45,7 @@ class Load:
         self.tallies = [Tally() for _ in range(CLIENTS)]
         tensors = [
             {"name": name, "datatype": "INT64", "shape": [2, 4], "data": data}
-            for name, data in (("input_ids", sum(IDS, [])), ("attention_mask", [1] * 8))
+            for name, data in (("input_ids", [*IDS[0], *IDS[1]]), ("attention_mask", [1] * 8))
         ]
         self.body = json.dumps({"inputs": tensors})
 
@@ -123,9 +123,7 @@ def server(bert_repository: Path, image_cache: Path) -> Iterator[Server]:
     flags = ("--workers", "2", "--front-ends", "2")
     with Server(bert_repository, cache=image_cache, flags=flags) as running:
         for number in range(MODELS):
-            running.infer(
-                f"bert-{number:02}", {"input_ids": IDS, "attention_mask": [[1] * 4] * 2}
-            )
+            running.infer(f"bert-{number:02}", {"input_ids": IDS, "attention_mask": [[1] * 4] * 2})
         yield running
 
 
@@ -233,7 +231,9 @@ def test_a_killed_fork_server_takes_its_workers_along_and_all_come_back(
         load.go_on()
         os.kill(parents.pop(), signal.SIGKILL)
         server.wait_until(
-            lambda: len(server.pids("worker")) == 2 and not set(server.pids("worker")) & set(workers)
+            lambda: (
+                len(server.pids("worker")) == 2 and not set(server.pids("worker")) & set(workers)
+            )
         )
         load.go_on()
     assert load.wrong() == []

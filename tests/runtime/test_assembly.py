@@ -252,7 +252,7 @@ def test_malformed_bytes_are_the_client_s_fault(data: bytes) -> None:
 
 
 def test_a_model_that_does_not_batch_gets_its_input_as_it_is() -> None:
-    scalar = block_of((0, "FP32", np.float32(3).reshape(())))
+    scalar = block_of((0, "FP32", np.array(3, np.float32)))
     inputs, forms = gathered(signature([spec("x", ())], max_batch_size=0), scalar)
     assert inputs["x"].shape == ()
     assert forms[0].rows == 1

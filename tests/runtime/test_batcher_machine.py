@@ -1,4 +1,4 @@
-"""The batcher against a dict of jobs that wait: each leaves once, in time, in a batch that it fits."""
+"""The batcher against a dict of jobs that wait: each leaves once, in time, in a batch it fits."""
 
 from __future__ import annotations
 

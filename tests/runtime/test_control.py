@@ -100,9 +100,10 @@ def test_post_never_blocks_and_keeps_order_and_descriptors(
     read, write = os.pipe()
     count = 1500
     for number in range(count):
-        assert left.post(link_up("pipe") if number % 500 == 0 else Ready(pid=number), (
-            (write,) if number % 500 == 0 else ()
-        ))
+        assert left.post(
+            link_up("pipe") if number % 500 == 0 else Ready(pid=number),
+            ((write,) if number % 500 == 0 else ()),
+        )
     assert left.has_backlog
     os.close(write)
     got = 0

@@ -1,4 +1,4 @@
-"""The registry and the pack index."""
+"""The registry: slots, states, and what a second start knows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.errors import NotFound, RepositoryError
 from overcommit.runtime.messages import PackDone
-from overcommit.runtime.pack_index import FILE_NAME, PackIndex
 from overcommit.runtime.registry import (
     IDLE_SLOTS,
     Entry,
@@ -323,51 +322,6 @@ def test_a_fact_whose_image_is_gone_is_not_used(tmp_path: Path) -> None:
     make_ready(Registry(tmp_path), tmp_path, source())
     (tmp_path / "k.image").unlink()
     assert len(Registry(tmp_path).apply_scan([source()]).to_pack) == 1
-
-
-def test_every_torn_index_loses_only_its_tail(tmp_path: Path) -> None:
-    index = PackIndex(tmp_path)
-    config = ModelConfig()
-    ends = []
-    for number in range(3):
-        index.add("/f", str(number), config, packed(tmp_path))
-        ends.append((tmp_path / FILE_NAME).stat().st_size)
-    content = (tmp_path / FILE_NAME).read_bytes()
-    for length in range(0, len(content), 7):
-        (tmp_path / FILE_NAME).write_bytes(content[:length])
-        known = PackIndex(tmp_path)
-        whole = sum(1 for end in ends if end <= length)
-        assert len(known) == whole
-        known.add("/f", "new", config, packed(tmp_path))
-        assert len(PackIndex(tmp_path)) == whole + 1
-
-
-def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
-    index = PackIndex(tmp_path)
-    for number in range(2):
-        index.add("/f", str(number), ModelConfig(), packed(tmp_path))
-    content = bytearray((tmp_path / FILE_NAME).read_bytes())
-    content[-5] ^= 1
-    (tmp_path / FILE_NAME).write_bytes(content)
-    known = PackIndex(tmp_path)
-    assert known.find("/f", "0", ModelConfig()) is not None
-    assert known.find("/f", "1", ModelConfig()) is None
-
-
-def test_a_foreign_file_in_the_place_of_the_index_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_bytes(b"something else entirely, and long enough to look at")
-    index = PackIndex(tmp_path)
-    assert len(index) == 0
-    index.add("/f", "0", ModelConfig(), packed(tmp_path))
-    assert len(PackIndex(tmp_path)) == 1
-
-
-def test_two_writers_keep_each_others_facts(tmp_path: Path) -> None:
-    first, second = PackIndex(tmp_path), PackIndex(tmp_path)
-    first.add("/f", "1", ModelConfig(), packed(tmp_path))
-    second.add("/f", "2", ModelConfig(), packed(tmp_path))
-    first.add("/f", "3", ModelConfig(), packed(tmp_path))
-    assert len(PackIndex(tmp_path)) == 3
 
 
 def test_an_index_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -104,10 +104,10 @@ def test_counts_are_the_submits_less_the_dones(steps: list[tuple[int, bool]]) ->
         router.add(worker)
     model: Counter[tuple[int, int]] = Counter()
     for slot, is_submit in steps:
-        worker = router.choose(slot, 2)
-        assert worker is not None
+        chosen = router.choose(slot, 2)
+        assert chosen is not None
         if is_submit:
-            router.on_submit(worker, slot)
+            router.on_submit(chosen, slot)
             model[worker, slot] += 1
         elif busy := next((key for key in model if model[key]), None):
             router.on_done(*busy)

@@ -10,6 +10,7 @@ from front_rig import Array, Front
 from worker_rig import Programs, Rig, X, info, ready, vector_config
 
 from overcommit.runtime import _shm
+from overcommit.runtime.bound import Version
 from overcommit.runtime.config import PAGE_BYTES, ModelConfig
 from overcommit.runtime.errors import Forbidden
 from overcommit.runtime.messages import (
@@ -21,7 +22,10 @@ from overcommit.runtime.messages import (
 )
 
 
-# --- the way of a version -----------------------------------------------------------------------
+def versions_of(rig: Rig, *slots: int) -> list[Version]:
+    return [version for slot in slots if (version := rig.worker.versions.get(slot)) is not None]
+
+
 def test_an_unknown_version_is_asked_for_once_and_its_requests_wait(rig: Rig, front: Front) -> None:
     requests = [front.submit(5, [X]) for _ in range(3)]
     rig.settle()
@@ -158,11 +162,8 @@ def test_bound_models_are_bounded_and_come_back(rig: Rig, front: Front, programs
     rig.worker.versions.bound_max = 2
     for slot in (1, 2, 3):
         ready(rig, front, slot)
-    assert [rig.worker.versions.get(slot).model is None for slot in (1, 2, 3)] == [
-        True,
-        False,
-        False,
-    ]  # type: ignore[union-attr]
+    bound = [version.model is not None for version in versions_of(rig, 1, 2, 3)]
+    assert bound == [False, True, True]
     request = front.submit(1, [X])
     rig.settle()
     assert rig.heard() == [Activate(slot=1)]

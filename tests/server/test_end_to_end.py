@@ -56,9 +56,7 @@ def test_requests_of_unequal_length_in_one_batch_get_their_own_rows(
         answers = list(pool.map(lambda ids: server.infer("bert-00", inputs(ids)), requests))
     for ids, answer in zip(requests, answers, strict=True):
         assert answer.status == 200, answer.body
-        np.testing.assert_allclose(
-            hidden(answer.json()), bert_reference(folder, ids), atol=1e-5
-        )
+        np.testing.assert_allclose(hidden(answer.json()), bert_reference(folder, ids), atol=1e-5)
 
 
 def test_tritonclient_gets_the_same_answer_in_binary(
@@ -178,22 +176,16 @@ def test_added_changed_and_removed_models_are_noticed(
 
         (repository / "broken").mkdir()
         (repository / "broken" / "weights.bin").write_bytes(b"nothing")
-        server.wait_until(
-            lambda: server.models().get("broken/1", {}).get("state") == "UNAVAILABLE"
-        )
+        server.wait_until(lambda: server.models().get("broken/1", {}).get("state") == "UNAVAILABLE")
         assert server.models()["broken/1"]["reason"]
         assert "broken" in server.infer("broken", inputs(IDS)).json()["error"]
 
         make_bert(tmp_path / "first", 3)
         want = bert_reference(tmp_path / "first", IDS)
         shutil.copy(tmp_path / "first" / "model.safetensors", repository / "first" / "new")
-        os.replace(
-            repository / "first" / "new", repository / "first" / "model.safetensors"
-        )
+        os.replace(repository / "first" / "new", repository / "first" / "model.safetensors")
         server.wait_until(
-            lambda: np.allclose(
-                hidden(server.infer("first", inputs(IDS)).json()), want, atol=1e-5
-            )
+            lambda: np.allclose(hidden(server.infer("first", inputs(IDS)).json()), want, atol=1e-5)
         )
         shutil.rmtree(repository / "second")
         server.wait_until(lambda: server.infer("second", inputs(IDS)).status == 404)
@@ -215,7 +207,7 @@ def test_sigterm_under_load_answers_every_accepted_request(
 
             ids = inputs(IDS)
             tensors = [
-                {"name": n, "datatype": "INT64", "shape": [2, 4], "data": sum(rows, [])}
+                {"name": n, "datatype": "INT64", "shape": [2, 4], "data": [*rows[0], *rows[1]]}
                 for n, rows in ids.items()
             ]
             body = json.dumps({"inputs": tensors})
@@ -252,9 +244,7 @@ def test_sigterm_under_load_answers_every_accepted_request(
         assert not any(is_alive(pid) for pid in family)
 
 
-def test_killing_the_supervisor_leaves_no_process(
-    bert_repository: Path, image_cache: Path
-) -> None:
+def test_killing_the_supervisor_leaves_no_process(bert_repository: Path, image_cache: Path) -> None:
     before = set(os.listdir("/dev/shm")), set(os.listdir("/tmp"))
     with Server(bert_repository, cache=image_cache) as server:
         assert server.infer("bert-00", inputs(IDS)).status == 200
