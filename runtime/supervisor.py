@@ -374,4 +374,6 @@ def run(settings: Settings) -> int:
         format="%(asctime)s %(levelname)s supervisor %(message)s",
     )
     os.environ["OVERCOMMIT_CHILD_LOG_LEVEL"] = settings.log_level.upper()
+    # Importing torch's compiler makes a folder, by default one that stays in /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(settings.cache_dir, "inductor"))
     return Supervisor(settings).run()
