@@ -266,7 +266,8 @@ def run_fleet(
         report.step("packing")
         chaos.pack()
         (folder / "tmp").mkdir(exist_ok=True)
-        residue = Residue(folder / "tmp", fleet.cache)
+        watched = [folder / "tmp", fleet.cache / "images", fleet.cache / "programs"]
+        residue = Residue(*watched)
         with chaos.server("chaos") as server:
             report.step(f"ready after {server.ready_s:.1f} s; warming up")
             warm = chaos.run_load(server, WARM_UP_S, "warming up")
@@ -283,7 +284,7 @@ def run_fleet(
             report.step("phase 4: SIGTERM under load")
             chaos.drain(server)
         _check_residue(report, "after SIGTERM", residue)
-        residue = Residue(folder / "tmp", fleet.cache)
+        residue = Residue(*watched)
         report.step("phase 5: SIGKILL of the supervisor")
         chaos.orphans()
         _check_residue(report, "after SIGKILL of the supervisor", residue)

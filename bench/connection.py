@@ -26,7 +26,7 @@ from typing import Final, cast
 import httptools
 
 from overcommit.bench.histogram import Histogram
-from overcommit.bench.tally import LOST, Tally
+from overcommit.bench.tally import LOST, WRONG, Tally
 from overcommit.bench.wire import ID_CHARS
 from overcommit.bench.workload import Request, Workload
 
@@ -219,7 +219,7 @@ class Connection(asyncio.Protocol):
         fault = run.workload.judge(request, headers, body)
         if fault is not None:
             tally.wrong += 1
-            tally.note(f"WRONG: {fault}")
+            tally.note(f"{WRONG}: {fault}")
             return
         tally.right += 1
         tally.targets[request.target] = tally.targets.get(request.target, 0) + 1
@@ -227,7 +227,7 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, reason: str) -> None:
         tally = self._run.tally
-        tally.note(f"WRONG: {reason}")
+        tally.note(f"{WRONG}: {reason}")
         if self._request is not None:
             tally.wrong += 1
             self._request = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -10,6 +11,8 @@ from overcommit.bench.histogram import Histogram
 
 EXAMPLES_MAX: Final = 12
 LOST: Final = "connection lost"
+WRONG: Final = "WRONG"
+_NUMBER: Final = re.compile(r"\d+")
 
 
 class Tally(msgspec.Struct, kw_only=True):
@@ -37,8 +40,11 @@ class Tally(msgspec.Struct, kw_only=True):
     silence_ns: int = 0  # the longest time without any answer, over all connections
 
     def note(self, example: str) -> None:
-        """Keep the first few explanations that differ."""
-        if len(self.examples) < EXAMPLES_MAX and example not in self.examples:
+        """Keep the first few explanations that differ in more than their numbers, and wrong ones."""
+        if len(self.examples) >= EXAMPLES_MAX:
+            return
+        kinds = {_NUMBER.sub("#", known) for known in self.examples}
+        if example.startswith(WRONG) or _NUMBER.sub("#", example) not in kinds:
             self.examples.append(example)
 
     @property

@@ -6,8 +6,8 @@ plain queue.
 
 Invariants
  1. `count` is the number of jobs in the heaps, `rows` the sum of their rows.
- 2. A batch holds jobs of one shape key, at least one, and at most `rows_max` rows unless it is a
-    single job; its padded bytes stay within BATCH_BYTES_MAX unless it is a single job.
+ 2. A batch holds jobs of one shape key, at least one, at most BATCH_REQUESTS_MAX; unless it is a
+    single job it has at most `rows_max` rows and BATCH_BYTES_MAX padded bytes.
  3. Within a shape key, no job is taken before one with an earlier deadline.
  4. No job whose deadline is over is taken into a batch.
 
@@ -26,6 +26,8 @@ from overcommit.runtime.signature import Form
 
 # Padding multiplies bytes: one long request among 31 short ones must not become gigabytes.
 BATCH_BYTES_MAX: Final = 256 * MIB
+# As many as the status page can name: if the worker dies, every request that ran must be known.
+BATCH_REQUESTS_MAX: Final = 64
 NEVER_NS: Final = (1 << 63) - 1
 
 # Bits of a submission's `flags`.
@@ -154,7 +156,7 @@ class Lane:
     def _take_from(self, heap: Heap, now_ns: int, expired: list[Job]) -> list[Job]:
         jobs: list[Job] = []
         rows = widest = 0
-        while heap:
+        while heap and len(jobs) < BATCH_REQUESTS_MAX:
             job = heap[0][2]
             if job.deadline_ns <= now_ns:
                 expired.append(self._pop(heap))

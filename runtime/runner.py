@@ -28,11 +28,13 @@ from overcommit.runtime.assembly import Array, gather, split
 from overcommit.runtime.bound import Version
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, ModelError
-from overcommit.runtime.lanes import Job
+from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job
 from overcommit.runtime.links import Links
 from overcommit.runtime.signature import NUMPY_TYPES, Form
 
 log = logging.getLogger("overcommit.worker")
+
+assert BATCH_REQUESTS_MAX <= _shm.STATUS_BATCH_MAX, "the status page names every request that runs"
 
 LOG_PERIOD_NS = 1_000_000_000  # a client can make a model fail as often as it likes
 

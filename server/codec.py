@@ -208,7 +208,9 @@ def _pack_integers(raw: Raw, datatype: str, shape: tuple[int, ...]) -> bytes:
         return array(CODES[datatype], values).tobytes()
     except OverflowError as error:
         bits = 8 * array(CODES[datatype]).itemsize
-        low, high = (0, 2**bits - 1) if datatype[0] == "U" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        low, high = (
+            (0, 2**bits - 1) if datatype[0] == "U" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
         bad = next(value for value in values if not low <= value <= high)
         raise BadRequest(f"{bad} does not fit {datatype}, which holds {low} to {high}") from error
 

@@ -12,22 +12,22 @@ Invariants
 
 from __future__ import annotations
 
-import asyncio
+import heapq
 import logging
 import mmap
 import os
 import time
 from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from overcommit.runtime import _shm, payload
 from overcommit.runtime.blocks import BlockArena
-from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX, VERSIONS_MAX
+from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX
 from overcommit.runtime.errors import (
     DeadlineExceeded,
     ModelError,
-    NotFound,
-    Overloaded,
     OvercommitError,
+    Overloaded,
     PayloadTooLarge,
     ProtocolError,
     Unavailable,
@@ -35,13 +35,30 @@ from overcommit.runtime.errors import (
 )
 from overcommit.runtime.messages import LinkUp, ModelCounters, Route
 from overcommit.runtime.router import Router, short_queue
+from overcommit.server.deadlines import Deadlines
+from overcommit.server.inference import Prepared
+from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX
 
 log = logging.getLogger("overcommit.dispatch")
-RUN_ALONE = 1
+
+RUN_ALONE: Final = 1  # submission flag: a suspect, run in a batch of its own
+OUT_BYTES_MIN: Final = 1024
+
+
+class Reply(Protocol):
+    """Who waits for an answer; exactly one of the two is called, once."""
+
+    def succeed(self, result: Result) -> None:
+        """The model answered."""
+
+    def fail(self, error: OvercommitError) -> None:
+        """There will be no answer."""
 
 
 @dataclass(slots=True)
 class Link:
+    """The rings to one worker incarnation, and what it holds of ours.  Owns `bell`."""
+
     key: int
     submissions: _shm.SubmissionRing
     completions: _shm.CompletionRing
@@ -50,21 +67,23 @@ class Link:
     memory: mmap.mmap
     page: mmap.mmap
     slots: int
-    lent: dict[int, "Pending"] = field(default_factory=dict)
+    lent: dict[int, Pending] = field(default_factory=dict)
     positions: dict[int, int] = field(default_factory=dict)
+    is_broken: bool = False  # it lied once; nothing goes there any more
 
 
 @dataclass(slots=True)
 class Result:
+    """A model's outputs, copied out of the egress block."""
+
     places: tuple[payload.TensorPlace, ...]
     data: bytes
-    queue_ns: int
-    compute_ns: int
-    batch_size: int
 
 
 @dataclass(slots=True, eq=False)
 class Pending:
+    """One request from its submission to the return of its blocks.  `reply` None: answered."""
+
     request_id: int
     route: Route
     deadline_ns: int
@@ -72,14 +91,17 @@ class Pending:
     in_length: int
     out_offset: int
     out_capacity: int
-    future: asyncio.Future[Result]
+    reply: Reply | None
     link: Link | None = None
     retries: int = 0
+    regrown: int = 0
     flags: int = 0
     began_ns: int = 0
 
 
 class Dispatch:
+    """All requests in flight of one front-end incarnation."""
+
     def __init__(self, seat: int, epoch: int, ingress: mmap.mmap, egress: mmap.mmap) -> None:
         self._base = seat << 56 | epoch << 40
         self._epoch = epoch
@@ -89,16 +111,19 @@ class Dispatch:
         self.links: dict[int, Link] = {}
         self._router = Router()
         self.pending: dict[int, Pending] = {}
-        self._held: list[Pending] = []
+        self._held: dict[int, Pending] = {}
+        self._deadlines = Deadlines()
         self._hints: dict[int, int] = {}
         self.requests = self.errors = self.late = self.retried = 0
-        self.counters: dict[int, list[int]] = {}
+        self._counters: dict[int, list[int]] = {}
 
     # --- links ----------------------------------------------------------------------------------
     def rings(self) -> list[_shm.CompletionRing]:
+        """Completion rings to arm."""
         return [link.completions for link in self.links.values()]
 
     def link_up(self, message: LinkUp, fds: dict[str, int]) -> None:
+        """A worker is there: use it, and send it what was held."""
         half = message.completion_offset
         memory = mmap.mmap(fds["link"], 2 * half)
         page = mmap.mmap(fds["page"], _shm.STATUS_BYTES, prot=mmap.PROT_READ)
@@ -116,11 +141,12 @@ class Dispatch:
             message.slot_count,
         )
         self._router.add(key)
-        held, self._held = self._held, []
-        for pending in held:
+        held, self._held = self._held, {}
+        for pending in held.values():
             self._push(pending)
 
     def link_down(self, seat: int, epoch: int) -> None:
+        """A worker is dead and reaped: settle what it held."""
         key = seat << 16 | epoch
         link = self.links.get(key)
         if link is None:
@@ -133,9 +159,12 @@ class Dispatch:
         suspects = set(ids) if started_ns else set()
         head = link.submissions.head()
         for pending in list(link.lent.values()):
-            ran = pending.request_id in suspects and link.positions[pending.request_id] < head
+            consumed = link.positions[pending.request_id] < head
+            # A batch longer than the status page can list makes everything it may hold a suspect.
+            listed = len(ids) < _shm.STATUS_BATCH_MAX
+            ran = consumed and bool(started_ns) and (pending.request_id in suspects or not listed)
             pending.link = None
-            if pending.future.done():
+            if pending.reply is None:
                 self._release(pending)
             elif not ran:
                 self._push(pending)
@@ -146,65 +175,97 @@ class Dispatch:
                 self._push(pending)
             else:
                 name = pending.route.name
-                self._fail(pending, WorkerLost(f"model '{name}': the worker that ran it died twice"))
+                self._fail(
+                    pending, WorkerLost(f"model '{name}': the worker that ran it died twice")
+                )
 
     # --- requests -------------------------------------------------------------------------------
-    def submit(
-        self,
-        route: Route,
-        tensors: list[tuple[int, str, bytes | memoryview, tuple[int, ...]]],
-        out_bytes: int,
-        deadline_ns: int,
-    ) -> asyncio.Future[Result]:
-        places, nbytes = payload.plan([(i, t, len(d), s) for i, t, d, s in tensors])
+    def submit(self, prepared: Prepared, deadline_ns: int, reply: Reply) -> Pending:
+        """Copy a request in and send it to a worker.
+
+        Raises PayloadTooLarge and Overloaded before anything is lent; later errors go to `reply`.
+        """
+        route = prepared.route
+        places, nbytes = payload.plan([(i, t, len(d), s) for i, t, d, s in prepared.tensors])
         if nbytes > BLOCK_BYTES_MAX:
             raise PayloadTooLarge(
                 f"model '{route.name}': the tensors need {nbytes} bytes, the limit is "
                 f"{BLOCK_BYTES_MAX}; send fewer rows"
             )
+        guess = max(prepared.out_bytes, self._hints.get(route.slot, 0), OUT_BYTES_MIN)
         block = self.ingress.try_reserve(nbytes)
-        if block is None:
-            raise Overloaded("payload memory is full; try again soon", retry_after_s=1)
-        want = min(max(out_bytes, self._hints.get(route.slot, 0), 1024), BLOCK_BYTES_MAX)
-        out = self.egress.try_reserve(want)
-        if out is None:
-            self.ingress.release(block[0])
-            raise Overloaded("payload memory is full; try again soon", retry_after_s=1)
+        out = self.egress.try_reserve(min(guess, BLOCK_BYTES_MAX))
+        if block is None or out is None:
+            if block is not None:
+                self.ingress.release(block[0])
+            if out is not None:
+                self.egress.release(out[0])
+            raise Overloaded(
+                f"model '{route.name}': payload memory is full; try again, or raise "
+                f"--payload-memory",
+                retry_after_s=1,
+            )
         view = self._in_view[block[0] : block[0] + nbytes]
         payload.encode(view, places)
-        for place, (_, _, data, _) in zip(places, tensors, strict=True):
+        for place, (_, _, data, _) in zip(places, prepared.tensors, strict=True):
             view[place.offset : place.offset + place.nbytes] = data
         self._count = (self._count + 1) & ((1 << 40) - 1)
         pending = Pending(
-            self._base | self._count,
-            route,
-            deadline_ns,
-            block[0],
-            nbytes,
-            out[0],
-            out[1],
-            asyncio.get_running_loop().create_future(),
+            request_id=self._base | self._count,
+            route=route,
+            deadline_ns=deadline_ns,
+            in_offset=block[0],
+            in_length=nbytes,
+            out_offset=out[0],
+            out_capacity=out[1],
+            reply=reply,
             began_ns=time.monotonic_ns(),
         )
         self.pending[pending.request_id] = pending
+        self._deadlines.add(pending)
         self.requests += 1
         self._push(pending)
-        return pending.future
+        return pending
+
+    def abandon(self, pending: Pending) -> None:
+        """The client is gone; the blocks come back with the completion."""
+        if pending.reply is None:
+            return
+        pending.reply = None
+        self._deadlines.remove(pending)
+        link = pending.link
+        if link is None:
+            self._release(pending)
+        elif not link.is_broken:
+            # Best effort: a full ring only means that the answer is computed for nobody.
+            link.submissions.push(
+                pending.request_id, 0, 0, 0, 0, 0, _shm.CANCEL, pending.route.slot, 0
+            )
 
     def _push(self, pending: Pending) -> None:
-        if not self.links:
-            self._held.append(pending)
-            return
+        """Send to a worker; with no worker, hold until one comes or the time is over."""
         slot = pending.route.slot
-        avoid = [k for k, link in self.links.items() if len(link.lent) >= link.slots]
-        key = self._router.choose(slot, short_queue(pending.route.max_batch_size), avoid)
-        link = self.links.get(key) if key is not None else None
-        if link is None:
-            self._fail(pending, Overloaded("every worker's ring is full", retry_after_s=1))
+        full = [
+            key
+            for key, link in self.links.items()
+            if link.is_broken or len(link.lent) * 2 >= link.slots
+        ]
+        key = self._router.choose(slot, short_queue(pending.route.max_batch_size), full)
+        if key is None or key in full:
+            if self.links and len(full) == len(self.links) and not self._has_broken():
+                self._fail(pending, Overloaded("every worker's ring is full", retry_after_s=1))
+            elif len(self._held) >= HELD_REQUESTS_MAX:
+                self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
+            else:
+                self._held[pending.request_id] = pending
             return
+        link = self.links[key]
+        position = link.submissions.tail()
+        # Recorded as lent before it can be seen: there is no instant at which a block is nobody's.
         pending.link = link
         link.lent[pending.request_id] = pending
-        link.positions[pending.request_id] = link.submissions.tail()
+        link.positions[pending.request_id] = position
+        self._router.on_submit(key, slot)
         pushed = link.submissions.push(
             pending.request_id,
             pending.deadline_ns,
@@ -216,38 +277,67 @@ class Dispatch:
             slot,
             pending.flags,
         )
-        assert pushed, "outstanding is bounded by the ring"
-        self._router.on_submit(link.key, slot)
-        if link.submissions.must_wake():
+        if not pushed:
+            self._take_back(link, pending)
+            self._fail(pending, Overloaded("the worker's ring is full", retry_after_s=1))
+        elif link.submissions.must_wake():
             os.eventfd_write(link.bell, 1)
+
+    def _has_broken(self) -> bool:
+        return any(link.is_broken for link in self.links.values())
+
+    def _take_back(self, link: Link, pending: Pending) -> None:
+        del link.lent[pending.request_id]
+        del link.positions[pending.request_id]
+        self._router.on_done(link.key, pending.route.slot)
+        pending.link = None
+
+    def expire(self, now_ns: int) -> None:
+        """Answer what is out of time; blocks that are lent stay so until the completion."""
+        for item in self._deadlines.expire(now_ns):
+            assert isinstance(item, Pending)
+            reply, item.reply = item.reply, None
+            if item.link is None:
+                self._release(item)
+            if reply is not None:
+                self._count_done(item, False, 0, 0, 1)
+                self.errors += 1
+                name = item.route.name
+                reply.fail(DeadlineExceeded(f"model '{name}': no answer within the request's time"))
 
     # --- completions ----------------------------------------------------------------------------
     def drain(self) -> None:
+        """Take every completion that is there."""
         for link in list(self.links.values()):
+            if link.is_broken:
+                continue
             try:
                 self._drain_link(link)
             except (_shm.RingCorrupt, ProtocolError):
-                log.exception("a worker broke its ring")
+                # Never go on with a ring that lied once.  What is lent there stays lent until the
+                # supervisor has reaped the worker.
+                log.exception("a worker broke the rules of its ring; it gets no more requests")
+                link.is_broken = True
 
     def _drain_link(self, link: Link) -> None:
         while completions := link.completions.pop(256):
             for completion in completions:
-                pending = link.lent.pop(completion[0], None)
+                pending = link.lent.get(completion[0])
                 if pending is None:
                     self.late += 1
                     continue
-                link.positions.pop(completion[0])
-                self._router.on_done(link.key, pending.route.slot)
+                self._take_back(link, pending)
                 self._complete(pending, completion)
 
     def _complete(self, pending: Pending, completion: _shm.Completion) -> None:
         _, taken_ns, started_ns, finished_ns, length, status, batch, detail = completion
-        if pending.future.done():
+        if pending.reply is None:
             self.late += 1
             self._release(pending)
             return
         if length > pending.out_capacity:
-            raise ProtocolError(f"a worker answered {length} bytes")
+            self._fail(pending, ProtocolError("a worker's answer is longer than its block"))
+            raise ProtocolError(f"a worker answered {length} bytes into {pending.out_capacity}")
         view = self._out_view[pending.out_offset : pending.out_offset + length]
         name = pending.route.name
         if status == _shm.OK:
@@ -258,11 +348,13 @@ class Dispatch:
                 self._fail(pending, error)
                 return
             self._count_done(pending, True, started_ns - taken_ns, finished_ns - started_ns, batch)
+            reply = pending.reply
             self._release(pending)
-            pending.future.set_result(
-                Result(places, data, started_ns - taken_ns, finished_ns - started_ns, batch)
-            )
-        elif status == _shm.TOO_LARGE and detail <= BLOCK_BYTES_MAX:
+            reply.succeed(Result(places, data))
+        elif (
+            status == _shm.TOO_LARGE and detail <= BLOCK_BYTES_MAX and pending.regrown < REGROWS_MAX
+        ):
+            pending.regrown += 1
             self._hints[pending.route.slot] = detail
             block = self.egress.try_reserve(detail)
             if block is None:
@@ -272,7 +364,9 @@ class Dispatch:
             pending.out_offset, pending.out_capacity = block
             self._push(pending)
         else:
-            self._fail(pending, self._error(name, status, bytes(view).decode(errors="replace"), detail))
+            self._fail(
+                pending, self._error(name, status, bytes(view).decode(errors="replace"), detail)
+            )
 
     def _error(self, name: str, status: int, text: str, detail: int) -> OvercommitError:
         if status == _shm.EXPIRED:
@@ -290,12 +384,13 @@ class Dispatch:
     def _fail(self, pending: Pending, error: OvercommitError) -> None:
         self.errors += 1
         self._count_done(pending, False, 0, 0, 1)
+        reply = pending.reply
         self._release(pending)
-        if not pending.future.done():
-            pending.future.set_exception(error)
+        if reply is not None:
+            reply.fail(error)
 
     def _count_done(self, pending: Pending, ok: bool, queue: int, compute: int, batch: int) -> None:
-        row = self.counters.setdefault(pending.route.slot, [0] * 6)
+        row = self._counters.setdefault(pending.route.slot, [0] * 6)
         row[0 if ok else 1] += 1
         row[2] += queue
         row[3] += compute
@@ -303,30 +398,32 @@ class Dispatch:
         row[5] += 1000 // max(1, batch)
 
     def _release(self, pending: Pending) -> None:
+        """Give both blocks back: nobody else can write to them any more."""
+        pending.reply = None
+        self._deadlines.remove(pending)
+        self._held.pop(pending.request_id, None)
+        del self.pending[pending.request_id]
         self.ingress.release(pending.in_offset)
         self.egress.release(pending.out_offset)
-        self.pending.pop(pending.request_id, None)
 
-    def expire(self, now_ns: int) -> None:
-        for pending in list(self.pending.values()):
-            if now_ns > pending.deadline_ns and not pending.future.done():
-                error = DeadlineExceeded(f"model '{pending.route.name}': no answer in time")
-                self.errors += 1
-                pending.future.set_exception(error)
-                if pending in self._held:
-                    self._held.remove(pending)
-                    self._release(pending)
+    def check(self) -> None:
+        """Assert that every block belongs to exactly one request."""
+        assert self.ingress.blocks_used == len(self.pending) == self.egress.blocks_used
 
-    def model_counters(self) -> tuple[ModelCounters, ...]:
+    def model_counters(self, limit: int) -> tuple[ModelCounters, ...]:
+        """Totals per version, of those with the most requests."""
+        rows = list(self._counters.items())
+        if len(rows) > limit:
+            rows = heapq.nlargest(limit, rows, key=lambda item: item[1][0] + item[1][1])
         return tuple(
             ModelCounters(
                 slot=slot,
-                success=r[0],
-                failure=r[1],
-                queue_ns=r[2],
-                compute_ns=r[3],
-                request_ns=r[4],
-                batches=r[5],
+                success=row[0],
+                failure=row[1],
+                queue_ns=row[2],
+                compute_ns=row[3],
+                request_ns=row[4],
+                batches=row[5],
             )
-            for slot, r in self.counters.items()
+            for slot, row in rows
         )

@@ -61,7 +61,7 @@ class Front:
     ) -> int:
         """Write a request into the next block and push it; return its id."""
         block = self._sent % (PAYLOAD_BYTES // CAPACITY) * CAPACITY
-        length = self._write(block, inputs, datatype)
+        length = self.write(block, inputs, datatype)
         return self.push(
             *(self.next_id(), slot, block, length),
             capacity=capacity,
@@ -76,6 +76,7 @@ class Front:
         block: int = 0,
         length: int = 0,
         *,
+        out: int | None = None,
         capacity: int = CAPACITY,
         deadline_ns: int = 0,
         kind: int = _shm.SUBMIT,
@@ -83,14 +84,16 @@ class Front:
     ) -> int:
         """Push a submission as it is, right or wrong."""
         assert self.submissions.push(
-            *(request_id, deadline_ns, block, block, length, capacity, kind, slot, flags)
+            *(request_id, deadline_ns, block, block if out is None else out),
+            *(length, capacity, kind, slot, flags),
         )
         if self.submissions.must_wake():
             os.eventfd_write(self.worker_bell, 1)
         self._sent += 1
         return request_id
 
-    def _write(self, block: int, inputs: list[Array] | bytes, datatype: str) -> int:
+    def write(self, block: int, inputs: list[Array] | bytes, datatype: str = "FP32") -> int:
+        """Write a request into its block; return its length."""
         if isinstance(inputs, bytes):
             self.ingress[block : block + len(inputs)] = inputs
             return len(inputs)

@@ -98,9 +98,9 @@ class World:
 
     def use(self, slot: int) -> None:
         """A request ran."""
-        self.now_ns += 1
         self.port.uses[slot] += 1
         self.port.last_used_ns[slot] = self.now_ns
+        self.now_ns += 1
 
     def load(self, *slots: int) -> None:
         """Bring these to DEVICE, one after the other."""
@@ -170,4 +170,6 @@ def check(residency: Residency, port: FakePort) -> None:
         for (offset, length), (following, _) in itertools.pairwise(spans):
             assert offset + length <= following, "two versions share bytes"
         assert set(room.holders.values()) == {v for v, extents in held if extents is not None}
+    for version, load in residency._loads.values():
+        assert (version.device, version.host) == (load.device, load.host), "a load lost its bytes"
     assert port.is_hungry == residency._is_hungry

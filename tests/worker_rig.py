@@ -1,6 +1,6 @@
 """A worker without a server: plays its supervisor and its front ends, over real shared memory.
 
-In a test the worker's loop runs in this process (`Rig`) or in one of its own (`Rig(process=True)`,
+In a test the worker's loop runs in this process (`Rig`) or in one of its own (`Rig(command=...)`,
 which runs this file).  The engine is a fake that multiplies by the first number of the weights, so
 an answer tells which bytes were mapped.
 """
@@ -35,6 +35,10 @@ from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import LinkDown, LinkUp, Message, Placed, Start, VersionInfo
 from overcommit.runtime.worker import Worker, serve
+
+ARENA_BYTES = 1024 * PAGE_BYTES
+# This file as a child process: a real worker but for its engine.
+FAKE_COMMAND = [sys.executable, __file__]
 
 Run = Callable[[dict[str, Array]], dict[str, Array]]
 
@@ -120,7 +124,10 @@ class Rig:
     """Plays the supervisor: owns the memory, places versions, links front ends."""
 
     def __init__(
-        self, open_program: Callable[[VersionInfo], Opened] | None = None, *, process: bool = False
+        self,
+        open_program: Callable[[VersionInfo], Opened] | None = None,
+        *,
+        command: list[str] | None = None,
     ) -> None:
         bell = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         table_bytes = _shm.table_bytes(VERSIONS_MAX)
@@ -128,20 +135,19 @@ class Rig:
             "doorbell": os.eventfd(0, bell),
             "supervisor_bell": os.eventfd(0, bell),
             "residency": create_memfd("residency", table_bytes),
-            "device": create_memfd("device", 64 * PAGE_BYTES),
+            "device": create_memfd("device", ARENA_BYTES),
         }
         self.table = _shm.ResidencyTable(
             mmap.mmap(self.fds["residency"], table_bytes), 0, VERSIONS_MAX, True
         )
-        self.device = memoryview(mmap.mmap(self.fds["device"], 64 * PAGE_BYTES))
+        self.device = memoryview(mmap.mmap(self.fds["device"], ARENA_BYTES))
         self.fronts: list[Front] = []
         self.epoch = 0
         self.process: subprocess.Popen[bytes] | None = None
-        self._make_worker(open_program, process)
+        self._command = command
+        self._make_worker(open_program)
 
-    def _make_worker(
-        self, open_program: Callable[[VersionInfo], Opened] | None, process: bool
-    ) -> None:
+    def _make_worker(self, open_program: Callable[[VersionInfo], Opened] | None) -> None:
         """Start an incarnation of the worker, with a page of its own."""
         self.epoch += 1
         page_bytes = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
@@ -158,13 +164,12 @@ class Rig:
             seat=0,
             epoch=self.epoch,
             settings=Settings(spin_ns=0),
-            device_bytes=64 * PAGE_BYTES,
+            device_bytes=ARENA_BYTES,
             fds=tuple(self.fds),
         )
-        if process:
-            self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs)], pass_fds=(theirs,)
-            )
+        if self._command is not None:
+            command = [*self._command, str(theirs), str(os.getpid())]
+            self.process = subprocess.Popen(command, pass_fds=(theirs,))
             os.close(theirs)
             self.control.send(start, tuple(self.fds.values()))
             assert self.receive() is not None, "the worker did not get ready"
@@ -179,7 +184,7 @@ class Rig:
         assert self.process is not None
         self.process.wait(WATCHDOG_S)
         self.control.close()
-        self._make_worker(None, True)
+        self._make_worker(None)
 
     # --- the supervisor's messages --------------------------------------------------------------
     def receive(self) -> Message | None:
@@ -298,4 +303,4 @@ class Deadly(FakeProgram):
 if __name__ == "__main__":
     # As any child, but that `main` is the one above.
     child.MODULE_OF_KIND["worker"] = "__main__"
-    child.run_child("worker", int(sys.argv[1]), os.getppid())
+    child.run_child("worker", int(sys.argv[1]), int(sys.argv[2]))

@@ -169,3 +169,10 @@ def test_two_processes_share_the_connections_and_add_up(
     assert tally.right == tally.sent == len(asked) >= REQUESTS
     assert tally.connects == plan.connections
     assert len({one.id for one in asked}) == len(asked)
+
+
+def test_explanations_that_differ_in_numbers_only_are_kept_once_unless_wrong() -> None:
+    tally = Tally()
+    for text in ("m-1: HTTP 503: in 5 s", "m-2: HTTP 503: in 4 s", "WRONG: m-1", "WRONG: m-2"):
+        tally.note(text)
+    assert tally.examples == ["m-1: HTTP 503: in 5 s", "WRONG: m-1", "WRONG: m-2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class AgainstIntervals(RuleBasedStateMachine):
 
     def free_chunks(self) -> int:
         """Whole free 2 MiB chunks by the model."""
-        touched = set()
+        touched: set[int] = set()
         for offset, length in self.held:
             touched.update(
                 range(offset // SMALL_CHUNK_BYTES, -(-(offset + length) // SMALL_CHUNK_BYTES))
@@ -89,7 +90,7 @@ class AgainstIntervals(RuleBasedStateMachine):
             assert len(extents) == 1
             (offset, length) = extents[0]
             assert offset // SMALL_CHUNK_BYTES == (offset + length - 1) // SMALL_CHUNK_BYTES
-        for left, right in zip(extents, extents[1:], strict=False):
+        for left, right in itertools.pairwise(extents):
             assert left.offset + left.length != right.offset, "neighbours are merged"
         self.held.extend(extents)
         return extents

@@ -8,7 +8,14 @@ import pytest
 
 from overcommit.runtime.batcher import LOWER_SHARE, SWEEP_NS, Batcher
 from overcommit.runtime.config import Batching, ModelConfig
-from overcommit.runtime.lanes import BATCH_BYTES_MAX, NEVER_NS, Job, Limits, limits_of
+from overcommit.runtime.lanes import (
+    BATCH_BYTES_MAX,
+    BATCH_REQUESTS_MAX,
+    NEVER_NS,
+    Job,
+    Limits,
+    limits_of,
+)
 
 MS = 1_000_000
 _ids = itertools.count(1)
@@ -69,6 +76,12 @@ def test_padded_bytes_bound_a_batch() -> None:
     short, long = job(row_bytes=8), job(row_bytes=BATCH_BYTES_MAX)
     add(batcher, short, long)
     assert [take(batcher), take(batcher)] == [[short], [long]]
+
+
+def test_a_batch_has_no_more_requests_than_the_status_page_can_name() -> None:
+    batcher = runnable(1, rows_max=4096)
+    add(batcher, *(job() for _ in range(BATCH_REQUESTS_MAX + 1)))
+    assert [len(take(batcher)), len(take(batcher))] == [BATCH_REQUESTS_MAX, 1]
 
 
 def test_a_model_that_does_not_batch_gets_its_requests_one_by_one() -> None:
@@ -136,6 +149,7 @@ def test_an_expired_job_is_not_run() -> None:
     late, good = job(deadline_ns=50), job()
     add(batcher, late, good)
     assert take(batcher, 50) == [good]
+    assert len(batcher) == 0
     assert batcher.take_expired() == [late]
     assert batcher.take_expired() == []
 

@@ -10,38 +10,62 @@ from worker_rig import Rig, X, ready
 
 from overcommit.runtime import _shm
 
-
 # --- peers that lie or leave --------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "lie",
-    ["id", "kind", "ingress", "egress", "twice", "header"],
-)
+LIES = {
+    "id": "is not its own",
+    "kind": "is of kind 77",
+    "ingress": "outside its memory",
+    "egress": "outside its memory",
+    "twice": "submitted twice",
+    "header": "claims -1 tensors",
+}
+
+
+def tell(front: Front, other: Front, lie: str, waiting: int) -> None:
+    """Submit a request that is in order but for one thing."""
+    length = front.write(0, [X])
+    end = PAYLOAD_BYTES - length
+    front.write(end, [X])
+    own = front.next_id()
+    if lie == "id":
+        front.push(other.next_id() + 7, 3, 0, length)
+    elif lie == "kind":
+        front.push(own, 3, 0, length, kind=77)
+    elif lie == "ingress":
+        front.push(own, 3, end, length + 1, out=0)
+    elif lie == "egress":
+        front.push(own, 3, 0, length, out=PAYLOAD_BYTES - CAPACITY + 1)
+    elif lie == "twice":
+        front.push(waiting, 5, 0, length)
+    elif lie == "header":
+        front.submit(3, b"\xff" * 64)
+    else:
+        front.push(own, 3, end, length, out=PAYLOAD_BYTES - CAPACITY)
+
+
+@pytest.mark.parametrize("lie", LIES)
 def test_a_front_end_that_lies_is_dropped_and_others_go_on(
-    rig: Rig, front: Front, lie: str
+    rig: Rig, front: Front, lie: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = rig.link(seat=1)
     ready(rig, front)
     waits = front.submit(5, [X])
     rig.settle()
-    own = front.next_id()
-    if lie == "id":
-        front.push(other.next_id(), 3)
-    elif lie == "kind":
-        front.push(own, 3, kind=77)
-    elif lie == "ingress":
-        front.push(own, 3, PAYLOAD_BYTES - 8, 16, capacity=0)
-    elif lie == "egress":
-        front.push(own, 3, PAYLOAD_BYTES - 8, 0, capacity=CAPACITY)
-    elif lie == "twice":
-        front.push(waits, 5)
-    else:
-        front.submit(3, b"\xff" * 64)
+    tell(front, other, lie, waits)
     rig.settle()
     assert len(rig.worker.links) == 1
+    assert LIES[lie] in caplog.text
     assert rig.leases.read(5)[1] == 0
     request = other.submit(3, [X])
     rig.answered(other, request)
     assert waits not in front.collect()
+
+
+def test_blocks_may_reach_to_the_very_end_of_their_memory(rig: Rig, front: Front) -> None:
+    ready(rig, front)
+    tell(front, front, "nothing", 0)
+    rig.until(lambda: len(front.collect()) == 2)
+    assert [completion[5] for completion in front.answers.values()] == [_shm.OK, _shm.OK]
 
 
 def test_a_corrupt_ring_is_dropped(rig: Rig, front: Front) -> None:

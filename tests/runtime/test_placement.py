@@ -34,35 +34,41 @@ def test_disk_loads_go_through_host_and_come_back_from_there() -> None:
     assert totals.bytes_loaded == 3 * CHUNK
 
 
-def test_host_copies_of_what_device_holds_leave_first() -> None:
-    world = World(2, host_chunks=3)
-    for slot in (1, 2, 3, 4):
+def test_host_copies_of_what_device_holds_leave_first_and_of_these_the_youngest() -> None:
+    world = World(3, host_chunks=4)
+    for slot in range(1, 6):
         world.add(slot)
-    world.load(1, 2, 3)  # 1 is on HOST alone now; 2 and 3 are in both tiers
-    world.load(4)
-    assert world.has_host_copy(1)
-    assert [world.has_host_copy(slot) for slot in (2, 3)].count(True) == 1
-    assert world.state(2) is State.HOST  # of the two it is the one that left DEVICE
+    world.load(1, 2, 3, 4)  # 1 is on HOST alone now; 2, 3 and 4 are in both tiers
+    world.load(5)
+    assert [slot for slot in range(1, 6) if world.has_host_copy(slot)] == [1, 2, 3, 5]
+    assert world.state(2) is State.HOST
     assert world.residency.totals().evictions_host == 1
 
 
-def test_a_host_copy_that_a_load_uses_or_a_wish_will_use_is_never_a_victim() -> None:
+def test_a_host_copy_that_a_load_reads_is_no_victim() -> None:
     world = World(2, host_chunks=1)
     for slot, chunks in ((1, 1), (2, 2), (3, 1)):
         world.add(slot, chunks)
     world.load(1, 2)
-    assert world.state(1) is State.HOST
-    world.port.leases[2] = 1
-    world.want(1)  # queued, and will be read from HOST
-    world.add(4, 0.5)
-    assert world.residency.host is not None
-    world.port.leases[2] = 0
-    (load,) = world.tick()
+    (load,) = world.want(1, waiter=4)
     assert isinstance(load, StartLoad)
     assert load.source == "host"
+    world.residency.forget_waiter(4)
     (load,) = world.want(3)
     assert isinstance(load, StartLoad)
-    assert (load.source, load.host) == ("disk", None)  # straight: the copy of 1 is being read
+    assert (load.source, load.host) == ("disk", None)
+
+
+def test_a_host_copy_that_a_queued_wish_will_read_is_no_victim() -> None:
+    world = World(4, host_chunks=2)
+    for slot, chunks in ((1, 2), (2, 3), (3, 1)):
+        world.add(slot, chunks)
+    world.load(1, 2)  # 2 is larger than HOST, so the copy of 1 stayed
+    world.port.leases[2] = 1
+    assert world.want(1) == []
+    (load,) = world.want(3)
+    assert isinstance(load, StartLoad)
+    assert (load.source, load.host) == ("disk", None)
     assert world.has_host_copy(1)
 
 
@@ -80,6 +86,8 @@ def test_a_version_larger_than_host_goes_straight_to_device_and_evicts_nothing_t
 def test_a_host_copy_counts_only_when_it_is_complete() -> None:
     world = World(1, host_chunks=1)
     world.add(1)
+    world.add(2)
+    world.load(1, 2)  # both copies of 1 are gone
     world.want(1)
     view = world.residency.view(1)
     assert view is not None
@@ -91,6 +99,43 @@ def test_a_pinned_version_takes_no_host_memory() -> None:
     world.add(1, pinned=True)
     world.load(1)
     assert not world.has_host_copy(1)
+
+
+# --- slabs --------------------------------------------------------------------------------------
+def _two_slabs() -> World:
+    """Sixteen models in two slabs, their ages interleaved, and a wish for a chunk."""
+    world = World(2)
+    for slot in range(16):
+        world.add(slot, 1 / 8)
+    world.load(*range(16))
+    for slot in range(8):
+        world.use(slot)
+        world.use(slot + 8)
+    world.add(99, 1)
+    return world
+
+
+def test_small_models_of_one_slab_leave_together_where_their_bytes_alone_are_no_chunk() -> None:
+    world = _two_slabs()
+    assert len(world.want(99)) == 1
+    assert len(world.port.evicted) == 8 + 4  # eight by age, and the four mates of one slab
+
+
+def test_the_rest_of_a_slab_leaves_where_there_are_bytes_but_no_chunk() -> None:
+    world = _two_slabs()
+    for slot in (4, 5, 6, 7, 12, 13, 14, 15):
+        world.remove(slot)
+    world.port.evicted.clear()
+    assert len(world.want(99)) == 1
+    assert sorted(world.port.evicted) == [0, 1, 2, 3]
+
+
+def test_a_leased_mate_keeps_its_slab_and_the_other_one_goes() -> None:
+    world = _two_slabs()
+    world.port.leases[7] = 1
+    assert len(world.want(99)) == 1
+    assert 7 not in world.port.evicted
+    assert all(world.state(slot) is not State.DEVICE for slot in range(8, 16))
 
 
 # --- properties ---------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from residency_world import CHUNK, MS, SECOND, World
+from residency_world import MS, SECOND, World
 
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
-from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, MIB
+from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX, MIB
 from overcommit.runtime.residency import RETRY_NS, WISH_WAIT_S, Publish, Refuse, StartLoad
-from overcommit.runtime.residents import NOBODY, State
+from overcommit.runtime.residents import State
 
 
 def test_a_wish_for_an_absent_version_starts_one_load_and_is_published_when_it_is_done() -> None:
@@ -52,6 +52,28 @@ def test_the_least_recently_used_version_makes_room() -> None:
     assert world.port.evicted == [2]
     assert world.state(2) is State.DISK
     assert world.port.words[2] == (ABSENT, 1)
+
+
+def test_being_loaded_counts_as_a_use() -> None:
+    world = World(2)
+    for slot in (1, 2, 3):
+        world.add(slot)
+    world.load(1)
+    world.use(1)
+    world.load(2)
+    world.want(3)
+    assert world.port.evicted == [1]
+
+
+def test_uses_that_nobody_reported_are_found_and_ordered() -> None:
+    world = World(3)
+    for slot in (1, 2, 3, 4):
+        world.add(slot)
+    world.load(1, 2, 3)
+    for slot in (3, 1, 2):
+        world.use(slot)
+    world.want(4)
+    assert world.port.evicted == [3]
 
 
 def test_a_low_priority_version_leaves_before_an_older_one() -> None:
@@ -113,19 +135,6 @@ def test_nothing_is_evicted_for_a_wish_that_would_not_fit_anyway() -> None:
     world.port.leases[2] = 1
     assert world.want(3) == []
     assert world.port.evicted == []
-
-
-def test_small_models_of_one_slab_leave_together_for_a_large_one() -> None:
-    world = World(2)
-    for slot in range(16):
-        world.add(slot, 1 / 8)
-    world.load(*range(16))
-    for slot in (1, 3, 5, 7, 9, 11, 13, 15):  # half of each slab is old
-        world.use(slot)
-    world.add(99, 1)
-    assert len(world.want(99)) == 1
-    assert len(world.port.evicted) <= 12
-    assert sum(world.state(slot) is State.DEVICE for slot in range(16)) >= 4
 
 
 def test_a_wish_without_room_waits_hungry_and_is_served_when_a_lease_drops() -> None:
@@ -225,14 +234,17 @@ def test_a_queued_wish_is_refused_when_a_pinned_version_takes_the_last_room_for_
     assert isinstance(world.want(2)[0], Refuse)
 
 
-def test_a_pinned_small_model_keeps_a_whole_chunk_from_large_ones() -> None:
-    world = World(2)
-    world.add(1, 1 / 512, pinned=True)
-    world.add(2, 1 / 2, pinned=False)
-    world.load(1)
-    world.add(3, 2)
-    assert isinstance(world.want(3)[0], Refuse)
-    world.load(2)
+def test_pinned_small_models_keep_whole_chunks_from_large_ones() -> None:
+    world = World(4)
+    for slot, chunks, pinned in ((1, 0.4, True), (2, 0.5, False), (3, 0.4, True)):
+        world.add(slot, chunks, pinned=pinned)
+        world.load(slot)
+    world.add(4, 3)
+    (refusal,) = world.want(4)  # 3.2 chunks of bytes could be free, but only two whole ones
+    assert isinstance(refusal, Refuse)
+    assert refusal.code == "out_of_memory"
+    world.add(5, 2)
+    world.load(5)
 
 
 def test_no_more_loads_than_the_limit_run_at_once_and_the_rest_start_in_order() -> None:
@@ -253,233 +265,6 @@ def test_every_publish_has_a_greater_generation() -> None:
     world.add(2)
     world.load(1, 2, 1, 2, 1)
     assert [p.generation for p in world.published if p.slot == 1] == [1, 2, 3]
-
-
-# --- failures -----------------------------------------------------------------------------------
-def test_a_failed_load_is_refused_backs_off_and_is_tried_again_after_it() -> None:
-    world = World(4, host_chunks=4)
-    world.add(1)
-    for backoff_s in (*LOAD_BACKOFF_S, LOAD_BACKOFF_S[-1]):
-        world.want(1, waiter=2)
-        (refusal,) = world.finish(ok=False, message="digest of piece 3 is wrong")
-        assert isinstance(refusal, Refuse)
-        assert (refusal.code, refusal.waiters) == ("unavailable", {2})
-        assert refusal.retry_after_s == backoff_s
-        for words in ("model-1", "digest of piece 3 is wrong", f"{backoff_s:.1f} s"):
-            assert words in refusal.message
-        assert world.device.used_bytes == 0
-        assert world.state(1) is State.DISK
-        assert not world.has_host_copy(1)
-        world.now_ns += int(backoff_s * SECOND)
-    world.load(1)
-    view = world.residency.view(1)
-    assert view is not None
-    assert view.last_error == ""
-
-
-def test_a_wish_during_the_backoff_is_refused_at_once_with_the_time_that_is_left() -> None:
-    world = World(4)
-    world.add(1)
-    world.want(1)
-    world.finish(ok=False, message="no such file")
-    world.now_ns += 200 * MS
-    (refusal,) = world.want(1, waiter=9)
-    assert isinstance(refusal, Refuse)
-    assert refusal.waiters == {9}
-    assert refusal.retry_after_s == pytest.approx(0.3)
-    assert "no such file" in refusal.message
-    world.now_ns += 300 * MS
-    assert isinstance(world.want(1)[0], StartLoad)
-
-
-def test_a_success_ends_the_row_of_failures() -> None:
-    world = World(1)
-    world.add(1)
-    world.add(2)
-    world.want(1)
-    world.finish(ok=False)
-    world.now_ns += SECOND
-    world.load(1, 2)
-    world.want(1)
-    (refusal, *_) = world.finish(ok=False)
-    assert isinstance(refusal, Refuse)
-    assert refusal.retry_after_s == LOAD_BACKOFF_S[0]
-
-
-def test_a_host_copy_that_could_not_be_copied_is_read_from_disk_the_next_time() -> None:
-    world = World(1, host_chunks=2)
-    world.add(1)
-    world.add(2)
-    world.load(1, 2)
-    (load,) = world.want(1)
-    assert isinstance(load, StartLoad)
-    assert load.source == "host"
-    world.finish(ok=False)
-    world.now_ns += SECOND
-    (load,) = world.want(1)
-    assert isinstance(load, StartLoad)
-    assert load.source == "disk"
-
-
-def test_a_load_that_is_reported_twice_is_ignored() -> None:
-    world = World(1)
-    world.add(1)
-    world.want(1)
-    (load,) = world.residency.loads_in_flight()
-    world.finish(load.job)
-    assert world.finish(load.job, ok=False) == []
-    assert world.state(1) is State.DEVICE
-
-
-def test_other_models_load_while_one_backs_off() -> None:
-    world = World(1)
-    world.add(1)
-    world.add(2)
-    world.want(1)
-    world.want(2)
-    actions = world.finish(ok=False)
-    assert [type(action) for action in actions] == [Refuse, StartLoad]
-
-
-# --- waiters ------------------------------------------------------------------------------------
-def test_nobody_is_a_waiter_that_gets_no_answer() -> None:
-    world = World(1)
-    world.add(1, pinned=True)
-    assert isinstance(world.want(1, NOBODY)[0], StartLoad)
-    (publish,) = world.finish()
-    assert isinstance(publish, Publish)
-    assert publish.waiters == frozenset()
-    assert world.want(1, NOBODY) == []
-
-
-def test_a_pinned_version_whose_load_failed_is_tried_again_by_itself() -> None:
-    world = World(1)
-    world.add(1, pinned=True)
-    world.want(1, NOBODY)
-    world.finish(ok=False, message="the disk is gone")
-    assert world.residency.next_tick_ns() == SECOND + int(LOAD_BACKOFF_S[0] * SECOND)
-    assert isinstance(world.tick(int(LOAD_BACKOFF_S[0] * SECOND))[0], StartLoad)
-
-
-def test_a_wish_is_given_up_when_all_who_wanted_it_are_gone() -> None:
-    world = World(1)
-    world.add(1)
-    world.add(2)
-    world.load(1)
-    world.port.leases[1] = 1
-    world.want(2, waiter=5)
-    world.want(2, waiter=6)
-    world.residency.forget_waiter(5)
-    assert world.port.is_hungry
-    world.residency.forget_waiter(6)
-    assert not world.port.is_hungry
-    world.port.leases[1] = 0
-    assert world.tick() == []
-
-
-def test_a_load_goes_on_without_those_who_are_gone() -> None:
-    world = World(1)
-    world.add(1)
-    world.want(1, waiter=5)
-    world.residency.forget_waiter(5)
-    (publish,) = world.finish()
-    assert isinstance(publish, Publish)
-    assert publish.waiters == frozenset()
-
-
-def test_a_wish_for_an_unknown_slot_is_refused() -> None:
-    world = World(1)
-    (refusal,) = world.want(3, waiter=1)
-    assert isinstance(refusal, Refuse)
-    assert (refusal.code, refusal.waiters) == ("unavailable", {1})
-    assert world.residency.view(3) is None
-
-
-# --- removal ------------------------------------------------------------------------------------
-def test_removing_an_unknown_version_does_nothing() -> None:
-    world = World(1)
-    assert world.remove(4) == []
-
-
-def test_waiters_of_a_removed_version_are_refused_at_once() -> None:
-    world = World(1)
-    world.add(1)
-    world.want(1, waiter=2)
-    (refusal,) = world.remove(1)
-    assert isinstance(refusal, Refuse)
-    assert (refusal.code, refusal.waiters) == ("unavailable", {2})
-    assert world.device.used_bytes > 0  # the mover still writes there
-    assert world.finish() == []
-    assert world.device.used_bytes == 0
-
-
-def test_a_leased_version_leaves_when_the_lease_drops() -> None:
-    world = World(1, host_chunks=1)
-    world.add(1)
-    world.load(1)
-    world.port.leases[1] = 1
-    world.remove(1)
-    assert world.port.is_hungry
-    assert world.device.used_bytes == CHUNK
-    world.port.leases[1] = 0
-    world.tick()
-    assert world.device.used_bytes == 0
-    assert world.port.words[1] == (ABSENT, 1)
-    assert world.residency.next_tick_ns() is None
-
-
-def test_what_a_removal_frees_serves_the_next_wish() -> None:
-    world = World(1)
-    world.add(1)
-    world.add(2)
-    world.want(1)
-    assert world.want(2) == []
-    world.remove(1)
-    (load,) = world.finish()
-    assert isinstance(load, StartLoad)
-    assert load.slot == 2
-
-
-def test_a_new_version_in_the_slot_of_a_leaving_one_waits_for_it_and_goes_on_counting() -> None:
-    world = World(4)
-    world.add(1)
-    world.load(1)
-    world.port.leases[1] = 1
-    world.remove(1)
-    world.add(1, 2)
-    assert world.want(1, waiter=3) == []
-    world.add(2)
-    assert isinstance(world.want(2)[0], StartLoad)  # holds up nobody else
-    world.port.leases[1] = 0
-    (load,) = world.tick()
-    assert isinstance(load, StartLoad)
-    world.finish(load.job)
-    assert world.published[-1].generation == 2
-
-
-def test_removing_twice_while_the_first_is_still_leased_loses_no_bytes() -> None:
-    world = World(4)
-    world.add(1)
-    world.load(1)
-    world.port.leases[1] = 1
-    world.remove(1)
-    world.add(1, 2)
-    world.want(1)
-    world.remove(1)
-    world.port.leases[1] = 0
-    world.tick()
-    assert world.device.used_bytes == 0
-
-
-def test_adding_a_known_version_changes_its_pin_and_priority_only() -> None:
-    world = World(2)
-    world.add(1)
-    world.add(2)
-    world.add(3)
-    world.load(1, 2)
-    world.add(1, pinned=True)
-    world.want(3)
-    assert world.port.evicted == [2]
 
 
 # --- the look of it -----------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_counts_are_the_submits_less_the_dones(steps: list[tuple[int, bool]]) ->
         assert chosen is not None
         if is_submit:
             router.on_submit(chosen, slot)
-            model[worker, slot] += 1
+            model[chosen, slot] += 1
         elif busy := next((key for key in model if model[key]), None):
             router.on_done(*busy)
             model[busy] -= 1

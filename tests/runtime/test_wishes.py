@@ -38,6 +38,19 @@ def test_an_unknown_version_is_asked_for_once_and_its_requests_wait(rig: Rig, fr
     assert rig.heard() == []
 
 
+def test_the_page_says_that_requests_wait_before_the_supervisor_is_asked(
+    rig: Rig, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[object, int]] = []
+    rig.settle()
+    monkeypatch.setattr(
+        rig.worker.control, "send", lambda message: seen.append((message, rig.leases.read(5)[1]))
+    )
+    front.submit(5, [X])
+    rig.settle()
+    assert seen == [(Activate(slot=5), 1)]
+
+
 def test_a_version_that_is_not_there_holds_up_no_other(rig: Rig, front: Front) -> None:
     ready(rig, front)
     front.submit(5, [X])

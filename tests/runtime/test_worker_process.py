@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from front_rig import WATCHDOG_S
-from worker_rig import Rig, X, info
+from worker_rig import FAKE_COMMAND, Rig, X, info
 
 from overcommit.runtime import _shm
 from overcommit.runtime.messages import Activate, Stop
@@ -18,7 +18,7 @@ from overcommit.runtime.messages import Activate, Stop
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    rig = Rig(process=True)
+    rig = Rig(command=FAKE_COMMAND)
     yield rig
     rig.close()
 

@@ -1,0 +1,176 @@
+"""Everything that is not on the hot path, as a FastAPI app: health, metadata, repository, metrics.
+
+Invariants
+ 1. Every error is `{"error": "..."}`, also those that FastAPI raises itself.
+ 2. A path decides nothing on disk: names are only looked up in the routing table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+import overcommit
+from overcommit.runtime.config import TensorSpec
+from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
+from overcommit.runtime.messages import Route
+from overcommit.server.limits import ADMIN_PAGE_MAX
+from overcommit.server.routing import check_usable
+
+if TYPE_CHECKING:
+    from overcommit.server.frontend import FrontEnd
+
+EXTENSIONS = ["binary_tensor_data", "model_repository", "schedule_policy", "statistics"]
+
+
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    body = msgspec.json.encode({"error": message})
+    return Response(body, status, headers, "application/json")
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
+
+
+def _metadata(route: Route, versions: list[str]) -> dict[str, Any]:
+    return {
+        "name": route.name,
+        "versions": versions,
+        "platform": route.platform,
+        "inputs": [_tensor(spec) for spec in route.inputs],
+        "outputs": [_tensor(spec) for spec in route.outputs],
+    }
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(OvercommitError)
+    async def refused(request: Request, error: OvercommitError) -> Response:
+        headers = {}
+        if error.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        return _error(error.http_status, error.message, headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        if error.status_code == 404 and path.startswith("/v2/models/"):
+            name = path.removeprefix("/v2/models/").split("/")[0]
+            return _error(404, f"Request for unknown model: '{name}' is not found, or no such path")
+        message = f"{request.method} {path}: {error.detail}"
+        return _error(error.status_code, message, dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return _error(400, f"{request.method} {request.url.path}: {problems}")
+
+
+def _add_health(app: FastAPI, front: FrontEnd) -> None:
+    @app.get("/v2/health/live", tags=["health"])
+    async def live() -> Response:
+        return _json({"live": True})
+
+    @app.get("/v2/health/ready", tags=["health"])
+    async def ready() -> Response:
+        return _json({"ready": front.is_ready}, 200 if front.is_ready else 503)
+
+    @app.get("/v2", tags=["health"])
+    @app.get("/v2/", include_in_schema=False)
+    async def server_metadata() -> Response:
+        return _json(
+            {"name": "overcommit", "version": overcommit.__version__, "extensions": EXTENSIONS}
+        )
+
+
+def _add_models(app: FastAPI, front: FrontEnd) -> None:
+    async def described(name: str, version: str | None) -> Response:
+        route = await front.wait_for_route(name, version)
+        return _json(_metadata(route, front.table.versions(name)))
+
+    async def is_ready(name: str, version: str | None) -> Response:
+        try:
+            ready = front.is_ready and check_usable(front.table.find(name, version))
+        except OvercommitError as error:
+            raise BadRequest(f"model '{name}' is not ready: {error.message}") from error
+        return _json({"name": name, "ready": ready}, 200 if ready else 400)
+
+    @app.get("/v2/models/{name}", tags=["models"])
+    async def model_metadata(name: str) -> Response:
+        return await described(name, None)
+
+    @app.get("/v2/models/{name}/versions/{version}", tags=["models"])
+    async def version_metadata(name: str, version: str) -> Response:
+        return await described(name, version)
+
+    @app.get("/v2/models/{name}/ready", tags=["models"])
+    async def model_ready(name: str) -> Response:
+        return await is_ready(name, None)
+
+    @app.get("/v2/models/{name}/versions/{version}/ready", tags=["models"])
+    async def version_ready(name: str, version: str) -> Response:
+        return await is_ready(name, version)
+
+    # Declared for the documentation and for other methods; POST is answered before it gets here.
+    @app.post("/v2/models/{name}/infer", tags=["inference"])
+    @app.post("/v2/models/{name}/versions/{version}/infer", tags=["inference"])
+    async def infer(name: str, version: str | None = None) -> Response:
+        raise NotFound(f"Request for unknown model: '{name}' is not found")
+
+
+def _add_repository(app: FastAPI, front: FrontEnd) -> None:
+    async def body_of(request: Request) -> dict[str, Any]:
+        data = await request.body()
+        try:
+            value = msgspec.json.decode(data) if data.strip() else {}
+        except msgspec.DecodeError as error:
+            raise BadRequest(f"the request is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise BadRequest("the request must be a JSON object")
+        return value
+
+    @app.post("/v2/repository/index", tags=["repository"])
+    async def index(request: Request) -> Response:
+        ready = bool((await body_of(request)).get("ready", False))
+        return await front.ask("index", ready=ready)
+
+    @app.post("/v2/repository/models/{name}/load", tags=["repository"])
+    async def load(name: str, request: Request) -> Response:
+        await body_of(request)
+        return await front.ask("load", name=name)
+
+    @app.post("/v2/repository/models/{name}/unload", tags=["repository"])
+    async def unload(name: str, request: Request) -> Response:
+        await body_of(request)
+        return await front.ask("unload", name=name)
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        return await front.ask("metrics")
+
+    @app.get("/v2/overcommit/models", tags=["operations"])
+    async def models(offset: int = 0, limit: int = 100) -> Response:
+        if offset < 0 or not 0 < limit <= ADMIN_PAGE_MAX:
+            raise BadRequest(f"offset must be 0 or more, limit 1 to {ADMIN_PAGE_MAX}")
+        return await front.ask("models", offset=offset, limit=limit)
+
+    @app.get("/v2/overcommit/status", tags=["operations"])
+    async def status() -> Response:
+        return await front.ask("status")
+
+
+def make_app(front: FrontEnd) -> FastAPI:
+    """Build the app of one front end."""
+    app = FastAPI(title="overcommit", version=overcommit.__version__, redoc_url=None)
+    _add_error_handlers(app)
+    _add_health(app, front)
+    _add_models(app, front)
+    _add_repository(app, front)
+    return app

@@ -1,0 +1,101 @@
+"""The routing table of a front end: which version a request means, and whether it can be served now.
+
+Invariants
+ 1. A name and version lead to the route that was announced last for them.
+ 2. Without a version, the highest number that is ready or being packed is meant, else the highest.
+
+Changed by Routes messages; read for every request.
+"""
+
+from __future__ import annotations
+
+from overcommit.runtime.errors import BadRequest, NotFound, Unavailable
+from overcommit.runtime.messages import Route, Routes
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdecimal() else -1
+
+
+class RouteTable:
+    """All routes, by slot and by name."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, Route] = {}
+        self._names: dict[str, dict[str, Route]] = {}
+        self._latest: dict[str, Route] = {}
+        self.is_complete = False
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def apply(self, message: Routes) -> None:
+        """Take over an announcement."""
+        touched = set()
+        for route in message.upsert:
+            self._slots[route.slot] = route
+            self._names.setdefault(route.name, {})[route.version] = route
+            touched.add(route.name)
+        for slot in message.removed:
+            gone = self._slots.pop(slot, None)
+            if gone is None:
+                continue
+            versions = self._names.get(gone.name, {})
+            if versions.get(gone.version) is gone:
+                del versions[gone.version]
+            touched.add(gone.name)
+        for name in touched:
+            self._choose_latest(name)
+        self.is_complete = self.is_complete or message.complete
+
+    def _choose_latest(self, name: str) -> None:
+        versions = self._names.get(name)
+        if not versions:
+            self._names.pop(name, None)
+            self._latest.pop(name, None)
+            return
+        ordered = sorted(versions.values(), key=lambda route: _number(route.version), reverse=True)
+        usable = (route for route in ordered if route.state in ("ready", "packing"))
+        self._latest[name] = next(usable, ordered[0])
+
+    def versions(self, name: str) -> list[str]:
+        """Version numbers of a model, ascending."""
+        return sorted(self._names.get(name, {}), key=_number)
+
+    def find(self, name: str, version: str | None) -> Route:
+        """Return the route that is meant.  Raises NotFound, BadRequest."""
+        if version is None:
+            route = self._latest.get(name)
+            if route is None:
+                raise NotFound(f"Request for unknown model: '{name}' is not found")
+            return route
+        versions = self._names.get(name)
+        if versions is None:
+            raise NotFound(f"Request for unknown model: '{name}' is not found")
+        found = versions.get(version)
+        if found is None:
+            if not version.isdecimal():
+                raise BadRequest(f"model '{name}': '{version}' is no version number")
+            known = ", ".join(self.versions(name)[:20])
+            raise NotFound(
+                f"Request for unknown model: '{name}' version {version} is not found; there is "
+                f"{known}"
+            )
+        return found
+
+
+def check_usable(route: Route) -> bool:
+    """Whether the route serves now; False: its image is being made.  Raises NotFound, Unavailable."""
+    if route.state == "ready":
+        return True
+    if route.state == "packing":
+        return False
+    if route.state == "unloaded":
+        raise NotFound(
+            f"Request for unknown model: '{route.name}' has no available versions; it is unloaded: "
+            f"POST /v2/repository/models/{route.name}/load"
+        )
+    raise Unavailable(
+        f"model '{route.name}' version {route.version} is unavailable: {route.reason}",
+        retry_after_s=5,
+    )

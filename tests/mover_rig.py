@@ -1,0 +1,162 @@
+"""A mover without a server: images, arenas, and a mover process with its supervisor's end."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from overcommit.runtime import _shm
+from overcommit.runtime.arena import Arena
+from overcommit.runtime.config import ModelConfig, Settings
+from overcommit.runtime.control import ControlSocket, socket_pair
+from overcommit.runtime.image import (
+    FORMAT_VERSION,
+    ImageHeader,
+    lay_out,
+    layout_hash,
+    read_header,
+    write_image,
+)
+from overcommit.runtime.messages import (
+    Extents,
+    Load,
+    LoadDone,
+    Message,
+    Populated,
+    Ready,
+    Start,
+    Stop,
+)
+
+WATCHDOG_S = 60.0
+LAUNCH = "import sys; from overcommit.runtime.mover import main; main(int(sys.argv[1]))"
+
+Kind = TypeVar("Kind", bound=Message)
+
+
+def make_image(path: Path, nbytes: int, seed: int = 0) -> bytes:
+    """Write an image with one tensor of random bytes; return its payload, padding included."""
+    data = random.Random(seed).randbytes(nbytes)
+    entries, payload_bytes = lay_out(
+        [("w", "parameter", True, "uint8", (nbytes,), (1,), nbytes, None)]
+    )
+    header = ImageHeader(
+        format_version=FORMAT_VERSION,
+        engine="torch",
+        program_key="key",
+        program={},
+        layout_hash=layout_hash(entries),
+        nbytes=payload_bytes,
+        tensors=entries,
+        config=ModelConfig(),
+    )
+    write_image(path, header, [(entries[0], memoryview(data))], None)
+    return data + bytes(payload_bytes - nbytes)
+
+
+def flip_byte(path: Path, at: int) -> None:
+    """Damage one byte of the payload."""
+    _, start = read_header(path)
+    with open(path, "r+b") as file:
+        file.seek(start + at)
+        byte = file.read(1)[0]
+        file.seek(start + at)
+        file.write(bytes([byte ^ 1]))
+
+
+class Memory:
+    """An arena with a writable view, to look at what the mover did."""
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        self.arena = Arena.create(name, nbytes)
+        self.address = self.arena.map_all(True)
+        self.view = _shm.view(self.address, nbytes, True)
+
+    def fill(self, value: int) -> None:
+        """Set every byte, so that what a load leaves out shows."""
+        for at in range(0, len(self.view), 1 << 20):
+            part = self.view[at : at + (1 << 20)]
+            part[:] = bytes([value]) * len(part)
+
+    def read(self, extents: Extents, nbytes: int) -> bytes:
+        """The first `nbytes` of the image that lies at these extents."""
+        return b"".join(self.view[at : at + length] for at, length in extents)[:nbytes]
+
+    def write(self, extents: Extents, data: bytes) -> None:
+        """Put an image there."""
+        done = 0
+        for at, length in extents:
+            part = data[done : done + length]
+            self.view[at : at + len(part)] = part
+            done += length
+
+    def close(self) -> None:
+        """Let go."""
+        self.view.release()
+        self.arena.close()
+
+
+class MoverProcess:
+    """A real mover over two arenas, or over DEVICE alone."""
+
+    def __init__(self, device: Memory, host: Memory | None, launch: str = LAUNCH) -> None:
+        ours, theirs = socket_pair()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", launch, str(theirs)], pass_fds=(theirs,)
+        )
+        os.close(theirs)
+        self.control = ControlSocket(ours)
+        self._unread: list[Message] = []
+        memories = [device] if host is None else [device, host]
+        start = Start(
+            kind="mover",
+            seat=0,
+            epoch=1,
+            settings=Settings(),
+            device_bytes=device.arena.nbytes,
+            host_bytes=0 if host is None else host.arena.nbytes,
+            fds=("device", "host")[: len(memories)],
+        )
+        self.control.send(start, [memory.arena.fd for memory in memories])
+        self.ready = self.receive(Ready)
+
+    def receive(self, kind: type[Kind]) -> Kind:
+        """Wait for the next message of this kind; others are kept."""
+        for message in self._unread:
+            if isinstance(message, kind):
+                self._unread.remove(message)
+                return message
+        while True:
+            received = self.control.receive(WATCHDOG_S)
+            assert received is not None, "the mover is silent"
+            message = received[0]
+            if isinstance(message, kind):
+                return message
+            self._unread.append(message)
+
+    def load(self, load: Load) -> LoadDone:
+        """Send one load and wait for its end."""
+        self.control.send(load)
+        done = self.receive(LoadDone)
+        assert done.job == load.job
+        return done
+
+    def wait_populated(self) -> Populated:
+        """Wait until every page is there."""
+        return self.receive(Populated)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is reaped."""
+        self.process.kill()
+        self.process.wait(WATCHDOG_S)
+
+    def close(self) -> None:
+        """Stop it if it runs."""
+        if self.process.poll() is None:
+            self.control.send(Stop())
+            self.process.wait(WATCHDOG_S)
+        self.control.close()
