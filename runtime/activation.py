@@ -7,7 +7,7 @@ Invariants
  1. Every StartLoad goes to the mover once per mover incarnation; after a mover's death the loads in
     flight are sent again, to the same extents (nobody reads them before they are published).
  2. A worker gets VersionInfo before the first Placed of a version.
- 3. A version that kills workers is refused while it is in quarantine, and disturbs nobody else.
+ 3. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
 
 Called by the supervisor, from its one thread.
 """
@@ -19,7 +19,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from overcommit.runtime.config import ACTIVATIONS_KEPT, Settings
+from overcommit.runtime.config import ACTIVATIONS_KEPT, SUSPECTS_KEPT, Settings
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
@@ -69,6 +69,8 @@ class Activations:
         self._verified: set[str] = set()
         self.quarantine = Quarantine()
         self.records: collections.deque[Activation] = collections.deque(maxlen=ACTIVATIONS_KEPT)
+        # Requests that were running when a worker died, of late.
+        self._suspects: collections.deque[int] = collections.deque(maxlen=SUSPECTS_KEPT)
         self.bytes_read = 0
         self.bytes_copied = 0
 
@@ -101,14 +103,19 @@ class Activations:
         self._residency.forget_waiter(worker.seat.index)
         if worker.status is None or worker.process.kill_asked:
             return
-        _, started_ns, _, slot, _ = worker.status.read()
+        _, started_ns, _, slot, request_ids = worker.status.read()
         entry = self._registry.by_slot(slot) if started_ns else None
-        if entry is not None:
-            log.warning(
-                "worker %d died while it ran %s version %s",
-                *(worker.seat.index, entry.name, entry.version),
-            )
+        if entry is None:
+            return
+        log.warning(
+            "worker %d died while it ran %s version %s",
+            *(worker.seat.index, entry.name, entry.version),
+        )
+        # A popular version runs in any worker that is killed from outside.  What speaks against
+        # a version is that a request which had killed one worker, retried alone, kills the next.
+        if any(request_id in self._suspects for request_id in request_ids):
             self.quarantine.on_worker_died(slot, now_ns)
+        self._suspects.extend(request_ids)
 
     def _tell(self, worker: Child, entry: Entry) -> None:
         if entry.slot not in worker.told:

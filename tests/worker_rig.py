@@ -48,11 +48,11 @@ class FakeModel:
 
     def __init__(self, memory: memoryview, run: Run | None) -> None:
         self.memory = memory
-        self._run = run
+        self.override = run
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        if self._run is not None:
-            return self._run(inputs)
+        if self.override is not None:
+            return self.override(inputs)
         return {"y": inputs["x"] * np.frombuffer(self.memory, np.float32, 1)[0]}
 
 
@@ -296,7 +296,7 @@ class Deadly(FakeProgram):
                 time.sleep(60)
             return FakeModel(memory, None).run(inputs)
 
-        model._run = run
+        model.override = run
         return model
 
 

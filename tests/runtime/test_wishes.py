@@ -116,6 +116,15 @@ def test_a_failed_activation_answers_what_waits_and_is_tried_again(rig: Rig, fro
     assert rig.heard() == [Activate(slot=5)]
 
 
+def test_a_failed_activation_does_not_answer_what_can_run(rig: Rig, front: Front) -> None:
+    ready(rig, front, config=vector_config(max_queue_delay_us=3_600_000_000, max_queue_size=2))
+    request = front.submit(3, [X])
+    rig.settle()
+    rig.control.send(ActivationFailed(slot=3, code="overloaded", message="no room"))
+    rig.settle()
+    assert request not in front.collect()
+
+
 def test_a_program_that_cannot_be_loaded_fails_its_requests_and_is_reported(
     rig: Rig, front: Front, programs: Programs
 ) -> None:
@@ -131,7 +140,11 @@ def test_a_program_that_cannot_be_loaded_fails_its_requests_and_is_reported(
     second = front.submit(3, [X])
     rig.answered(front, second)
     assert front.text(second) == f"forbidden\n{text}"
+    programs.error = None
+    rig.control.send(rig.publish(3, 2, 2.0))
+    rig.settle()
     assert rig.heard() == []
+    assert not any(version.is_loading for version in versions_of(rig, 3))
 
 
 def test_a_version_that_failed_is_tried_again_later(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
 from front_rig import Array, Front
-from worker_rig import Programs, Rig, X, info, ready, vector_config
+from worker_rig import FakeModel, Programs, Rig, X, info, ready, vector_config
 
 from overcommit.runtime import _shm
 from overcommit.runtime.lanes import RUN_ALONE
@@ -55,6 +56,27 @@ def test_a_sleeping_front_end_is_woken_and_an_awake_one_is_not(rig: Rig, front: 
     request = front.submit(3, [X])
     rig.answered(front, request)
     assert os.eventfd_read(bell) == 1
+
+
+def test_who_is_refused_does_not_wait_for_the_batch_that_runs(
+    rig: Rig, front: Front, programs: Programs
+) -> None:
+    ready(rig, front)
+    rung: list[int] = []
+
+    def look(inputs: dict[str, Array]) -> dict[str, Array]:
+        rung.append(os.eventfd_read(front.fds["peer_doorbell"]))
+        return {"y": inputs["x"]}
+
+    model = rig.worker.versions.get(3)
+    assert model is not None
+    assert isinstance(model.model, FakeModel)
+    model.model.override = look
+    assert _shm.arm((front.completions,))
+    refused, runs = front.submit(3, [X[:, :3]]), front.submit(3, [X])
+    rig.answered(front, refused, runs)
+    assert rung == [1]
+    assert front.status(refused) == _shm.BAD_REQUEST
 
 
 def test_the_status_page_is_idle_after_a_batch_and_the_lease_is_dropped(
@@ -112,6 +134,28 @@ def test_one_bad_request_does_not_fail_its_neighbours(
     assert front.status(bad) == _shm.MODEL_ERROR
     assert front.text(bad) == "ValueError: not a number"
     assert rig.leases.read(3)[0] == 0
+
+
+def test_a_request_whose_time_was_used_up_by_its_batch_is_not_run_again(
+    rig: Rig, front: Front, programs: Programs
+) -> None:
+    calls: list[int] = []
+    end_ns = time.monotonic_ns() + 100_000_000
+
+    def run(inputs: dict[str, Array]) -> dict[str, Array]:
+        calls.append(len(inputs["x"]))
+        while time.monotonic_ns() < end_ns:
+            pass
+        raise ValueError("too late anyway")
+
+    programs[3].run = run
+    rig.serve(3)
+    left_ns = end_ns - time.monotonic_ns()
+    requests = [front.submit(3, [X], timeout_ns=left_ns) for _ in range(2)]
+    rig.answered(front, *requests)
+    rig.settle()
+    assert 1 not in calls
+    assert [front.status(one) for one in requests] == [_shm.EXPIRED] * 2
 
 
 def test_an_answer_that_does_not_fit_says_what_it_needs(rig: Rig, front: Front) -> None:
