@@ -169,7 +169,7 @@ def _decoder(element: type, depth: int) -> msgspec.json.Decoder[list[object]]:
     kind: object = element
     for _ in range(depth):
         kind = list[kind]  # type: ignore[valid-type]
-    return msgspec.json.Decoder(kind)  # type: ignore[arg-type]
+    return msgspec.json.Decoder(kind)
 
 
 def _flat(raw: Raw, shape: tuple[int, ...], element: type) -> list:  # type: ignore[type-arg]
