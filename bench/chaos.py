@@ -124,6 +124,7 @@ class Chaos:
     def resident(self, server: Server, seconds: float) -> None:
         """Phase 2."""
         # Until nothing is loaded any more, the models of this phase displace the others.
+        baseline = snapshot.take(server)
         for _ in range(5):
             start = snapshot.take(server)
             self.run_load(server, 1.0, "making models resident", "resident")

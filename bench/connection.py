@@ -114,13 +114,13 @@ class Connection(asyncio.Protocol):
         self._headers, self._parts, self._finished = {}, [], []
         self._send_next(time.monotonic_ns())
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         """Count what was in flight as broken; open again."""
         self._transport = None
         run = self._run
         if self._request is not None:
             run.tally.broken += 1
-            run.tally.note(f"{self._request.target}: {LOST}: {error or 'closed by the server'}")
+            run.tally.note(f"{self._request.target}: {LOST}: {exc or 'closed by the server'}")
             self._request = None
         if run.is_stopping or not run.reconnect:
             self.is_done = True

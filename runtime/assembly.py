@@ -27,6 +27,7 @@ import numpy as np
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, ModelError
+from overcommit.runtime.payload import TensorPlace
 from overcommit.runtime.signature import NUMPY_TYPES, Form, Signature
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -165,6 +166,8 @@ def _split_even(
     raws = [(_raw(array), array.nbytes // rows, array.shape[1:]) for array in arrays]
     needs: list[int] = []
     at, laid_out = 0, -1
+    header, total = b"", 0
+    places: tuple[TensorPlace, ...] = ()
     for form, block in zip(forms, blocks, strict=True):
         end = at + form.rows
         if form.rows != laid_out:

@@ -45,6 +45,7 @@ class Policy(Protocol):
 
     def victims(self, candidates: Iterable[int], now_ns: int) -> Iterator[int]:
         """Return the candidates in the order in which they should leave; see invariant 3."""
+        ...
 
 
 def lazily_ordered(

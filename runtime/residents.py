@@ -170,9 +170,11 @@ class Port(Protocol):
 
     def try_evict(self, slot: int, generation: int) -> bool:
         """Take the version out of use; False, and nothing has changed, if a lease is held."""
+        ...
 
     def usage(self, slot: int) -> Usage:
         """Read the workers' counters for the version."""
+        ...
 
     def set_state(self, slot: int, state: int, generation: int) -> None:
         """Write the version's state word."""

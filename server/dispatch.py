@@ -24,6 +24,7 @@ from overcommit.runtime import _shm, payload
 from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX
 from overcommit.runtime.errors import (
+    BadRequest,
     DeadlineExceeded,
     ModelError,
     OvercommitError,
@@ -377,6 +378,8 @@ class Dispatch:
             code, _, message = text.partition("\n")
             kind = {c.code: c for c in OvercommitError.__subclasses__()}.get(code, Unavailable)
             return kind(message, retry_after_s=detail / 1000 if detail else None)
+        if status == _shm.BAD_REQUEST:
+            return BadRequest(f"model '{name}': {text}")
         if status == _shm.TOO_LARGE:
             return PayloadTooLarge(f"model '{name}': the answer needs {detail} bytes")
         return ModelError(f"model '{name}': {text}")

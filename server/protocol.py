@@ -246,6 +246,7 @@ class HotProtocol(HttpToolsProtocol):
                 Overloaded(f"over {PIPELINE_MAX} requests are pipelined; wait for answers")
             )
             return
+        assert self.parser is not None
         found = _HOT.fullmatch(self.url) if self.parser.get_method() == b"POST" else None
         if found is None:
             self._go_cold()
@@ -268,6 +269,7 @@ class HotProtocol(HttpToolsProtocol):
         name = unquote(raw_name.decode("latin-1"))
         version = unquote(raw_version.decode("latin-1")) if raw_version is not None else None
         exchange = Exchange(self, name, version)
+        assert self.parser is not None
         exchange.keep_alive = (
             self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         )

@@ -24,6 +24,7 @@ class BoundModel(Protocol):
         Arrays are C-contiguous host arrays; BF16 travels as uint16, BYTES as object arrays of
         bytes.  Raises ModelError.
         """
+        ...
 
 
 class Program(Protocol):
@@ -33,6 +34,7 @@ class Program(Protocol):
 
     def bind(self, header: ImageHeader, memory: memoryview) -> BoundModel:
         """Bind a version whose image lies in `memory`.  Raises ImageError."""
+        ...
 
 
 def load_program(header: ImageHeader, *, allow_code: bool) -> Program:

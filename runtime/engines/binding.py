@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -174,7 +175,8 @@ def bind(skeleton: nn.Module, entries: Sequence[TensorEntry], memory: memoryview
     made = views(entries, memory)
     for prefix, child in module.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        for table in (child._parameters, child._buffers):
+        tables: list[Any] = [child._parameters, child._buffers]
+        for table in tables:
             for name, old in table.items():
                 if old is not None:
                     table[name] = made[dot + name]

@@ -121,6 +121,14 @@ def test_small_models_of_one_slab_leave_together_where_their_bytes_alone_are_no_
     assert len(world.port.evicted) == 8 + 4  # eight by age, and the four mates of one slab
 
 
+def test_the_slab_that_takes_the_fewest_evictions_is_completed() -> None:
+    world = _two_slabs()
+    for slot in (*range(7), 8, *range(9, 16), 7):
+        world.use(slot)
+    assert len(world.want(99)) == 1
+    assert sorted(world.port.evicted) == [*range(9)]  # 0 to 6 and 8 by age, then 7
+
+
 def test_the_rest_of_a_slab_leaves_where_there_are_bytes_but_no_chunk() -> None:
     world = _two_slabs()
     for slot in (4, 5, 6, 7, 12, 13, 14, 15):
