@@ -29,9 +29,7 @@ serve: install
 	$(BIN)/overcommit serve $(DEMO) --host $(HOST) --port $(PORT)
 
 test: install
-	$(BIN)/python -m coverage erase
-	COVERAGE_PROCESS_START=$(CURDIR)/setup.cfg $(BIN)/python -m coverage run -m pytest $(PYTEST_FLAGS)
-	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage run -m pytest $(PYTEST_FLAGS)
 	$(BIN)/python -m coverage report
 
 lint: install

@@ -181,10 +181,9 @@ class BoundTorch:
         }
         try:
             with torch.inference_mode():
-                if self._positional:
-                    result = self._module(*arguments.values())
-                else:
-                    result = self._module(**arguments)
+                ordered = arguments.values() if self._positional else ()
+                named = {} if self._positional else arguments
+                result = self._module(*ordered, **named)
                 outputs = flatten_outputs(result, self._names)
                 self.datatypes = datatypes_of(outputs)
                 arrays = {
