@@ -30,7 +30,7 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.errors import ImageError
-from overcommit.runtime.example import example_request
+from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.house import House
 from overcommit.runtime.image import read_header
@@ -77,6 +77,7 @@ class Catalogue:
         self._told_fronts: set[tuple[int, int]] = set()
         self._is_scanned = False
         self._is_serving = False
+        self._is_example_shown = False
         self._preload_due = True
         self._preloaded: set[str] = set()  # program keys
 
@@ -166,6 +167,7 @@ class Catalogue:
         changed = [] if entry is None else [entry]
         if entry is not None and entry.state is State.READY:
             self.house.activations.add(entry, now_ns)
+            self._show_example(entry)
         self.announce_routes(changed, removed, now_ns)
 
     def ensure(self, slot: int) -> None:
@@ -248,6 +250,14 @@ class Catalogue:
             *(len(entries), len(ready), len(self.packing)),
         )
         log.info("%s", residency)
-        if ready:
-            url = f"http://{self.house.settings.host}:{fleet.port}"
-            print(example_request(url, to_route(ready[0])), flush=True)
+        for entry in ready:
+            self._show_example(entry)
+
+    def _show_example(self, entry: Entry) -> None:
+        """Print a request to try, once, for the first model that can be asked in one line."""
+        route = to_route(entry)
+        if not self._is_serving or self._is_example_shown or example_body(route) is None:
+            return
+        self._is_example_shown = True
+        url = f"http://{self.house.settings.host}:{self.house.fleet.port}"
+        print(example_request(url, route), flush=True)

@@ -226,7 +226,7 @@ class Fleet:
         ending = child.process.close()
         child.seat.on_dead(now_ns)
         del self.children[id(child.seat)]
-        expected = self.is_closing and not child.process.kill_asked
+        expected = (self.is_closing or self.is_draining) and not child.process.kill_asked
         log.log(
             logging.INFO if expected else logging.WARNING,
             *("%s %d ended: %s", child.seat.kind, child.seat.index, ending),
