@@ -34,6 +34,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "_shm_fence.h"
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
@@ -46,22 +48,6 @@
 #define LAYOUT_VERSION 1
 #define STATUS_BATCH_MAX 64
 #define RESERVE_ALIGN ((size_t)2 << 20)
-
-static inline void full_fence(void) {
-#ifndef OVERCOMMIT_OMIT_FENCE
-  atomic_thread_fence(memory_order_seq_cst);
-#else
-  atomic_signal_fence(memory_order_seq_cst);
-#endif
-}
-
-static inline void relax(void) {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("isb" ::: "memory");
-#endif
-}
 
 static uint64_t now_ns(void) {
   struct timespec t;
@@ -306,7 +292,7 @@ static void ring_publish(Ring *self) {
 
 /* How many slots may be taken, at most `limit`; -1 with an exception when the counters lie. */
 static Py_ssize_t ring_waiting(Ring *self, Py_ssize_t limit) {
-  if (self->theirs == self->mine)
+  if (self->theirs - self->mine < (uint64_t)limit) /* the cached tail may be old: look again */
     self->theirs = atomic_load_explicit(&self->ring->tail, memory_order_acquire);
   uint64_t count = self->theirs - self->mine;
   if (count > self->mask + 1) {

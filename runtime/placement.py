@@ -22,14 +22,15 @@ Called by residency.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Final
 
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
-from overcommit.runtime.policy import Policy
+from overcommit.runtime.policy import Order, Policy
 from overcommit.runtime.residents import Extents, Port, State, Totals, Usage, Version
 
 __all__ = ["STARVING_NS", "STARVING_S", "DeviceRoom", "HostRoom", "Room", "Usage"]
@@ -45,6 +46,7 @@ class Room:
         self.allocator = allocator
         self.holders: dict[int, Version] = {}
         self._policy = policy
+        self._order = Order(policy)
         self._totals = totals
         self._slabs: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
 
@@ -53,7 +55,7 @@ class Room:
         """Return the bytes that the version holds here."""
         raise NotImplementedError
 
-    def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
+    def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
         """Yield those that may leave now, the least precious first."""
         raise NotImplementedError
 
@@ -71,6 +73,7 @@ class Room:
             extents = self._try_make_room(version.nbytes, now_ns, desperate)
         if extents is not None:
             self.holders[version.slot] = version
+            self._order.add(version.slot)
             if version.nbytes <= SLAB_MODEL_BYTES_MAX:
                 self._slabs[_slab(extents)].add(version.slot)
         return extents
@@ -78,6 +81,7 @@ class Room:
     def release(self, version: Version, extents: Extents) -> None:
         """Give the version's bytes back."""
         del self.holders[version.slot]
+        self._order.discard(version.slot)
         if version.nbytes <= SLAB_MODEL_BYTES_MAX:
             mates = self._slabs[_slab(extents)]
             mates.discard(version.slot)
@@ -85,28 +89,36 @@ class Room:
                 del self._slabs[_slab(extents)]
         self.allocator.free(extents)
 
+    def on_priority(self, version: Version) -> None:
+        """Its rank may have shrunk."""
+        if self.holders.get(version.slot) is version:
+            self._order.add(version.slot)
+
+    def on_leaving(self, version: Version) -> None:
+        """It is ranked no more, though it still holds bytes."""
+        self._order.discard(version.slot)
+
     # --- making room ----------------------------------------------------------------------------
     def _try_make_room(self, nbytes: int, now_ns: int, desperate: bool) -> Extents | None:
-        missing = self.allocator.footprint(nbytes) - self.allocator.free_bytes
-        offers = self._offers(now_ns, desperate)
-        chosen: list[Version] = []
-        freed = 0
-        while freed < missing and (victim := next(offers, None)) is not None:
-            chosen.append(victim)
-            freed += self._footprint(victim)
-        if freed < missing and not desperate:
-            return None
-        kept, spared = self._without_superfluous(chosen, freed - missing)
-        for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
-            if victim.slot not in self.holders or not (
-                is_checked or self._may_leave(victim, now_ns)
-            ):
-                continue
-            if not self._try_evict(victim):
-                continue
-            extents = self.allocator.try_allocate(nbytes)
-            if extents is not None:
-                return extents
+        with contextlib.closing(self._offers(now_ns, desperate)) as offers:
+            missing = self.allocator.footprint(nbytes) - self.allocator.free_bytes
+            chosen: list[Version] = []
+            freed = 0
+            while freed < missing and (victim := next(offers, None)) is not None:
+                chosen.append(victim)
+                freed += self._footprint(victim)
+            if freed < missing and not desperate:
+                return None
+            kept, spared = self._without_superfluous(chosen, freed - missing)
+            for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
+                if victim.slot not in self.holders:
+                    continue  # it left as another's mate
+                if not (is_checked or self._may_leave(victim, now_ns)):
+                    continue
+                if self._try_evict(victim):
+                    extents = self.allocator.try_allocate(nbytes)
+                    if extents is not None:
+                        return extents
         return None
 
     def _footprint(self, version: Version) -> int:
@@ -180,28 +192,24 @@ class DeviceRoom(Room):
             return large + sum(self._footprint(v) for v in small)
         return large + SMALL_CHUNK_BYTES * len(self._slabs_of(small))  # a slab is no chunk for it
 
-    def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
-        candidates = [
-            slot for slot, version in self.holders.items() if _is_evictable(version, now_ns)
-        ]
+    def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
         refreshed: set[int] = set()
         queued_for: list[Version] = []
-        for slot in self._policy.victims(candidates, now_ns):
-            version = self.holders.get(slot)
-            if version is None or not _is_evictable(version, now_ns):
-                continue
-            usage = self._port.usage(slot)
-            if usage.uses != version.uses and slot not in refreshed:
-                # Used since the policy last heard of it: it comes again in its right place.
-                refreshed.add(slot)
-                version.uses = usage.uses
-                self._policy.on_use(slot, usage.uses, usage.last_used_ns)
-            elif usage.leases:
-                continue
-            elif usage.waiting:
-                queued_for.append(version)
-            else:
-                yield version
+        with contextlib.closing(self._order.victims()) as slots:
+            for slot in slots:
+                version = self.holders[slot]
+                if not _is_evictable(version, now_ns):
+                    continue
+                usage = self._port.usage(slot)
+                if usage.uses != version.uses and slot not in refreshed:
+                    # Used since the policy last heard of it: it comes again in its right place.
+                    refreshed.add(slot)
+                    version.uses = usage.uses
+                    self._policy.on_use(slot, usage.uses, usage.last_used_ns)
+                elif usage.waiting and not usage.leases:
+                    queued_for.append(version)
+                elif not usage.leases:
+                    yield version
         if desperate:
             # What was published a moment ago has not had its turn: two models that want the same
             # bytes would evict each other before either runs.
@@ -238,21 +246,35 @@ class DeviceRoom(Room):
 class HostRoom(Room):
     """HOST: only the mover touches it, so nobody has to be asked."""
 
+    def __init__(self, allocator: ChunkAllocator, policy: Policy, totals: Totals) -> None:
+        super().__init__(allocator, policy, totals)
+        self._doubles: dict[int, Version] = {}  # copies of what DEVICE holds, as published
+
+    def on_published(self, version: Version) -> None:
+        """DEVICE holds what the copy here holds."""
+        self._doubles.pop(version.slot, None)
+        self._doubles[version.slot] = version
+
     def extents(self, version: Version) -> Extents | None:
         """Return the version's bytes on HOST."""
         return version.host
 
-    def _offers(self, now_ns: int, desperate: bool) -> Iterator[Version]:
-        idle = [version for version in self.holders.values() if self._may_leave(version, now_ns)]
-        yield from (version for version in idle if version.pinned)
-        both = [v.slot for v in idle if v.state is State.DEVICE and not v.pinned]
-        # The other way round: the copy of what stays on DEVICE longest is needed last.
-        for slot in reversed(list(self._policy.victims(both, now_ns))):
-            yield self.holders[slot]
-        only = [v.slot for v in idle if v.state is State.HOST and not v.pinned]
-        for slot in self._policy.victims(only, now_ns):
-            if slot in self.holders:
-                yield self.holders[slot]
+    def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
+        looked_at: list[Version] = []
+        try:
+            # The youngest first: what stays on DEVICE longest needs its copy last.
+            while self._doubles:
+                _, version = self._doubles.popitem()
+                if version.state is State.DEVICE:  # else the copy became the only one
+                    looked_at.append(version)
+                    yield version
+        finally:
+            self._doubles = {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
+        with contextlib.closing(self._order.victims()) as slots:
+            for slot in slots:
+                version = self.holders[slot]
+                if version.state is State.HOST and self._may_leave(version, now_ns):
+                    yield version
 
     def _may_leave(self, version: Version, now_ns: int) -> bool:
         return version.state is not State.LOADING and not version.waiters
@@ -266,6 +288,7 @@ class HostRoom(Room):
         """HOST -> DISK, or DEVICE with a host copy -> DEVICE alone."""
         assert version.host is not None
         self.release(version, version.host)
+        self._doubles.pop(version.slot, None)
         version.host = None
         if version.state is State.HOST:
             version.state = State.DISK

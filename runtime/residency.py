@@ -108,6 +108,7 @@ class Residency:
         self._totals = Totals()
         self._on_device = DeviceRoom(device, policy, self._totals, port)
         self._on_host = None if host is None else HostRoom(host, policy, self._totals)
+        self._rooms = [r for r in (self._on_device, self._on_host) if r is not None]
         self._versions: dict[int, Version] = {}
         self._leaving: dict[int, Version] = {}
         self._generations: dict[int, int] = {}  # of slots whose version was removed
@@ -121,10 +122,9 @@ class Residency:
 
     def __repr__(self) -> str:
         text = f"<Residency {len(self._versions)} versions, "
-        for name, room in (("DEVICE", self._on_device), ("HOST", self._on_host)):
-            if room is not None:
-                used, capacity = room.allocator.used_bytes, room.allocator.capacity_bytes
-                text += f"{len(room.holders)} in {name} ({mib(used)} of {mib(capacity)}), "
+        for name, room in zip(("DEVICE", "HOST"), self._rooms, strict=False):
+            used, capacity = room.allocator.used_bytes, room.allocator.capacity_bytes
+            text += f"{len(room.holders)} in {name} ({mib(used)} of {mib(capacity)}), "
         return f"{text}{len(self._loads)} loading, {len(self._wishes)} waiting>"
 
     # --- events ---------------------------------------------------------------------------------
@@ -135,11 +135,12 @@ class Residency:
         self._policy.on_add(slot, nbytes, priority)
         version = self._versions.get(slot)
         if version is None:
-            generation = self._generations.pop(slot, 0)
-            version = Version(slot, name, nbytes, pinned, priority, generation)
+            version = Version(slot, name, nbytes, pinned, priority, self._generations.pop(slot, 0))
             self._versions[slot] = version
         assert version.nbytes == nbytes, f"slot {slot} already has another image"
         version.name, version.pinned, version.priority = name, pinned, priority
+        for room in self._rooms:
+            room.on_priority(version)
         if pinned:
             self._pinned[slot] = version
         else:
@@ -158,13 +159,13 @@ class Residency:
             actions.append(self._refuse(version, Unavailable.code, message, None, now_ns))
         self._pins.pop(slot, None)
         self._pinned.pop(slot, None)
+        for room in self._rooms:
+            room.on_leaving(version)
         self._policy.on_remove(slot)
         self._generations[slot] = version.generation
-        if slot in self._leaving:
-            assert version.state is State.DISK, "loaded before its predecessor had left"
-            return actions
         version.is_leaving = True
-        self._leaving[slot] = version
+        former = self._leaving.setdefault(slot, version)
+        assert former is version or version.state is State.DISK, "loaded before the former had left"
         return actions + self._pump(now_ns)
 
     def want(self, slot: int, waiter: int, now_ns: int) -> list[Action]:
@@ -174,13 +175,12 @@ class Residency:
             self._totals.refusals += 1
             waiters = frozenset({waiter} - {NOBODY})
             return [Refuse(slot, Unavailable.code, refusals.gone(), None, waiters)]
-        if version.state is State.DEVICE:
-            if waiter == NOBODY:
-                return []
-            self._totals.attaches += 1
-            version.waiters.add(waiter)
-            return [self._answer(version)]
+        if version.state is State.DEVICE and waiter == NOBODY:
+            return []
         version.waiters.add(waiter)
+        if version.state is State.DEVICE:
+            self._totals.attaches += 1
+            return [self._answer(version)]
         if version.state is State.LOADING or slot in self._wishes:
             return []
         if now_ns < version.retry_ns:
@@ -225,10 +225,9 @@ class Residency:
     def tick(self, now_ns: int) -> list[Action]:
         """Try again what waited for room, for a lease to drop, or for a back-off to end."""
         actions: list[Action] = []
-        for slot, at_ns in list(self._pins.items()):
-            if now_ns >= at_ns:
-                del self._pins[slot]
-                actions += self.want(slot, NOBODY, now_ns)
+        for slot in [slot for slot, at_ns in self._pins.items() if now_ns >= at_ns]:
+            del self._pins[slot]
+            actions += self.want(slot, NOBODY, now_ns)
         return actions + self._pump(now_ns)
 
     # --- asking ---------------------------------------------------------------------------------
@@ -261,7 +260,7 @@ class Residency:
         self._tried_ns = now_ns
         for version in list(self._leaving.values()):
             self._try_leave(version)
-        actions: list[Action] = list(self._refuse_overdue(now_ns))
+        actions = self._refuse_overdue(now_ns)
         smallest_failed: int | None = None
         # A slot whose former version still leaves is nobody's fault: it holds up no one else.
         free = (wish for slot, wish in self._wishes.items() if slot not in self._leaving)
@@ -310,13 +309,9 @@ class Residency:
         version.published_ns = now_ns
         version.is_host_complete = True
         version.failures, version.last_error = 0, ""
-        if load.source == "disk":
-            version.loads_from_disk += 1
-            self._totals.loads_from_disk += 1
-        else:
-            version.loads_from_host += 1
-            self._totals.loads_from_host += 1
-        self._totals.bytes_loaded += version.nbytes
+        self._totals.count_load(version, load.source)
+        if version.host is not None and self._on_host is not None:
+            self._on_host.on_published(version)
         self._policy.on_load(version.slot, load_ns)
         # It was asked for, so it is recent, though no request has run yet.
         self._policy.on_use(version.slot, version.uses, now_ns)
@@ -374,8 +369,8 @@ class Residency:
         message = refusals.load_failed(version.name, version.last_error, left_s)
         return self._refuse(version, Unavailable.code, message, left_s, now_ns)
 
-    def _refuse_overdue(self, now_ns: int) -> list[Refuse]:
-        refused = []
+    def _refuse_overdue(self, now_ns: int) -> list[Action]:
+        refused: list[Action] = []
         for wish in list(itertools.islice(self._wishes.values(), WISHES_TRIED_MAX)):
             if now_ns - wish.asked_ns < WISH_WAIT_S * 1e9:
                 break

@@ -119,6 +119,16 @@ class Totals:
     bytes_loaded: int = 0
     attaches: int = 0  # wishes answered at once, without a load
 
+    def count_load(self, version: Version, source: Source) -> None:
+        """A load has brought the version to DEVICE."""
+        if source == "disk":
+            version.loads_from_disk += 1
+            self.loads_from_disk += 1
+        else:
+            version.loads_from_host += 1
+            self.loads_from_host += 1
+        self.bytes_loaded += version.nbytes
+
 
 @dataclass(slots=True, frozen=True)
 class StartLoad:

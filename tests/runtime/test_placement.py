@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from residency_world import CHUNK, FakePort, World
 
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.placement import DeviceRoom, HostRoom, Room
+from overcommit.runtime.placement import DeviceRoom, HostRoom
 from overcommit.runtime.policy import Lru
 from overcommit.runtime.residency import StartLoad
 from overcommit.runtime.residents import State, Tier, Totals, Version
@@ -153,18 +153,19 @@ def _version(policy: Lru, slot: int, chunks: int, state: State) -> Version:
     return Version(slot, f"model-{slot}", chunks * CHUNK, False, 0, 1, state)
 
 
-def _fill(room: Room, policy: Lru, held: list[tuple[int, State]]) -> list[Version]:
+def _fill(room: DeviceRoom | HostRoom, policy: Lru, held: list[tuple[int, State]]) -> list[Version]:
     versions = []
     for slot, (chunks, state) in enumerate(held):
-        version = _version(policy, slot, chunks, state)
-        extents = room.allocator.try_allocate(version.nbytes)
-        if extents is None:
+        if chunks * CHUNK > room.allocator.free_bytes:
             break
+        version = _version(policy, slot, chunks, state)
+        extents = room.try_place(version, 0, desperate=False)
         if isinstance(room, HostRoom):
             version.host = extents
+            if state is State.DEVICE:
+                room.on_published(version)
         else:
             version.device = extents
-        room.holders[slot] = version
         versions.append(version)
     return versions
 

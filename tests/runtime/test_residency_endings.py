@@ -225,6 +225,7 @@ def test_removing_twice_while_the_first_is_still_leased_loses_no_bytes() -> None
     world.port.leases[1] = 0
     world.tick()
     assert world.device.used_bytes == 0
+    assert not world.port.is_hungry
 
 
 def test_adding_a_known_version_changes_its_pin_and_priority_only() -> None:

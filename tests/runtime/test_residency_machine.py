@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from residency_world import MS, SECOND, World
+from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import RESIDENT
 from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse
@@ -49,6 +49,13 @@ class ResidencyMachine(RuleBasedStateMachine):
         if slot not in self.known:
             self.known[slot] = pinned
             self.world.add(slot, chunks, pinned=pinned)
+
+    @rule(slot=SLOTS, pinned=st.booleans(), priority=st.integers(-1, 1))
+    def add_again(self, slot: int, pinned: bool, priority: int) -> None:
+        if slot in self.known:
+            nbytes = self.world.residency._versions[slot].nbytes
+            self.known[slot] = pinned
+            self.world.add(slot, nbytes / CHUNK, pinned=pinned, priority=priority)
 
     @rule(slot=SLOTS)
     def remove(self, slot: int) -> None:
