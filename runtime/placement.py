@@ -31,9 +31,7 @@ from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
 from overcommit.runtime.policy import Order, Policy
-from overcommit.runtime.residents import Extents, Port, State, Totals, Usage, Version
-
-__all__ = ["STARVING_NS", "STARVING_S", "DeviceRoom", "HostRoom", "Room", "Usage"]
+from overcommit.runtime.residents import Extents, Port, State, Totals, Version
 
 STARVING_S: Final = 1.0  # a wish that waited so long may take what others wait for
 STARVING_NS: Final = int(STARVING_S * 1e9)

@@ -127,11 +127,11 @@ def pack(
     settings = load_settings({"repositories": tuple(repositories), **given})
     console = Console()
     with console.status("importing torch"):
-        from overcommit.runtime import packer
+        from overcommit.runtime.packer import pack as make_image
         from overcommit.server.pack_command import pack_repositories
     raise typer.Exit(
         pack_repositories(
-            settings.repositories, settings.cache_dir, settings.allow_code, console, packer.pack
+            settings.repositories, settings.cache_dir, settings.allow_code, console, make_image
         )
     )
 

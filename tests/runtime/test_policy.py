@@ -66,7 +66,7 @@ def test_time_does_not_go_back_when_a_worker_with_a_younger_use_is_gone() -> Non
 
 def test_a_slot_that_turns_out_to_be_used_comes_again_in_its_new_place() -> None:
     policy, order = _lru(1, 2, 3)
-    seen = []
+    seen: list[int] = []
     for slot in order.victims():
         if slot == 1 and not seen:
             policy.on_use(1, 2, 50)

@@ -206,7 +206,7 @@ def test_a_wish_that_waits_too_long_is_refused() -> None:
     world.want(2, waiter=4)
     (refusal,) = world.tick(int(WISH_WAIT_S * SECOND))
     assert isinstance(refusal, Refuse)
-    assert (refusal.code, refusal.waiters) == ("overloaded", {4})
+    assert (refusal.code, refusal.waiters) == ("overloaded", frozenset({4}))
     assert "model-2" in refusal.message
     assert not world.port.is_hungry
 

@@ -19,7 +19,7 @@ def test_a_failed_load_is_refused_backs_off_and_is_tried_again_after_it() -> Non
         world.want(1, waiter=2)
         (refusal,) = world.finish(ok=False, message="digest of piece 3 is wrong")
         assert isinstance(refusal, Refuse)
-        assert (refusal.code, refusal.waiters) == ("unavailable", {2})
+        assert (refusal.code, refusal.waiters) == ("unavailable", frozenset({2}))
         assert refusal.retry_after_s == backoff_s
         for words in ("model-1", "digest of piece 3 is wrong", f"{backoff_s:.1f} s"):
             assert words in refusal.message
@@ -147,7 +147,7 @@ def test_a_wish_for_an_unknown_slot_is_refused() -> None:
     world = World(1)
     (refusal,) = world.want(3, waiter=1)
     assert isinstance(refusal, Refuse)
-    assert (refusal.code, refusal.waiters) == ("unavailable", {1})
+    assert (refusal.code, refusal.waiters) == ("unavailable", frozenset({1}))
     assert world.residency.view(3) is None
 
 
@@ -163,7 +163,7 @@ def test_waiters_of_a_removed_version_are_refused_at_once() -> None:
     world.want(1, waiter=2)
     (refusal,) = world.remove(1)
     assert isinstance(refusal, Refuse)
-    assert (refusal.code, refusal.waiters) == ("unavailable", {2})
+    assert (refusal.code, refusal.waiters) == ("unavailable", frozenset({2}))
     assert world.device.used_bytes > 0  # the mover still writes there
     assert world.finish() == []
     assert world.device.used_bytes == 0
