@@ -48,6 +48,7 @@ class Policy(Protocol):
 
     def rank(self, slot: int) -> Rank:
         """Return its place: the lowest leaves first."""
+        ...
 
 
 class Order:
