@@ -267,7 +267,7 @@ class HostRoom(Room):
                     looked_at.append(version)
                     yield version
         finally:
-            self._doubles = {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
+            self._doubles |= {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
         with contextlib.closing(self._order.victims()) as slots:
             for slot in slots:
                 version = self.holders[slot]

@@ -170,6 +170,11 @@ def check(residency: Residency, port: FakePort) -> None:
         for (offset, length), (following, _) in itertools.pairwise(spans):
             assert offset + length <= following, "two versions share bytes"
         assert set(room.holders.values()) == {v for v, extents in held if extents is not None}
+    if residency._on_host is not None:
+        copies = set(residency._on_host.holders.values())
+        doubles = {version for version in copies if version.state is State.DEVICE}
+        known = set(residency._on_host._doubles.values())
+        assert doubles <= known <= copies, "HOST does not know what DEVICE holds too"
     for version, load in residency._loads.values():
         assert (version.device, version.host) == (load.device, load.host), "a load lost its bytes"
     assert port.is_hungry == residency._is_hungry
