@@ -45,6 +45,15 @@ def test_host_copies_of_what_device_holds_leave_first_and_of_these_the_youngest(
     assert world.residency.totals().evictions_host == 1
 
 
+def test_a_version_that_came_back_from_host_is_the_youngest_there() -> None:
+    world = World(2, host_chunks=3)
+    for slot in (1, 2, 3, 4):
+        world.add(slot)
+    world.load(1, 2, 3, 1)  # 1 came back from its host copy; now 3 and 1 are in both tiers
+    world.want(4)
+    assert not world.has_host_copy(1)
+
+
 def test_a_host_copy_that_a_load_reads_is_no_victim() -> None:
     world = World(2, host_chunks=1)
     for slot, chunks in ((1, 1), (2, 2), (3, 1)):

@@ -54,6 +54,16 @@ def test_the_least_recently_used_version_makes_room() -> None:
     assert world.port.words[2] == (ABSENT, 1)
 
 
+def test_a_priority_that_is_lowered_later_counts_at_once() -> None:
+    world = World(3)
+    for slot in (1, 2, 3, 4):
+        world.add(slot)
+    world.load(1, 2, 3)
+    world.add(3, priority=-1)
+    world.want(4)
+    assert world.port.evicted == [3]
+
+
 def test_being_loaded_counts_as_a_use() -> None:
     world = World(2)
     for slot in (1, 2, 3):
