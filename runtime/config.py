@@ -52,9 +52,8 @@ RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after
 ACTIVATIONS_KEPT: Final = 4096  # activation records for status
 ADMIN_REPLY_PART_BYTES: Final = 64 * KIB
 BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
-QUARANTINE_DEATHS: Final = (
-    3  # retried requests of one version that killed again, in RESTART_WINDOW_S
-)
+# Retried requests of one version that killed again, within RESTART_WINDOW_S.
+QUARANTINE_DEATHS: Final = 3
 QUARANTINE_S: Final = 30.0
 SUSPECTS_KEPT: Final = 1024  # requests remembered from the batches of dead workers
 LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)

@@ -15,7 +15,9 @@ Written by the packer, read by the mover (payload) and by workers (header).
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import os
 import struct
 import tempfile
@@ -26,6 +28,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from overcommit import __version__
 from overcommit.runtime.config import (
     IMAGE_ALIGN_BYTES,
     PAGE_BYTES,
@@ -37,6 +40,7 @@ from overcommit.runtime.errors import ImageError
 
 MAGIC: Final = b"OVERCOMMITIMAGE\0"
 FORMAT_VERSION: Final = 2
+PACKER_VERSION: Final = 2  # a packer that makes other images of the same files says so here
 HEADER_BYTES_MAX: Final = 64 << 20
 # The payload's offset is stored, not computed from the header: it must survive a new header field.
 _FIELDS: Final = struct.Struct("<16sIQQ")
@@ -44,6 +48,18 @@ _CRC: Final = struct.Struct("<I")
 _PREFIX_BYTES: Final = _FIELDS.size + _CRC.size
 _REMEDY: Final = "delete it to pack it again"
 _ENCODER = msgspec.msgpack.Encoder()
+
+
+@functools.cache
+def made_by() -> tuple[str, ...]:
+    """Name the software that decides what image a folder becomes; torch is not imported for it."""
+    versions = [f"overcommit {__version__}", f"packer {PACKER_VERSION}", f"image {FORMAT_VERSION}"]
+    for package in ("torch", "transformers"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} -")
+    return tuple(versions)
 
 
 class TensorEntry(msgspec.Struct, frozen=True):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import logging
 import os
 import struct
@@ -32,9 +31,8 @@ from typing import Final
 
 import msgspec
 
-from overcommit import __version__
 from overcommit.runtime.config import MIB, VERSIONS_MAX, ModelConfig
-from overcommit.runtime.image import FORMAT_VERSION
+from overcommit.runtime.image import made_by
 from overcommit.runtime.messages import PackDone
 
 log = logging.getLogger("overcommit.pack_index")
@@ -71,7 +69,7 @@ class PackIndex:
         self._encoder = msgspec.msgpack.Encoder()
         # Another release or another torch may make another image of the same files.  Two of them
         # may share a cache folder: each finds its own facts.
-        self._made_by = f"{__version__}\0{FORMAT_VERSION}\0{_torch_version()}\0".encode()
+        self._made_by = "\0".join(made_by()).encode()
         self._facts: dict[bytes, Fact] = {}
         # Most versions of a big repository have the same config: keep one of each.
         self._configs: dict[bytes, ModelConfig] = {}
@@ -193,14 +191,6 @@ class PackIndex:
 
     def _share(self, config: ModelConfig) -> ModelConfig:
         return self._configs.setdefault(self._encoder.encode(config), config)
-
-
-def _torch_version() -> str:
-    """The version of torch, without the second that importing it takes."""
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _record(content: bytes) -> bytes:

@@ -4,39 +4,59 @@ Runs in the packer process (`main`), or in the command line's process (`pack`). 
 may run a model's code, where allowed.
 
 The way of a version: find the engine -> content key -> an image that exists is reused -> build the
-module for real -> trial runs -> manifest -> image.
+module for real -> trial runs -> manifest -> the program as a worker has it gives the same answer ->
+image.
 
 Invariants
  1. The source files are only read.
- 2. `pack` never raises for bad input: it answers `ok=False` with a message that names the model, the
-    reason and the remedy.
- 3. Nothing is left behind by a failure; an image under its final name is whole.
+ 2. `pack` never raises: it answers `ok=False` with a message that names the model, the reason and
+    the remedy.
+ 3. No image is left behind by a failure; one under its final name is whole, and was seen to answer
+    as the module that was built for real.  (A stripped program may stay: its name is its content.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import struct
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
 from torch import nn
 
-from overcommit.runtime import trials
-from overcommit.runtime.config import ModelConfig, TensorSpec
+from overcommit.runtime import checkpoint, engines, sources, trials
+from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.control import ControlSocket
-from overcommit.runtime.engines import binding, torch_export, torch_module
-from overcommit.runtime.errors import ImageError, ModelError, OvercommitError, RepositoryError
+from overcommit.runtime.engines import (
+    archive,
+    hugging_face,
+    manifest,
+    store,
+    torch_export,
+    torch_module,
+    user_code,
+)
+from overcommit.runtime.engines.bound_module import Arguments, BoundModule
+from overcommit.runtime.errors import (
+    ImageError,
+    ModelError,
+    OvercommitError,
+    ProtocolError,
+    RepositoryError,
+)
 from overcommit.runtime.image import (
     FORMAT_VERSION,
     ImageHeader,
+    TensorFacts,
     lay_out,
     layout_hash,
     read_header,
@@ -47,246 +67,215 @@ from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Sta
 log = logging.getLogger("overcommit.packer")
 
 Progress = Callable[[int, int], None]
-PACKER_VERSION = 1  # part of the content key: a packer that writes other images says so here
-_HASH_BYTES = 1 << 22
+MESSAGE_CHARS_MAX: Final = 4000
+STALE_S: Final = 3600.0  # a temporary file this old is of a packer that was killed
 
 
-# --- sources --------------------------------------------------------------------------------------
-def find_engine(job: Pack) -> tuple[str, list[Path]]:
-    """Return the engine and the source files of a folder.  Raises RepositoryError."""
-    folder = Path(job.folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    names = {path.name for path in files}
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    programs = [path for path in files if path.suffix == ".pt2"]
-    user = folder / (job.config.entry or "model.py").partition(":")[0]
-    engine = job.config.engine
-    if engine not in (None, "torch", "torch_export"):
-        raise RepositoryError(
-            f"model '{job.name}': unknown engine '{engine}'; known: torch, torch_export"
-        )
-    if engine in (None, "torch_export") and programs:
-        if len(programs) > 1:
-            raise RepositoryError(
-                f"model '{job.name}' has {len(programs)} .pt2 files; leave one in {folder}"
-            )
-        return "torch_export", programs
-    if engine in (None, "torch") and weights:
-        if user.is_file():
-            return "torch", [user, *weights]
-        if "config.json" in names:
-            return "torch", [folder / "config.json", *weights]
-    shown = ", ".join(sorted(names)[:10]) or "nothing"
-    raise RepositoryError(
-        f"model '{job.name}': {folder} holds {shown}; supported are config.json + *.safetensors "
-        f"(Hugging Face), model.py + *.safetensors, and one *.pt2 (torch.export)"
-    )
+# --- sources, built for real ---------------------------------------------------------------------
+@dataclass(slots=True)
+class Prepared:
+    """A source, built for real, and how its program is named and saved."""
 
-
-def content_key(job: Pack, engine: str, sources: list[Path], program: str) -> str:
-    """Name the image: equal sources and settings, equal name."""
-    digest = hashlib.blake2b(digest_size=20)
-    settings = msgspec.json.encode(job.config)
-    for text in (str(PACKER_VERSION), engine, program, torch.__version__):
-        digest.update(text.encode() + b"\0")
-    digest.update(settings)
-    for path in sources:
-        digest.update(struct.pack("<Q", path.stat().st_size) + path.name.encode())
-        with path.open("rb") as file:
-            while part := file.read(_HASH_BYTES):
-                digest.update(part)
-    return digest.hexdigest()
-
-
-def read_safetensors(paths: list[Path]) -> dict[str, torch.Tensor]:
-    """Read every tensor of these files (memory-mapped by the library)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in paths:
-        try:
-            tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise RepositoryError(f"{path} cannot be read as safetensors: {error}") from error
-    return tensors
-
-
-def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Put a checkpoint's tensors into a module that was built for real.
-
-    Extra keys are tolerated (checkpoints carry them); a missing one that is neither tied nor
-    non-persistent is an error that names it.
-    """
-    prefix = getattr(module, "base_model_prefix", "")
-    wanted = {name for name, _, persistent, _ in binding.registered(module) if persistent}
-    given = dict(tensors)
-    if prefix and not wanted & given.keys():
-        # A headless class over a checkpoint with a head, or the other way round.
-        cut = {name.removeprefix(f"{prefix}."): value for name, value in given.items()}
-        added = {f"{prefix}.{name}": value for name, value in given.items()}
-        given = cut if wanted & cut.keys() else added
-    old = {name: tensor for name, _, _, tensor in binding.registered(module)}
-    for name in wanted & given.keys():
-        if given[name].shape != old[name].shape:
-            raise RepositoryError(
-                f"{where}: tensor '{name}' is {tuple(given[name].shape)} in the checkpoint, the "
-                f"model's configuration makes it {tuple(old[name].shape)}"
-            )
-    module.load_state_dict(given, strict=False, assign=True)
-    tie_weights = getattr(module, "tie_weights", None)
-    if callable(tie_weights):
-        tie_weights()
-    filled = {name for name in wanted if name in given}
-    shared = {
-        tensor.data_ptr() for name, _, _, tensor in binding.registered(module) if name in filled
-    }
-    missing = sorted(
-        name
-        for name, _, persistent, tensor in binding.registered(module)
-        if persistent and name not in filled and tensor.data_ptr() not in shared
-    )
-    if missing:
-        raise RepositoryError(
-            f"{where}: the checkpoint lacks {missing[:5]}; is it complete, and of this class?"
-        )
-    module.requires_grad_(False)
-
-
-# --- programs -------------------------------------------------------------------------------------
-class _Prepared(msgspec.Struct):
-    """A source, built for real."""
-
-    engine: str
-    program_key: str
-    program: dict[str, str]
     module: nn.Module
-    inputs: tuple[TensorSpec, ...]
-    positional: bool
+    call: Callable[[Arguments], object]
+    known: trials.Known
+    program: dict[str, str]
+    key: Callable[[Sequence[TensorFacts]], str]
+    save: Callable[[Path], Path | None] = lambda folder: None
 
 
-def _prepare_hugging_face(job: Pack, sources: list[Path]) -> _Prepared:
-    text = sources[0].read_text()
-    try:
-        config: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RepositoryError(f"{sources[0]} is no JSON: {error}") from error
+def _prepare_hugging_face(job: Pack, source: sources.Source) -> Prepared:
     where = f"model '{job.name}'"
-    tensors = read_safetensors(sources[1:])
-    arguments: dict[str, Any] = {}
-    cls = torch_module.hugging_face_class(config, where)
-    has_pooler = any("pooler" in name for name in tensors)
-    if "add_pooling_layer" in _parameters_of(cls) and not has_pooler:
-        arguments["add_pooling_layer"] = False
-    clean = {k: v for k, v in config.items() if k not in torch_module._NOISE}
-    program = {
-        "kind": "hugging_face",
-        "config": json.dumps(clean, sort_keys=True),
-        "arguments": json.dumps(arguments),
-    }
-    module = torch_module.build_hugging_face(program, where)
-    fill(module, tensors, where)
-    inputs = torch_module.hugging_face_inputs(module)
-    return _Prepared("torch", _key(program), program, module, inputs, False)
-
-
-def _parameters_of(cls: type[nn.Module]) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(cls.__init__).parameters)
-
-
-def _prepare_user(job: Pack, sources: list[Path]) -> _Prepared:
-    torch_module.require_code_allowed(job.name, job.config, job.allow_code)
-    _, _, class_name = (job.config.entry or "").partition(":")
-    where = f"model '{job.name}'"
-    program = {
-        "kind": "user",
-        "file": str(sources[0].resolve()),
-        "class": class_name,
-        "arguments": json.dumps(job.config.parameters, sort_keys=True),
-        "source": hashlib.blake2b(sources[0].read_bytes(), digest_size=16).hexdigest(),
-    }
-    module = torch_module.build_user(program, where)
-    program["class"] = type(module).__name__
-    fill(module, read_safetensors(sources[1:]), where)
-    return _Prepared("torch", _key(program), program, module, (), False)
-
-
-def _prepare_export(job: Pack, sources: list[Path]) -> _Prepared:
-    torch_export.refuse_pickles(sources[0])
     try:
-        exported = torch_export.load(sources[0])
-        inputs = torch_export.inputs_of(exported)
-        key = torch_export.program_key(exported)
+        config: Any = json.loads(source.main.read_text())
+    except ValueError as error:
+        raise RepositoryError(f"{source.main} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RepositoryError(f"{source.main} holds no JSON object")
+    tensors = checkpoint.read(source.weights)
+    program = hugging_face.describe(config, tensors, where)
+    with hugging_face.as_loaded(program, where):
+        module = torch_module.build(program)
+    checkpoint.fill(module, tensors, where)
+    return Prepared(
+        module=module,
+        call=torch_module.Call(module),
+        known=trials.Known(hugging_face.inputs_of(module)),
+        program=program,
+        key=lambda facts: _key(program, facts),
+    )
+
+
+def _prepare_user(job: Pack, source: sources.Source) -> Prepared:
+    where = f"model '{job.name}'"
+    content = user_code.read_source(source.main)
+    program = user_code.describe(source.main, content, source.class_name, job.config.parameters)
+    module = user_code.build({**program, "file": str(source.main)})
+    checkpoint.fill(module, checkpoint.read(source.weights), where)
+    return Prepared(
+        module=module,
+        call=torch_module.Call(module),
+        known=trials.Known(),
+        program=program,
+        key=lambda facts: _key(program, facts),
+        save=lambda folder: store.save_once(folder / "model.py", lambda: content),
+    )
+
+
+def _prepare_export(job: Pack, source: sources.Source) -> Prepared:
+    modules = archive.inspect(source.main)
+    try:
+        exported = torch_export.load(source.main, modules)
+        signature = torch_export.signature_of(exported)
         module = exported.module()
     except OvercommitError:
         raise
     except Exception as error:  # torch raises anything for a damaged archive
         raise RepositoryError(
-            f"model '{job.name}': {sources[0]} cannot be loaded: {type(error).__name__}: {error}"
+            f"{source.main} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    folder = Path(job.cache_dir) / "programs" / key
-    path = folder / "program.pt2"
-    if not path.exists():
-        path = torch_export.save_program(folder, torch_export.strip(torch_export.load(sources[0])))
-    return _Prepared("torch_export", key, {"file": str(path)}, module, inputs, True)
+    limits = signature.batch_limits
+    return Prepared(
+        module=module,
+        call=torch_export.Call(module, exported.call_spec.in_spec, signature),
+        known=trials.Known(signature.specs, signature.sizes, limits),
+        program={"kind": "export", "modules": ",".join(modules)},
+        key=lambda facts: torch_export.program_key(exported, facts),
+        save=lambda folder: torch_export.save_program(folder, exported),
+    )
 
 
-def _key(program: Mapping[str, str]) -> str:
-    text = json.dumps(dict(program), sort_keys=True) + torch.__version__
+def _key(program: Mapping[str, str], facts: Sequence[TensorFacts]) -> str:
+    """Name a program: what builds it, and the tensors that it binds (but not their values)."""
+    parts: list[object] = [json.dumps(dict(program), sort_keys=True), torch.__version__, *facts]
     if program["kind"] == "hugging_face":
         import transformers
 
-        text += str(transformers.__version__)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        parts.append(transformers.__version__)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(str(part).encode() + b"\0")
+    return digest.hexdigest()
+
+
+_PREPARE: Final = {
+    "hugging_face": _prepare_hugging_face,
+    "user": _prepare_user,
+    "export": _prepare_export,
+}
 
 
 # --- packing --------------------------------------------------------------------------------------
 def _pack(job: Pack, on_progress: Progress) -> PackDone:
-    engine, sources = find_engine(job)
-    if engine == "torch_export":
-        prepare = _prepare_export
-    elif sources[0].suffix == ".py":
-        torch_module.require_code_allowed(job.name, job.config, job.allow_code)
-        prepare = _prepare_user
-    else:
-        prepare = _prepare_hugging_face
-    key = content_key(job, engine, sources, prepare.__name__)
-    path = Path(job.cache_dir) / "images" / f"{key}.image"
-    if path.exists():
-        try:
-            header, _ = read_header(path)
-            return _done(job, path, key, header)
-        except ImageError as error:
-            log.warning("%s is made again", error)
-    prepared = prepare(job, sources)
-    bound = torch_module.BoundTorch(
-        prepared.module,
-        ModelConfig(inputs=job.config.inputs or prepared.inputs),
-        positional=prepared.positional,
-    )
-    config = trials.complete(
-        job.name, job.config, prepared.inputs, bound.run, lambda: bound.datatypes
-    )
-    facts, tensors = binding.scan(prepared.module)
-    entries, nbytes = lay_out(facts)
-    header = ImageHeader(
-        format_version=FORMAT_VERSION,
-        engine=prepared.engine,
-        program_key=prepared.program_key,
-        program={**prepared.program, "positional": "1" if prepared.positional else "0"},
-        layout_hash=layout_hash(entries),
-        nbytes=nbytes,
-        tensors=entries,
-        config=msgspec.structs.replace(config, engine=prepared.engine),
-    )
+    source = sources.find(job)
+    if source.kind == "user":
+        user_code.require_allowed(f"model '{job.name}'", job.config, job.allow_code)
+    key = sources.content_key(job, source)
+    path = Path(job.cache_dir).absolute() / "images" / f"{key}.image"
+    if (header := _reusable(path)) is not None:
+        return _done(job, path, key, header)
+    prepared = _PREPARE[source.kind](job, source)
+    # What a tuple's elements are called is for the model's configuration to say.
+    names = ModelConfig(inputs=job.config.inputs or prepared.known.inputs)
+    names = msgspec.structs.replace(names, outputs=job.config.outputs)
+    real = BoundModule(prepared.call, names)
+    with _only_reading(prepared.module, job):
+        outcome = trials.complete(f"model '{job.name}'", job.config, prepared.known, real.run_typed)
+    facts, tensors = manifest.scan(prepared.module)
+    header = _working_header(job, source, prepared, outcome, facts, tensors)
     parts = (
-        (entry, binding.tensor_bytes(tensors[entry.name]))
-        for entry in entries
+        (entry, manifest.tensor_bytes(tensors[entry.name]))
+        for entry in header.tensors
         if entry.alias_of is None
     )
     return _done(job, path, key, write_image(path, header, parts, on_progress))
+
+
+@contextlib.contextmanager
+def _only_reading(module: nn.Module, job: Pack) -> Iterator[None]:
+    """Refuse a module that writes to its own tensors: mapped weights are read-only.
+
+    The write would kill every worker that runs the model, at its first request.
+    """
+    before = {name: (tensor, tensor._version) for name, _, _, tensor in manifest.registered(module)}
+    yield
+    for name, (tensor, version) in before.items():
+        if tensor._version != version:
+            raise RepositoryError(
+                f"model '{job.name}' writes to its tensor '{name}' while it runs, but weights are "
+                f"read-only; compute a new tensor instead"
+            )
+
+
+def _reusable(path: Path) -> ImageHeader | None:
+    if not path.exists():
+        return None
+    try:
+        header, _ = read_header(path)
+    except ImageError as error:
+        log.warning("%s is made again: %s", path, error.message)
+        return None
+    if not Path(header.program.get("file", "/")).exists():
+        log.warning("%s is made again: its program is gone", path)
+        return None
+    return header
+
+
+def _working_header(
+    job: Pack,
+    source: sources.Source,
+    prepared: Prepared,
+    outcome: trials.Outcome,
+    facts: Sequence[TensorFacts],
+    tensors: Mapping[str, torch.Tensor],
+) -> ImageHeader:
+    """Make a header whose program was seen to answer as the real module does."""
+    entries, nbytes = lay_out(facts)
+    problem: OvercommitError | None = None
+    # Some constructors need values, which meta has none of: those are built for real in workers.
+    for skeleton in ("meta",) if source.kind == "export" else ("meta", "real"):
+        prepared.program["skeleton"] = skeleton
+        key = prepared.key(facts)
+        file = prepared.save(store.folder_of(job.cache_dir, key))
+        header = ImageHeader(
+            format_version=FORMAT_VERSION,
+            engine=source.engine,
+            program_key=key,
+            program={**prepared.program, **({} if file is None else {"file": str(file)})},
+            layout_hash=layout_hash(entries),
+            nbytes=nbytes,
+            tensors=entries,
+            config=msgspec.structs.replace(outcome.config, engine=source.engine),
+        )
+        try:
+            _verify(header, job, outcome, tensors)
+        except (ImageError, ModelError, RepositoryError) as error:
+            problem = error
+            log.info("model '%s' on a %s skeleton: %s", job.name, skeleton, error.message)
+        else:
+            return header
+    assert problem is not None
+    raise RepositoryError(
+        f"model '{job.name}' does not work over mapped weights: {problem.message}; register all "
+        f"tensors as parameters or buffers, or export it with torch.export"
+    ) from problem
+
+
+def _verify(
+    header: ImageHeader, job: Pack, outcome: trials.Outcome, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Bind the tensors to the program as a worker has it; raise ImageError for other answers."""
+    program = engines.load_program(header, allow_code=job.allow_code)
+    bound: dict[str, torch.Tensor] = {}
+    for entry in header.tensors:
+        tensor = bound[entry.alias_of] if entry.alias_of else tensors[entry.name]
+        if entry.role == "parameter" and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        bound[entry.name] = tensor
+    answers = program.bind_tensors(header.config, bound).run(outcome.inputs)
+    for spec in outcome.config.outputs:
+        if not trials.is_close(outcome.outputs[spec.name], answers[spec.name], spec.datatype):
+            raise ImageError(f"its output '{spec.name}' differs from that of the module itself")
 
 
 def _done(job: Pack, path: Path, key: str, header: ImageHeader) -> PackDone:
@@ -305,27 +294,44 @@ def _done(job: Pack, path: Path, key: str, header: ImageHeader) -> PackDone:
 def pack(job: Pack, on_progress: Progress) -> PackDone:
     """Make the image of one version; the answer says whether it worked, and why not."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _remarks_logged(job):
             return _pack(job, on_progress)
     except ModelError as error:
         message = f"model '{job.name}' failed its trial run: {error.message}"
     except OvercommitError as error:
         message = error.message
-    except OSError as error:
-        message = f"model '{job.name}': {error}"
     except MemoryError:
         message = f"model '{job.name}' needs more memory to be packed than there is"
-    return PackDone(job=job.job, ok=False, message=message)
+    except OSError as error:
+        message = f"model '{job.name}': {error}"
+    except Exception as error:  # the job boundary: torch, transformers and models raise anything
+        log.exception("job %d: model '%s' cannot be packed", job.job, job.name)
+        message = f"model '{job.name}' cannot be packed: {type(error).__name__}: {error}"
+    if job.name not in message:
+        message = f"model '{job.name}': {message}"
+    return PackDone(job=job.job, ok=False, message=message[:MESSAGE_CHARS_MAX])
 
 
+@contextlib.contextmanager
+def _remarks_logged(job: Pack) -> Iterator[None]:
+    """Log what our own binding warns of; keep other packages' remarks on themselves out."""
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        yield
+    ours = (r for r in remarks if issubclass(r.category, manifest.UnregisteredTensorWarning))
+    for text in sorted({str(remark.message) for remark in ours}):
+        log.warning("model '%s': %s", job.name, text)
+
+
+# --- the process ----------------------------------------------------------------------------------
 def main(control_fd: int) -> None:
     """Pack what the supervisor asks for until Stop or until it is gone."""
     control = ControlSocket(control_fd)
-    received = control.receive()
-    assert received is not None
-    assert isinstance(received[0], Start)
+    start, _ = control.receive(START_TIMEOUT_S) or (None, {})
+    if not isinstance(start, Start):
+        raise ProtocolError("a packer's first message must be Start")
     torch.set_num_threads(1)  # packing is bound by the disk and shares the machine with requests
+    _sweep(start.settings.cache_dir)
     control.send(Ready(pid=os.getpid()))
     while (received := control.receive()) is not None:
         message, _ = received
@@ -338,3 +344,13 @@ def main(control_fd: int) -> None:
                 control.send(PackProgress(job=job, done=done, total=total))
 
             control.send(pack(message, on_progress))
+
+
+def _sweep(cache_dir: str) -> None:
+    """Remove what packers that were killed have left half written."""
+    oldest = time.time() - STALE_S
+    for pattern in ("images", "programs/*"):
+        for path in Path(cache_dir).glob(f"{pattern}/{store.TEMPORARY_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()

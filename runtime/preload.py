@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -46,10 +45,14 @@ def preload(modules: Sequence[str]) -> None:
 
 def modules_of(program: Mapping[str, str]) -> tuple[str, ...]:
     """Names of the installed modules that an image's program imports."""
-    if program.get("kind") != "hugging_face":
-        return ()
-    model_type = str(json.loads(program["config"])["model_type"]).replace("-", "_")
-    return (f"transformers.models.{model_type}.modeling_{model_type}",)
+    kind = program.get("kind")
+    names: tuple[str, ...] = ()
+    if kind == "hugging_face":
+        names = (program.get("module", ""),)
+    elif kind == "export":
+        names = tuple(program.get("modules", "").split(","))
+    # Whatever an image says: nothing but transformers is imported on its word.
+    return tuple(name for name in names if name.startswith("transformers."))
 
 
 def self_check() -> str | None:

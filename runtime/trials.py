@@ -2,29 +2,44 @@
 
 A module is run with inputs of two different sizes for every axis that varies; an output axis that
 moves as an input axis does is that axis.  So a client sees true shapes, and a batch can be split.
+Then it is tried whether a row's answer depends on its neighbours, or on padding: a module that
+normalises over the batch, or pays no heed to its mask, would give answers that depend on who else
+asks, and nobody would see it.
 
 Invariants
  1. What the model's configuration says is kept; only what it does not say is inferred.
  2. A module that fails a trial run cannot be served: the error is raised, with the sizes tried.
+ 3. Batching and padding are switched off where a trial shows that they change answers.
 
 Called by the packer.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
-from overcommit.runtime.config import ModelConfig, TensorSpec
+from overcommit.runtime.config import TENSORS_MAX, Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import ModelError, RepositoryError
 
-Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-Datatypes = Callable[[], Mapping[str, str]]
+log = logging.getLogger("overcommit.packer")
 
-_SIZES = ({"batch": 2, "sequence": 7}, {"batch": 3, "sequence": 11})
-_NUMPY = {
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+Run = Callable[[Arrays], tuple[Arrays, dict[str, str]]]  # outputs, and their V2 datatypes
+Sizes = tuple[Mapping[str, int], Mapping[str, int]]
+
+# One row comes first: it is the commonest request, and where models squeeze an axis away.
+SIZES: Final[Sizes] = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 11})
+# Other batch sizes take other paths through a BLAS; answers that really mix rows differ by far more.
+TOLERANCE: Final = {"FP16": 2e-2, "BF16": 5e-2}
+TOLERANCE_DEFAULT: Final = 1e-3
+_NUMPY: Final = {
     "BOOL": "bool",
     "FP16": "float16",
     "FP32": "float32",
@@ -34,13 +49,32 @@ _NUMPY = {
 }
 
 
-def numpy_type(datatype: str) -> np.dtype:
+@dataclass(slots=True, frozen=True)
+class Known:
+    """What an engine knows about a module's inputs before it has run."""
+
+    inputs: tuple[TensorSpec, ...] = ()
+    sizes: Sizes = SIZES
+    batch_limits: tuple[int, int] = (1, 1 << 40)
+
+
+@dataclass(slots=True, frozen=True)
+class Outcome:
+    """What the trials found, and one run to compare other ways of running with."""
+
+    config: ModelConfig
+    inputs: Arrays
+    outputs: Arrays
+
+
+# --- inputs -------------------------------------------------------------------------------------
+def numpy_type(datatype: str) -> np.dtype[Any]:
     """Host array type of a V2 datatype."""
     return np.dtype(_NUMPY.get(datatype, datatype.lower()))
 
 
 def axis_names(spec: TensorSpec) -> tuple[str | None, ...]:
-    """Names of a spec's axes: given, or "batch" for a varying first axis and "x<i>" for others."""
+    """Names of a spec's axes: given, or "batch" for a varying first axis and "<name>.<i>"."""
     if spec.axes:
         return spec.axes
     names = (
@@ -50,101 +84,255 @@ def axis_names(spec: TensorSpec) -> tuple[str | None, ...]:
     return tuple(names)
 
 
-def trial_inputs(inputs: Sequence[TensorSpec], trial: int) -> dict[str, np.ndarray]:
-    """Make small inputs of the trial's sizes: ones, which are valid token ids and masks."""
-    arrays = {}
+def _settled(name: str, given: Sequence[TensorSpec], known: Known) -> tuple[TensorSpec, ...]:
+    """Take what the configuration says about inputs, with the axes that the engine knows."""
+    specs = tuple(given) or known.inputs
+    if not specs:
+        raise RepositoryError(
+            f"{name} does not say what it takes: add [[input]] tables to its model.toml"
+        )
+    by_name = {spec.name: spec for spec in known.inputs}
+    settled = []
+    for spec in specs:
+        engine = by_name.get(spec.name)
+        if not spec.axes and engine is not None and len(engine.shape) == len(spec.shape):
+            axes = zip(axis_names(engine), spec.shape, strict=True)
+            spec = msgspec.structs.replace(
+                spec, axes=tuple(axis if size < 0 else None for axis, size in axes)
+            )
+        settled.append(msgspec.structs.replace(spec, axes=axis_names(spec)))
+    return tuple(settled)
+
+
+def trial_inputs(
+    inputs: Sequence[TensorSpec], sizes: Mapping[str, int], trial: int, *, vary: bool = False
+) -> Arrays:
+    """Make small inputs: ones, which are valid token ids and masks, or seeded values that differ."""
+    rng = np.random.default_rng(trial)
+    arrays: Arrays = {}
     for spec in inputs:
-        shape = []
-        for axis, (size, name) in enumerate(zip(spec.shape, axis_names(spec), strict=True)):
-            if size >= 0:
-                shape.append(size)
-            else:
-                shape.append(_SIZES[trial].get(name or "", 5 + 3 * trial + axis))
-        if spec.datatype == "BYTES":
-            arrays[spec.name] = np.full(shape, b"text", object)
-        else:
-            arrays[spec.name] = np.ones(shape, numpy_type(spec.datatype))
+        shape = tuple(
+            size if size >= 0 else sizes.get(name or "", 5 + 3 * trial + axis)
+            for axis, (size, name) in enumerate(zip(spec.shape, axis_names(spec), strict=True))
+        )
+        arrays[spec.name] = _values(spec, shape, rng if vary else None)
     return arrays
 
 
-def infer_outputs(
-    name: str, inputs: Sequence[TensorSpec], run: Run, datatypes: Mapping[str, str] | None = None
-) -> tuple[TensorSpec, ...]:
-    """Run the module twice and describe its outputs.
+def _values(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator | None) -> Array:
+    kind = numpy_type(spec.datatype)
+    # A mask of ones is the one that every model takes.
+    if rng is None or spec.name.endswith("mask"):
+        fill: Any = b"text" if spec.datatype == "BYTES" else 1
+        if spec.datatype == "BF16":
+            fill = 0x3F80
+        return np.full(shape, fill, kind)
+    if spec.datatype == "BYTES":
+        texts = np.empty(shape, object)
+        texts.reshape(-1)[:] = [b"text %d" % i for i in range(texts.size)]
+        return texts
+    if spec.datatype == "BF16":
+        return (rng.random(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    if kind.kind == "f":
+        return rng.random(shape).astype(kind)
+    return rng.integers(0, 2, shape).astype(kind)  # ids that any vocabulary has
 
-    Raises ModelError when a trial run fails or the runs do not agree on the outputs.
-    """
-    used = [spec for spec in inputs if not spec.optional]
-    given = [trial_inputs(used, trial) for trial in (0, 1)]
-    results = [run(arrays) for arrays in given]
-    if list(results[0]) != list(results[1]):
-        raise ModelError(f"model '{name}' gives other outputs for other sizes")
-    sizes: list[tuple[str, int, int]] = []
-    for spec in used:
+
+# --- outputs ------------------------------------------------------------------------------------
+def describe_outputs(
+    name: str,
+    inputs: Sequence[TensorSpec],
+    given: Sequence[Arrays],
+    results: Sequence[tuple[Arrays, dict[str, str]]],
+) -> tuple[TensorSpec, ...]:
+    """Describe the outputs of two runs.  Raises ModelError when the runs do not agree."""
+    (first, types), (second, _) = results
+    if list(first) != list(second) or not 0 < len(first) <= TENSORS_MAX:
+        raise ModelError(
+            f"{name} gives the outputs {list(first)[:9]} for one size and {list(second)[:9]} for "
+            f"another"
+        )
+    moves: list[tuple[str, int, int]] = []
+    for spec in inputs:
         for axis, axis_name in enumerate(axis_names(spec)):
             if axis_name is not None:
-                first, second = (arrays[spec.name].shape[axis] for arrays in given)
-                sizes.append((axis_name, first, second))
+                one, two = (arrays[spec.name].shape[axis] for arrays in given)
+                moves.append((axis_name, one, two))
     outputs = []
-    for output, first_array in results[0].items():
-        second_array = results[1][output]
-        if first_array.ndim != second_array.ndim:
-            raise ModelError(f"output '{output}' of model '{name}' changes its rank")
-        shape: list[int] = []
-        axes: list[str | None] = []
-        for one, two in zip(first_array.shape, second_array.shape, strict=True):
-            match = next((axis for axis, a, b in sizes if (a, b) == (one, two)), None)
-            varies = one != two
-            shape.append(-1 if varies else one)
-            axes.append(match if varies else None)
-        datatype = (datatypes or {}).get(output) or _v2_of_numpy(first_array)
-        outputs.append(
-            TensorSpec(name=output, datatype=datatype, shape=tuple(shape), axes=tuple(axes))
+    for output, array in first.items():
+        if array.ndim != second[output].ndim:
+            raise ModelError(
+                f"output '{output}' of {name} has shape {list(array.shape)} for one row and "
+                f"{list(second[output].shape)} for more: it must not drop the axis"
+            )
+        sizes_of = list(zip(array.shape, second[output].shape, strict=True))
+        axes = tuple(
+            next((axis for axis, a, b in moves if (a, b) == pair), None)
+            if pair[0] != pair[1]
+            else None
+            for pair in sizes_of
         )
+        shape = tuple(-1 if one != two else one for one, two in sizes_of)
+        outputs.append(TensorSpec(name=output, datatype=types[output], shape=shape, axes=axes))
     return tuple(outputs)
 
 
-def _v2_of_numpy(array: np.ndarray) -> str:
-    if array.dtype == object:
-        return "BYTES"
-    names = {np.dtype(kind): name for name, kind in _NUMPY.items() if name != "BF16"}
-    return names.get(array.dtype, array.dtype.name.upper())
+# --- does a row stand alone? --------------------------------------------------------------------
+def is_close(one: Array, two: Array, datatype: str) -> bool:
+    """Whether two answers are equal but for the order of sums."""
+    if one.shape != two.shape:
+        return False
+    if one.dtype == object or (one.dtype.kind in "bui" and datatype != "BF16"):
+        return bool(np.array_equal(one, two))
+    if datatype == "BF16":
+        one, two = ((x.astype(np.uint32) << 16).view(np.float32) for x in (one, two))
+    limit = TOLERANCE.get(datatype, TOLERANCE_DEFAULT)
+    finite = np.abs(one[np.isfinite(one)].astype(np.float64))
+    scale = float(finite.max()) if finite.size else 1.0
+    return bool(np.allclose(one, two, rtol=limit, atol=limit * scale, equal_nan=True))
 
 
-def complete(
-    name: str,
-    config: ModelConfig,
-    inputs: Sequence[TensorSpec],
-    run: Run,
-    datatypes: Datatypes,
-) -> ModelConfig:
-    """Fill in a configuration's inputs, outputs and whether the model batches at all."""
-    inputs = config.inputs or tuple(inputs)
-    if not inputs:
-        raise RepositoryError(
-            f"model '{name}' does not say what it takes: add [[input]] tables to its model.toml"
-        )
-    inputs = tuple(msgspec.structs.replace(spec, axes=axis_names(spec)) for spec in inputs)
-    # The module runs in any case: a model that fails here would fail for every client.
-    outputs = infer_outputs(name, inputs, run)
-    types = datatypes()
-    outputs = tuple(
-        msgspec.structs.replace(spec, datatype=types.get(spec.name, spec.datatype))
+def rows_stand_alone(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], run: Run, sizes: Sizes
+) -> bool:
+    """Whether each row of a batch gets the answer that it gets alone.
+
+    True as well when the values that are tried are none that the model takes.
+    """
+    batch = trial_inputs(inputs, sizes[1], 1, vary=True)
+    rows = sizes[1].get("batch", 0)
+    try:
+        together, _ = run(batch)
+        alone = [
+            run({name: array[row : row + 1].copy() for name, array in batch.items()})[0]
+            for row in range(rows)
+        ]
+    except ModelError as error:
+        log.debug("rows were not compared: %s", error.message)
+        return True
+    return all(
+        is_close(together[spec.name][row : row + 1], answer[spec.name], spec.datatype)
         for spec in outputs
+        for row, answer in enumerate(alone)
     )
-    if config.outputs:
-        known = {spec.name: spec for spec in outputs}
-        if missing := [spec.name for spec in config.outputs if spec.name not in known]:
-            raise RepositoryError(
-                f"model '{name}' has no output {missing}, which its model.toml lists; it gives "
-                f"{sorted(known)}"
+
+
+def ragged_axes(inputs: Sequence[TensorSpec]) -> set[str]:
+    """Names of the axes that may be padded."""
+    padded: dict[str, bool] = {}
+    for spec in inputs:
+        for axis, name in enumerate(axis_names(spec)):
+            if axis and name is not None:
+                padded[name] = padded.get(name, True) and spec.pad is not None
+    return {name for name, is_padded in padded.items() if is_padded}
+
+
+def padding_is_harmless(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], run: Run, sizes: Sizes
+) -> bool:
+    """Whether an answer stays what it is when the input is padded and the output cut back."""
+    axes = ragged_axes(inputs)
+    least = {**sizes[0], "batch": 1}
+    short = trial_inputs(inputs, least, 0, vary=True)
+    long: Arrays = {}
+    for spec in inputs:
+        array = short[spec.name]
+        extra = [
+            (0, 4 if name in axes and axis else 0) for axis, name in enumerate(axis_names(spec))
+        ]
+        fill: Any = b"" if spec.datatype == "BYTES" else spec.pad or 0
+        long[spec.name] = np.pad(array, extra, constant_values=fill)
+    try:
+        (one, _), (two, _) = run(short), run(long)
+    except ModelError as error:
+        log.debug("padding was not tried: %s", error.message)
+        return True
+    for spec in outputs:
+        cut = tuple(
+            slice(size) if name in axes and axis else slice(None)
+            for axis, (size, name) in enumerate(
+                zip(one[spec.name].shape, axis_names(spec), strict=True)
             )
-        outputs = tuple(known[spec.name] for spec in config.outputs)
-    batches = all(
-        spec.axes and spec.axes[0] == "batch"
-        for spec in (*(spec for spec in inputs if not spec.optional), *outputs)
+        )
+        if not is_close(one[spec.name], two[spec.name][cut], spec.datatype):
+            return False
+    return True
+
+
+# --- all of it ----------------------------------------------------------------------------------
+def complete(name: str, config: ModelConfig, known: Known, run: Run) -> Outcome:
+    """Fill in a configuration's inputs, outputs and whether the model batches at all.
+
+    Raises ModelError when the module fails its runs, RepositoryError when the configuration does
+    not fit it.
+    """
+    inputs = _settled(name, config.inputs, known)
+    used = tuple(spec for spec in inputs if not spec.optional)
+    sizes = known.sizes
+    given = [trial_inputs(used, sizes[trial], trial) for trial in (0, 1)]
+    first = run(given[0])
+    batches = bool(config.batching.max_batch_size) and known.batch_limits[0] == 1
+    try:
+        second = run(given[1])
+    except ModelError as error:
+        # One row works: then it may be that more than one does not.
+        sizes = (sizes[0], {**sizes[1], "batch": sizes[0].get("batch", 1)})
+        given[1] = trial_inputs(used, sizes[1], 1)
+        second = run(given[1])
+        log.info("%s takes one row at a time: %s", name, error.message)
+        batches = False
+        inputs = tuple(_one_row(spec) for spec in inputs)
+    outputs = _chosen(name, config, describe_outputs(name, used, given, (first, second)))
+    batches = batches and all(
+        bool(spec.axes) and spec.axes[0] == "batch" for spec in (*inputs, *outputs)
     )
-    batching = config.batching
-    if not batches and batching.max_batch_size:
-        batching = msgspec.structs.replace(batching, max_batch_size=0)
-    return msgspec.structs.replace(config, inputs=inputs, outputs=outputs, batching=batching)
+    if batches and not rows_stand_alone(used, outputs, run, sizes):
+        log.warning("%s mixes the rows of a batch: it is served request by request", name)
+        batches = False
+    if batches and ragged_axes(inputs) and not padding_is_harmless(used, outputs, run, sizes):
+        log.warning("%s changes its answers with padding: only equal sizes share a batch", name)
+        inputs = tuple(msgspec.structs.replace(spec, pad=None) for spec in inputs)
+    return Outcome(
+        msgspec.structs.replace(
+            config,
+            inputs=inputs,
+            outputs=outputs,
+            batching=_batching(config.batching, batches, known.batch_limits[1]),
+        ),
+        given[1],
+        second[0],
+    )
+
+
+def _one_row(spec: TensorSpec) -> TensorSpec:
+    if not spec.axes or spec.axes[0] != "batch":
+        return spec
+    return msgspec.structs.replace(spec, shape=(1, *spec.shape[1:]), axes=(None, *spec.axes[1:]))
+
+
+def _chosen(
+    name: str, config: ModelConfig, found: tuple[TensorSpec, ...]
+) -> tuple[TensorSpec, ...]:
+    if not config.outputs:
+        return found
+    known = {spec.name: spec for spec in found}
+    if missing := [spec.name for spec in config.outputs if spec.name not in known]:
+        raise RepositoryError(
+            f"{name} has no output {missing}, which its model.toml lists; it gives {sorted(known)}"
+        )
+    for spec in config.outputs:
+        other = known[spec.name]
+        fits = len(spec.shape) == len(other.shape) and all(
+            -1 in (a, b) or a == b for a, b in zip(spec.shape, other.shape, strict=True)
+        )
+        if spec.datatype != other.datatype or not fits:
+            raise RepositoryError(
+                f"output '{spec.name}' of {name} is {other.datatype} {list(other.shape)}, its "
+                f"model.toml says {spec.datatype} {list(spec.shape)}"
+            )
+    return tuple(known[spec.name] for spec in config.outputs)
+
+
+def _batching(batching: Batching, batches: bool, rows_max: int) -> Batching:
+    size = min(batching.max_batch_size, rows_max) if batches else 0
+    return msgspec.structs.replace(batching, max_batch_size=size)

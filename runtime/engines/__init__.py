@@ -1,18 +1,31 @@
 """Engines: what turns a program and mapped weights into `run(inputs) -> outputs`.
 
-A program is one architecture, loaded once per worker (slow: imports, deserialisation); binding it
+A program is one architecture, loaded once per process (slow: imports, deserialisation); binding it
 to a version's mapping is cheap, and many versions share one program.  Weights always come from the
 mapping, zero-copy.
+
+Invariants
+ 1. Versions with equal program keys get the same program; it is loaded once, whoever asks first.
+ 2. A model's own code runs only where the operator and the model both allow it.
+ 3. At most PROGRAMS_KEPT programs are kept here; one that is in use lives on with its models.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from overcommit.runtime.errors import Forbidden, ImageError, OvercommitError
 from overcommit.runtime.image import ImageHeader
+
+if TYPE_CHECKING:  # torch is imported by the process that loads a program
+    from overcommit.runtime.engines.torch_export import ExportProgram
+    from overcommit.runtime.engines.torch_module import TorchProgram
+
+PROGRAMS_KEPT: Final = 128
 
 
 class BoundModel(Protocol):
@@ -22,7 +35,7 @@ class BoundModel(Protocol):
         """Run one batch.
 
         Arrays are C-contiguous host arrays; BF16 travels as uint16, BYTES as object arrays of
-        bytes.  Raises ModelError.
+        bytes.  What is returned shares no memory with the inputs.  Raises ModelError.
         """
         ...
 
@@ -37,28 +50,60 @@ class Program(Protocol):
         ...
 
 
-def load_program(header: ImageHeader, *, allow_code: bool) -> Program:
-    """Load the program of an image; slow, call it in a helper thread.
+class _Programs:
+    """Programs by key: each is loaded by one thread while others wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots: OrderedDict[str, tuple[threading.Lock, list[TorchProgram | ExportProgram]]]
+        self._slots = OrderedDict()
+
+    def load(self, header: ImageHeader) -> TorchProgram | ExportProgram:
+        key = f"{header.engine} {header.program_key}"
+        with self._lock:
+            slot, program = self._slots.setdefault(key, (threading.Lock(), []))
+            self._slots.move_to_end(key)
+            while len(self._slots) > PROGRAMS_KEPT:
+                self._slots.popitem(last=False)
+        with slot:
+            if not program:  # a load that failed leaves it empty: the next one tries again
+                program.append(_load(header))
+            return program[0]
+
+
+_programs = _Programs()
+
+
+def load_program(header: ImageHeader, *, allow_code: bool) -> TorchProgram | ExportProgram:
+    """Return the program of an image; the first time is slow, call it in a helper thread.
 
     Raises ImageError, RepositoryError, Forbidden.
     """
+    if header.program.get("kind") == "user" and not (allow_code and header.config.allow_code):
+        raise Forbidden(
+            "the model brings its own code (model.py): its model.toml must say allow_code = true "
+            "and the server must be started with --allow-code"
+        )
+    return _programs.load(header)
+
+
+def _load(header: ImageHeader) -> TorchProgram | ExportProgram:
     from overcommit.runtime.engines.torch_export import ExportProgram
     from overcommit.runtime.engines.torch_module import TorchProgram
 
-    if header.program.get("kind") == "user" and not (allow_code and header.config.allow_code):
-        raise Forbidden("the model brings its own code and the server runs without --allow-code")
+    engines: dict[str, type[TorchProgram] | type[ExportProgram]]
+    engines = {"torch": TorchProgram, "torch_export": ExportProgram}
+    engine = engines.get(header.engine)
+    if engine is None:
+        raise ImageError(f"unknown engine '{header.engine}'; known: torch, torch_export")
     try:
-        if header.engine == "torch":
-            return TorchProgram(header)
-        if header.engine == "torch_export":
-            return ExportProgram(header)
+        return engine(header)
     except OvercommitError:
         raise
     except Exception as error:  # whatever a program's own import or construction raises
         raise ImageError(
             f"its program cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    raise ImageError(f"unknown engine '{header.engine}'; known: torch, torch_export")
 
 
 def set_up(threads: int) -> None:

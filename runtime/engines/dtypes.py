@@ -26,6 +26,7 @@ _TYPES: Final[dict[str, tuple[torch.dtype, str]]] = {
     "FP64": (torch.float64, "float64"),
 }
 _V2_OF_TORCH: Final = {torch_type: name for name, (torch_type, _) in _TYPES.items()}
+_V2_OF_NUMPY: Final = {kind: name for name, (_, kind) in _TYPES.items() if name != "BF16"}
 
 
 def torch_dtype(datatype: str) -> torch.dtype:
@@ -41,6 +42,16 @@ def v2_of_torch(dtype: torch.dtype) -> str:
     return name
 
 
+def v2_of_numpy(array: np.ndarray) -> str:
+    """Type of a host array -> V2 name; objects and texts are BYTES.  Raises ModelError."""
+    if array.dtype.kind in "OSU":
+        return "BYTES"
+    name = _V2_OF_NUMPY.get(array.dtype.name)
+    if name is None:
+        raise ModelError(f"an array of type {array.dtype} has no V2 datatype; convert it")
+    return name
+
+
 def to_tensor(array: np.ndarray, datatype: str) -> torch.Tensor:
     """Wrap a batch array, without a copy."""
     if not array.flags.writeable:
@@ -51,7 +62,7 @@ def to_tensor(array: np.ndarray, datatype: str) -> torch.Tensor:
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
     """Return a tensor's values as a C-contiguous host array; bfloat16 as uint16."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     return tensor.numpy()

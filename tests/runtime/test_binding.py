@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from overcommit.runtime.engines import binding
+from overcommit.runtime.engines import binding, manifest
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image import TensorEntry, lay_out
 
@@ -42,12 +42,12 @@ class Odd(nn.Module):
 
 def place(module: nn.Module) -> tuple[tuple[TensorEntry, ...], mmap.mmap]:
     """Write a module's image into fresh anonymous memory."""
-    facts, tensors = binding.scan(module)
+    facts, tensors = manifest.scan(module)
     entries, nbytes = lay_out(facts)
     memory = mmap.mmap(-1, nbytes)
     for entry in entries:
         if entry.alias_of is None:
-            data = binding.tensor_bytes(tensors[entry.name])
+            data = manifest.tensor_bytes(tensors[entry.name])
             memory[entry.offset : entry.offset + entry.nbytes] = bytes(data)
     return entries, memory
 
@@ -65,17 +65,17 @@ def test_a_bound_module_answers_as_the_real_one_and_lies_inside_the_mapping() ->
     torch.manual_seed(0)
     real = Odd().eval()
     entries, memory = place(real)
-    bound = binding.bind(skeleton(), entries, memoryview(memory))
+    bound = binding.Skeleton(skeleton()).bind(entries, memoryview(memory))
     ids = torch.randint(0, 10, (2, 3))
     assert torch.equal(bound(ids), real(ids))
     start = address_of(memory)
-    for name, _, _, tensor in binding.registered(bound):
+    for name, _, _, tensor in manifest.registered(bound):
         assert start <= tensor.data_ptr() < start + len(memory), name
 
 
 def test_aliases_are_one_object_and_take_room_once() -> None:
     entries, memory = place(Odd())
-    bound = binding.bind(skeleton(), entries, memoryview(memory))
+    bound = binding.Skeleton(skeleton()).bind(entries, memoryview(memory))
     assert bound.head.weight is bound.embed.weight  # type: ignore[union-attr]
     assert bound.again is bound.twice
     assert {e.name: e.alias_of for e in entries}["head.weight"] == "embed.weight"
@@ -111,12 +111,12 @@ def test_a_manifest_without_a_buffer_is_refused_where_torch_would_be_silently_wr
         trapped = BertModel(config, add_pooling_layer=False).eval()
     persistent = {k: v for k, v in state.items() if k in real.state_dict()}
     trapped.load_state_dict(persistent, assign=True, strict=False)
-    assert any(tensor.is_meta for _, _, _, tensor in binding.registered(trapped))
+    assert any(tensor.is_meta for _, _, _, tensor in manifest.registered(trapped))
     # And what bind does about it.
     partial = [entry for entry in entries if entry.persistent]
     with pytest.raises(ImageError, match="position_ids"):
-        binding.bind(meta, partial, memoryview(memory))
-    bound: Any = binding.bind(meta, entries, memoryview(memory))
+        binding.Skeleton(meta).bind(partial, memoryview(memory))
+    bound: Any = binding.Skeleton(meta).bind(entries, memoryview(memory))
     with torch.inference_mode():
         got, want = bound(input_ids=ids)[0], real(input_ids=ids)[0]
     assert torch.equal(got, want)
@@ -138,7 +138,7 @@ def test_llama_with_its_rotary_buffers_is_bit_equal() -> None:
     assert any("inv_freq" in entry.name for entry in entries)
     with torch.device("meta"):
         meta = LlamaForCausalLM(config).eval()
-    bound: Any = binding.bind(meta, entries, memoryview(memory))
+    bound: Any = binding.Skeleton(meta).bind(entries, memoryview(memory))
     ids = torch.randint(0, 50, (2, 6))
     with torch.inference_mode():
         assert torch.equal(bound(input_ids=ids).logits, real(input_ids=ids).logits)
@@ -161,7 +161,7 @@ def test_an_image_that_is_not_this_programs_is_refused(change: str) -> None:
     else:
         kept[index] = changed
     with pytest.raises(ImageError):
-        binding.bind(skeleton(), kept, memoryview(memory))
+        binding.Skeleton(skeleton()).bind(kept, memoryview(memory))
 
 
 def list_of(entry: TensorEntry) -> list[Any]:
@@ -173,12 +173,14 @@ def test_two_variants_share_a_skeleton_and_nothing_else() -> None:
     one, two = Odd().eval(), Odd().eval()
     shared = skeleton()
     placed = [place(module) for module in (one, two)]
-    bound = [binding.bind(shared, entries, memoryview(memory)) for entries, memory in placed]
+    bound = [
+        binding.Skeleton(shared).bind(entries, memoryview(memory)) for entries, memory in placed
+    ]
     ids = torch.randint(0, 10, (2, 3))
     assert torch.equal(bound[0](ids), one(ids))
     assert torch.equal(bound[1](ids), two(ids))
     assert not torch.equal(one(ids), two(ids))
-    assert all(tensor.is_meta for _, _, _, tensor in binding.registered(shared))
+    assert all(tensor.is_meta for _, _, _, tensor in manifest.registered(shared))
 
 
 def test_other_bytes_at_the_same_address_are_the_other_models_answer() -> None:
@@ -186,7 +188,7 @@ def test_other_bytes_at_the_same_address_are_the_other_models_answer() -> None:
     one, two = Odd().eval(), Odd().eval()
     entries, memory = place(one)
     _, other = place(two)
-    bound = binding.bind(skeleton(), entries, memoryview(memory))
+    bound = binding.Skeleton(skeleton()).bind(entries, memoryview(memory))
     ids = torch.randint(0, 10, (2, 3))
     assert torch.equal(bound(ids), one(ids))
     memory[:] = other[:]
@@ -195,7 +197,7 @@ def test_other_bytes_at_the_same_address_are_the_other_models_answer() -> None:
 
 def test_a_mapping_cannot_be_closed_under_its_tensors() -> None:
     entries, memory = place(Odd())
-    bound = binding.bind(skeleton(), entries, memoryview(memory))
+    bound = binding.Skeleton(skeleton()).bind(entries, memoryview(memory))
     with pytest.raises(BufferError):
         memory.close()
     assert bound is not None
@@ -207,11 +209,76 @@ def test_a_tensor_outside_the_image_is_refused() -> None:
         binding.views(entries, memoryview(memory)[:64])
 
 
-def test_a_plain_tensor_attribute_is_warned_about() -> None:
-    module = Odd()
-    module.loose = torch.ones(3)
+def test_a_plain_tensor_attribute_is_warned_about_and_bound_all_the_same() -> None:
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loose = torch.arange(3.0)
+
     with pytest.warns(UserWarning, match="loose"):
-        binding.scan(module)
+        entries, memory = place(Loose())
+    bound = binding.Skeleton(skeleton(Loose)).bind(entries, memoryview(memory))
+    assert torch.equal(bound.loose, torch.arange(3.0))  # type: ignore[arg-type]
+
+
+def test_a_tensor_in_a_container_is_warned_about_and_never_left_on_meta() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = {"a": [torch.ones(2)]}
+
+    with pytest.warns(UserWarning, match="tables"):
+        entries, memory = place(Hidden())
+    with pytest.raises(ImageError, match="tables"):
+        binding.Skeleton(skeleton(Hidden)).bind(entries, memoryview(memory))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(24.0).reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last),
+        torch.arange(6.0).reshape(2, 3).t(),
+        torch.arange(12.0).reshape(3, 4)[:, 1:3],
+        torch.arange(3.0).expand(4, 3),
+        torch.tensor(5.0),
+        torch.empty(0, 3),
+    ],
+    ids=["channels-last", "transposed", "slice", "expanded", "scalar", "empty"],
+)
+def test_every_layout_is_bound_with_its_values(tensor: torch.Tensor) -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("held", tensor)
+
+    real = Held()
+    entries, memory = place(real)
+    shared = Held()
+    held = binding.Skeleton(shared, entries).bind(entries, memoryview(memory)).held
+    assert shared.held.is_meta  # type: ignore[union-attr]
+    assert torch.equal(held, tensor)  # type: ignore[arg-type]
+    if manifest.fills_its_bytes(tensor.shape, tensor.stride()):
+        assert held.stride() == tensor.stride()  # type: ignore[operator, union-attr]
+
+
+def test_strides_that_differ_from_the_programs_are_refused() -> None:
+    entries, memory = place(Odd())
+    kept = [
+        TensorEntry(*list_of(e)[:5], (1, 4), *list_of(e)[6:]) if e.name == "twice.weight" else e
+        for e in entries
+    ]
+    with pytest.raises(ImageError, match="stride"):
+        binding.Skeleton(skeleton()).bind(kept, memoryview(memory))
+
+
+def test_strides_that_reach_beyond_the_entry_are_refused() -> None:
+    entries, memory = place(Odd())
+    kept = [
+        TensorEntry(*list_of(e)[:5], (9, 1), *list_of(e)[6:]) if e.name == "twice.weight" else e
+        for e in entries
+    ]
+    with pytest.raises(ImageError, match="does not fit"):
+        binding.views(kept, memoryview(memory))
 
 
 def test_a_write_to_mapped_weights_kills_the_writer(tmp_path: Path) -> None:
@@ -236,3 +303,35 @@ def test_a_write_to_mapped_weights_kills_the_writer(tmp_path: Path) -> None:
     )
     assert done.stdout == b"writing\n"
     assert done.returncode == -signal.SIGSEGV
+
+
+def test_modules_that_only_a_list_holds_are_refused_on_meta() -> None:
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(2, 2)]
+
+    with pytest.warns(UserWarning, match="layers"):
+        entries, memory = place(Hides())
+    with pytest.raises(ImageError, match="layers"):
+        binding.Skeleton(skeleton(Hides)).bind(entries, memoryview(memory))
+
+
+def test_a_bound_module_is_not_changed_by_its_sibling() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.seen: list[int] = []
+            self.by_key: dict[str, list[int]] = {"a": []}
+
+    entries, memory = place(Remembers())
+    shared = binding.Skeleton(skeleton(Remembers), entries)
+    one, two = (shared.bind(entries, memoryview(memory)) for _ in range(2))
+    one.seen.append(1)  # type: ignore[operator, union-attr]
+    one.by_key["a"].append(1)  # type: ignore[index, operator, union-attr]
+    one.extra = nn.Linear(1, 1)
+    assert two.seen == []
+    assert two.by_key == {"a": []}
+    assert not hasattr(two, "extra")
+    assert not hasattr(shared.module, "extra")

@@ -296,3 +296,61 @@ def test_progress_ends_at_the_images_size(tmp_path: Path, make_bert: Any) -> Non
     assert done.ok
     assert seen == sorted(seen)
     assert seen[-1][1] == done.nbytes
+
+
+def test_a_model_that_writes_to_its_weights_is_refused(tmp_path: Path) -> None:
+    folder = user_folder(tmp_path)
+    (folder / "model.py").write_text(
+        CODE.replace("return {", "self.weight.data.add_(0); self.weight.add_(1); return {")
+    )
+    message = refused(folder, tmp_path / "cache", True, allow_code=True, inputs=(X,))
+    assert "writes to its tensor 'weight'" in message
+
+
+def test_an_exported_program_that_counts_is_refused(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count.add_(1)  # type: ignore[operator]
+            return x + self.count
+
+    folder = tmp_path / "counts"
+    folder.mkdir()
+    program = torch.export.export(Counts().eval(), (torch.randn(2, 4),))
+    torch.export.save(program, folder / "model.pt2")
+    assert "writes to its tensor 'count'" in refused(folder, tmp_path / "cache")
+
+
+def test_whatever_a_library_raises_is_an_answer(tmp_path: Path) -> None:
+    folder = tmp_path / "wrong"
+    folder.mkdir()
+    config = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 31}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+    message = refused(folder, tmp_path / "cache")
+    assert "subject" in message
+    assert "multiple of the number of attention heads" in message
+
+
+def test_a_changed_configuration_or_file_makes_another_image(
+    tmp_path: Path, make_bert: Any
+) -> None:
+    folder, cache = tmp_path / "bert", tmp_path / "cache"
+    make_bert(folder, 1)
+    one = packed(folder, cache)
+    two = packed(folder, cache, batching=Batching(max_batch_size=4))
+    assert one.content_key != two.content_key
+    assert one.program_key == two.program_key
+    assert two.config.batching.max_batch_size == 4
+
+
+def test_an_entry_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    folder = user_folder(tmp_path)
+    for entry in ("other.py:Twice", "../model.py:Twice", "model.py:Thrice"):
+        message = refused(
+            folder, tmp_path / "cache", True, allow_code=True, inputs=(X,), entry=entry
+        )
+        assert "entry" in message

@@ -1,0 +1,84 @@
+"""What a model's folder holds, and the key of the image that it becomes.
+
+Invariants
+ 1. The files are only read, none of them is executed or unpickled here.
+ 2. Equal files and settings, equal key; what can change an image's bytes is part of its key.
+
+Called by the packer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from overcommit.runtime import checkpoint
+from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.image import made_by
+from overcommit.runtime.messages import Pack
+
+ENGINES: Final = ("torch", "torch_export")
+_HASH_BYTES: Final = 1 << 22
+
+
+@dataclass(slots=True, frozen=True)
+class Source:
+    """A model version's files; `main` is what decides about its program."""
+
+    kind: Literal["hugging_face", "user", "export"]
+    engine: str
+    main: Path
+    weights: tuple[Path, ...] = ()
+    class_name: str = ""
+
+
+def find(job: Pack) -> Source:
+    """Find out which engine a folder is for.  Raises RepositoryError that says what it holds."""
+    folder, config = Path(job.folder), job.config
+    where = f"model '{job.name}'"
+    if config.engine is not None and config.engine not in ENGINES:
+        raise RepositoryError(
+            f"{where}: unknown engine '{config.engine}'; known: {', '.join(ENGINES)}"
+        )
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    programs = [folder / name for name in names if name.endswith(".pt2")]
+    if config.engine != "torch" and programs:
+        if len(programs) > 1:
+            raise RepositoryError(f"{where} has {len(programs)} .pt2 files; leave one in {folder}")
+        return Source("export", "torch_export", programs[0])
+    if config.engine != "torch_export":
+        file_name, _, class_name = (config.entry or "model.py").partition(":")
+        if config.entry is not None and (file_name not in names or "/" in file_name):
+            raise RepositoryError(
+                f'{where}: entry = "{config.entry}" names no file of {folder}; it is '
+                f'"model.py:Class"'
+            )
+        weights = tuple(checkpoint.files_in(folder))
+        if file_name in names and weights:
+            return Source("user", "torch", folder / file_name, weights, class_name)
+        if "config.json" in names and weights:
+            return Source("hugging_face", "torch", folder / "config.json", weights)
+    shown = ", ".join(names[:10]) or "nothing"
+    raise RepositoryError(
+        f"{where}: {folder} holds {shown}; supported are config.json + *.safetensors "
+        f"(Hugging Face), model.py + *.safetensors, and one *.pt2 (torch.export)"
+    )
+
+
+def content_key(job: Pack, source: Source) -> str:
+    """Name the image.  Reads every byte of the source, in pieces."""
+    digest = hashlib.blake2b(digest_size=20)
+    for text in (*made_by(), source.kind, source.engine, source.class_name):
+        digest.update(text.encode() + b"\0")
+    digest.update(msgspec.json.encode(job.config, order="deterministic"))
+    for path in (source.main, *source.weights):
+        digest.update(struct.pack("<Q", path.stat().st_size) + path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while part := file.read(_HASH_BYTES):
+                digest.update(part)
+    return digest.hexdigest()
