@@ -39,6 +39,14 @@ class NotFound(OvercommitError):
     code = "not_found"
 
 
+class RequestTimeout(OvercommitError):
+    """The client took too long to send its request."""
+
+    http_status = 408
+    grpc_code = "DEADLINE_EXCEEDED"
+    code = "request_timeout"
+
+
 class PayloadTooLarge(OvercommitError):
     """A body, tensor or header over its limit."""
 

@@ -74,31 +74,31 @@ class InferRequest(msgspec.Struct, gc=False):
     parameters: Parameters | None = None
 
 
-class ResponseOutput(msgspec.Struct, omit_defaults=True, gc=False):
-    """One output tensor: `data`, or its length in the binary part."""
+class FloatInput(msgspec.Struct, gc=False):
+    """One input tensor with a flat list of numbers."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
-    parameters: dict[str, int] | None = None
-    data: Sequence[object] | None = None
+    data: list[float]
+    parameters: msgspec.UnsetType = msgspec.UNSET  # with any, the request is read the long way
 
 
-class InferResponse(msgspec.Struct, omit_defaults=True, gc=False):
-    """The JSON part of an inference response."""
+class FloatRequest(msgspec.Struct, gc=False):
+    """An inference request as nearly all are: numbers, and perhaps an id."""
 
-    model_name: str
-    model_version: str
-    outputs: list[ResponseOutput]
+    inputs: tuple[FloatInput, ...]
     id: str | None = None
+    outputs: tuple[RequestOutput, ...] | None = None
     parameters: Parameters | None = None
 
 
 _REQUEST: Final = msgspec.json.Decoder(InferRequest)
+_FLOATS: Final = msgspec.json.Decoder(FloatRequest)
 _INT: Final = msgspec.json.Decoder(int)
 _BOOL: Final = msgspec.json.Decoder(bool)
 _ENCODER: Final = msgspec.json.Encoder()
-encode_response = _ENCODER.encode
+encode = _ENCODER.encode
 
 
 def decode_request(data: bytes | memoryview) -> InferRequest:
@@ -111,6 +111,14 @@ def decode_request(data: bytes | memoryview) -> InferRequest:
         raise BadRequest(f"the request is not JSON: {error}") from error
     except RecursionError as error:
         raise BadRequest("the request's JSON is nested too deeply") from error
+
+
+def decode_floats(data: bytes | memoryview) -> FloatRequest | None:
+    """Read a request whose inputs are all flat lists of numbers; None when it is anything else."""
+    try:
+        return _FLOATS.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def flag(parameters: Parameters | None, name: str) -> bool | None:

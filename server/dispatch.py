@@ -1,10 +1,15 @@
 """Requests in flight: blocks lent to workers, submissions pushed, completions taken, workers lost.
 
-Block states: FREE -> FILLING [submit] -> LENT [_push] -> FREE [_finish, after the copy-out]
-              LENT -> ABANDONED [deadline, client gone] -> FREE [late completion, link down]
+A request's blocks:
+
+    FREE -[open]-> FILLING -[send]-> LENT -[completion, copied out]-> FREE
+    FILLING -[abandon, deadline]-> FREE
+    LENT -[abandon, deadline]-> ABANDONED -[late completion, link down]-> FREE
+
+A request that no worker can take at the moment is HELD: filled, lent to nobody.
 
 Invariants
- 1. A request gets exactly one answer through its future; what comes later is dropped and counted.
+ 1. A request gets exactly one answer through its reply; what comes later is dropped and counted.
  2. A block is given back only by a completion on its own link, or when that link's worker is reaped.
  3. A request that was in a dead worker's batch is tried once more, alone; one that was only queued
     moves on without that counting.
@@ -17,10 +22,11 @@ import logging
 import mmap
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
-from overcommit.runtime import _shm, payload
+from overcommit.runtime import _shm
 from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX
 from overcommit.runtime.errors import (
@@ -34,70 +40,47 @@ from overcommit.runtime.errors import (
     Unavailable,
     WorkerLost,
 )
+from overcommit.runtime.lanes import RUN_ALONE
 from overcommit.runtime.messages import LinkUp, ModelCounters, Route
 from overcommit.runtime.router import Router, short_queue
-from overcommit.server.deadlines import Deadlines
-from overcommit.server.inference import Prepared
 from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX
+from overcommit.server.plans import InputPlan
+from overcommit.server.worker_link import WorkerLink, link_key
 
 log = logging.getLogger("overcommit.dispatch")
 
-RUN_ALONE: Final = 1  # submission flag: a suspect, run in a batch of its own
 OUT_BYTES_MIN: Final = 1024
+NEVER_NS: Final = (1 << 63) - 1
 
 
 class Reply(Protocol):
     """Who waits for an answer; exactly one of the two is called, once."""
 
-    def succeed(self, result: Result) -> None:
-        """The model answered."""
+    def succeed(self, view: memoryview) -> None:
+        """The model answered: its block, which is somebody else's after the call."""
 
     def fail(self, error: OvercommitError) -> None:
         """There will be no answer."""
 
 
-@dataclass(slots=True)
-class Link:
-    """The rings to one worker incarnation, and what it holds of ours.  Owns `bell`."""
-
-    key: int
-    submissions: _shm.SubmissionRing
-    completions: _shm.CompletionRing
-    bell: int
-    status: _shm.StatusPage
-    memory: mmap.mmap
-    page: mmap.mmap
-    slots: int
-    lent: dict[int, Pending] = field(default_factory=dict)
-    positions: dict[int, int] = field(default_factory=dict)
-    is_broken: bool = False  # it lied once; nothing goes there any more
-
-
-@dataclass(slots=True)
-class Result:
-    """A model's outputs, copied out of the egress block."""
-
-    places: tuple[payload.TensorPlace, ...]
-    data: bytes
-
-
 @dataclass(slots=True, eq=False)
 class Pending:
-    """One request from its submission to the return of its blocks.  `reply` None: answered."""
+    """One request from `open` to the return of its blocks.  `reply` None: answered."""
 
     request_id: int
     route: Route
-    deadline_ns: int
     in_offset: int
     in_length: int
     out_offset: int
     out_capacity: int
     reply: Reply | None
-    link: Link | None = None
+    began_ns: int
+    deadline_ns: int = NEVER_NS  # until it is sent
+    link: WorkerLink | None = None
+    position: int = 0  # in the link's submission ring
     retries: int = 0
     regrown: int = 0
     flags: int = 0
-    began_ns: int = 0
 
 
 class Dispatch:
@@ -109,12 +92,12 @@ class Dispatch:
         self._count = 0
         self._in_view, self._out_view = memoryview(ingress), memoryview(egress)
         self.ingress, self.egress = BlockArena(len(self._in_view)), BlockArena(len(self._out_view))
-        self.links: dict[int, Link] = {}
+        self.links: dict[int, WorkerLink] = {}
         self._router = Router()
+        self._avoid: set[int] = set()  # links that take no more at the moment
         self.pending: dict[int, Pending] = {}
         self._held: dict[int, Pending] = {}
-        self._deadlines = Deadlines()
-        self._hints: dict[int, int] = {}
+        self._hints: dict[int, int] = {}  # slot -> bytes that an answer of it needed
         self.requests = self.errors = self.late = self.retried = 0
         self._counters: dict[int, list[int]] = {}
 
@@ -125,49 +108,36 @@ class Dispatch:
 
     def link_up(self, message: LinkUp, fds: dict[str, int]) -> None:
         """A worker is there: use it, and send it what was held."""
-        half = message.completion_offset
-        memory = mmap.mmap(fds["link"], 2 * half)
-        page = mmap.mmap(fds["page"], _shm.STATUS_BYTES, prot=mmap.PROT_READ)
-        os.close(fds["link"])
-        os.close(fds["page"])
-        key = message.seat << 16 | message.epoch
-        self.links[key] = Link(
-            key,
-            _shm.SubmissionRing(memory, 0, True, self._epoch, message.epoch),
-            _shm.CompletionRing(memory, half, False, message.epoch, self._epoch),
-            fds["peer_doorbell"],
-            _shm.StatusPage(page, 0, False),
-            memory,
-            page,
-            message.slot_count,
-        )
-        self._router.add(key)
+        link = WorkerLink.take(message, fds, self._epoch)
+        self.links[link.key] = link
+        self._router.add(link.key)
         held, self._held = self._held, {}
         for pending in held.values():
             self._push(pending)
 
     def link_down(self, seat: int, epoch: int) -> None:
         """A worker is dead and reaped: settle what it held."""
-        key = seat << 16 | epoch
+        key = link_key(seat, epoch)
         link = self.links.get(key)
         if link is None:
             return
         self._drain_link(link)  # what it answered before it died is good
         del self.links[key]
         self._router.remove(key)
+        self._avoid.discard(key)
         os.close(link.bell)
         _, started_ns, _, _, ids = link.status.read()
         suspects = set(ids) if started_ns else set()
+        # A batch longer than the status page can list makes everything it may hold a suspect.
+        is_listed = len(ids) < _shm.STATUS_BATCH_MAX
         head = link.submissions.head()
-        for pending in list(link.lent.values()):
-            consumed = link.positions[pending.request_id] < head
-            # A batch longer than the status page can list makes everything it may hold a suspect.
-            listed = len(ids) < _shm.STATUS_BATCH_MAX
-            ran = consumed and bool(started_ns) and (pending.request_id in suspects or not listed)
+        for pending in [each for each in self.pending.values() if each.link is link]:
+            consumed = pending.position < head
+            in_batch = pending.request_id in suspects or not is_listed
             pending.link = None
             if pending.reply is None:
                 self._release(pending)
-            elif not ran:
+            elif not (consumed and bool(started_ns) and in_batch):
                 self._push(pending)
             elif pending.retries < RETRIES_MAX:
                 pending.retries += 1
@@ -181,19 +151,19 @@ class Dispatch:
                 )
 
     # --- requests -------------------------------------------------------------------------------
-    def submit(self, prepared: Prepared, deadline_ns: int, reply: Reply) -> Pending:
-        """Copy a request in and send it to a worker.
+    def open(self, route: Route, plan: InputPlan, reply: Reply, now_ns: int) -> Pending:
+        """Reserve the blocks of a request and write its header.
 
-        Raises PayloadTooLarge and Overloaded before anything is lent; later errors go to `reply`.
+        Raises PayloadTooLarge and Overloaded before anything is reserved; later errors go to
+        `reply`.
         """
-        route = prepared.route
-        places, nbytes = payload.plan([(i, t, len(d), s) for i, t, d, s in prepared.tensors])
+        nbytes = plan.nbytes
         if nbytes > BLOCK_BYTES_MAX:
             raise PayloadTooLarge(
                 f"model '{route.name}': the tensors need {nbytes} bytes, the limit is "
                 f"{BLOCK_BYTES_MAX}; send fewer rows"
             )
-        guess = max(prepared.out_bytes, self._hints.get(route.slot, 0), OUT_BYTES_MIN)
+        guess = max(plan.out_bytes, self._hints.get(route.slot, 0), OUT_BYTES_MIN)
         block = self.ingress.try_reserve(nbytes)
         out = self.egress.try_reserve(min(guess, BLOCK_BYTES_MAX))
         if block is None or out is None:
@@ -206,34 +176,40 @@ class Dispatch:
                 f"--payload-memory",
                 retry_after_s=1,
             )
-        view = self._in_view[block[0] : block[0] + nbytes]
-        payload.encode(view, places)
-        for place, (_, _, data, _) in zip(places, prepared.tensors, strict=True):
-            view[place.offset : place.offset + place.nbytes] = data
+        at = block[0]
+        self._in_view[at : at + len(plan.header)] = plan.header
         self._count = (self._count + 1) & ((1 << 40) - 1)
-        pending = Pending(
-            request_id=self._base | self._count,
-            route=route,
-            deadline_ns=deadline_ns,
-            in_offset=block[0],
-            in_length=nbytes,
-            out_offset=out[0],
-            out_capacity=out[1],
-            reply=reply,
-            began_ns=time.monotonic_ns(),
-        )
-        self.pending[pending.request_id] = pending
-        self._deadlines.add(pending)
+        request_id = self._base | self._count
+        pending = Pending(request_id, route, at, nbytes, out[0], out[1], reply, now_ns)
+        self.pending[request_id] = pending
         self.requests += 1
-        self._push(pending)
         return pending
+
+    def fill(self, pending: Pending, plan: InputPlan, data: Sequence[bytes | memoryview]) -> None:
+        """Copy the tensors of an open request in."""
+        view, at = self._in_view, pending.in_offset
+        for place, each in zip(plan.places, data, strict=True):
+            start = at + place.offset
+            view[start : start + place.nbytes] = each
+
+    def space(self, pending: Pending, plan: InputPlan) -> list[memoryview]:
+        """Where the tensors of an open request go, for somebody who receives them there."""
+        at = pending.in_offset
+        return [
+            self._in_view[at + place.offset : at + place.offset + place.nbytes]
+            for place in plan.places
+        ]
+
+    def send(self, pending: Pending, deadline_ns: int) -> None:
+        """Send a filled request to a worker."""
+        pending.deadline_ns = deadline_ns
+        self._push(pending)
 
     def abandon(self, pending: Pending) -> None:
         """The client is gone; the blocks come back with the completion."""
         if pending.reply is None:
             return
         pending.reply = None
-        self._deadlines.remove(pending)
         link = pending.link
         if link is None:
             self._release(pending)
@@ -246,14 +222,10 @@ class Dispatch:
     def _push(self, pending: Pending) -> None:
         """Send to a worker; with no worker, hold until one comes or the time is over."""
         slot = pending.route.slot
-        full = [
-            key
-            for key, link in self.links.items()
-            if link.is_broken or len(link.lent) * 2 >= link.slots
-        ]
-        key = self._router.choose(slot, short_queue(pending.route.max_batch_size), full)
-        if key is None or key in full:
-            if self.links and len(full) == len(self.links) and not self._has_broken():
+        key = self._router.choose(slot, short_queue(pending.route.max_batch_size), self._avoid)
+        if key is None or key in self._avoid:
+            is_full = any(link.lent >= link.lent_max for link in self.links.values())
+            if is_full and not any(link.is_broken for link in self.links.values()):
                 self._fail(pending, Overloaded("every worker's ring is full", retry_after_s=1))
             elif len(self._held) >= HELD_REQUESTS_MAX:
                 self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
@@ -261,11 +233,12 @@ class Dispatch:
                 self._held[pending.request_id] = pending
             return
         link = self.links[key]
-        position = link.submissions.tail()
         # Recorded as lent before it can be seen: there is no instant at which a block is nobody's.
         pending.link = link
-        link.lent[pending.request_id] = pending
-        link.positions[pending.request_id] = position
+        pending.position = link.submissions.tail()
+        link.lent += 1
+        if link.lent >= link.lent_max:
+            self._avoid.add(key)
         self._router.on_submit(key, slot)
         pushed = link.submissions.push(
             pending.request_id,
@@ -284,26 +257,25 @@ class Dispatch:
         elif link.submissions.must_wake():
             os.eventfd_write(link.bell, 1)
 
-    def _has_broken(self) -> bool:
-        return any(link.is_broken for link in self.links.values())
-
-    def _take_back(self, link: Link, pending: Pending) -> None:
-        del link.lent[pending.request_id]
-        del link.positions[pending.request_id]
+    def _take_back(self, link: WorkerLink, pending: Pending) -> None:
+        link.lent -= 1
+        if link.lent == link.lent_max - 1 and not link.is_broken:
+            self._avoid.discard(link.key)
         self._router.on_done(link.key, pending.route.slot)
         pending.link = None
 
     def expire(self, now_ns: int) -> None:
         """Answer what is out of time; blocks that are lent stay so until the completion."""
-        for item in self._deadlines.expire(now_ns):
-            assert isinstance(item, Pending)
-            reply, item.reply = item.reply, None
-            if item.link is None:
-                self._release(item)
+        late = [each for each in self.pending.values() if each.deadline_ns <= now_ns]
+        for pending in late:
+            reply, pending.reply = pending.reply, None
+            pending.deadline_ns = NEVER_NS
+            if pending.link is None:
+                self._release(pending)
             if reply is not None:
-                self._count_done(item, False, 0, 0, 1)
+                self._count_done(pending, False, 0, 0, 1)
                 self.errors += 1
-                name = item.route.name
+                name = pending.route.name
                 reply.fail(DeadlineExceeded(f"model '{name}': no answer within the request's time"))
 
     # --- completions ----------------------------------------------------------------------------
@@ -319,12 +291,13 @@ class Dispatch:
                 # supervisor has reaped the worker.
                 log.exception("a worker broke the rules of its ring; it gets no more requests")
                 link.is_broken = True
+                self._avoid.add(link.key)
 
-    def _drain_link(self, link: Link) -> None:
+    def _drain_link(self, link: WorkerLink) -> None:
         while completions := link.completions.pop(256):
             for completion in completions:
-                pending = link.lent.get(completion[0])
-                if pending is None:
+                pending = self.pending.get(completion[0])
+                if pending is None or pending.link is not link:
                     self.late += 1
                     continue
                 self._take_back(link, pending)
@@ -342,16 +315,12 @@ class Dispatch:
         view = self._out_view[pending.out_offset : pending.out_offset + length]
         name = pending.route.name
         if status == _shm.OK:
-            data = bytes(view)  # before the block is given back: the transport keeps views
-            try:
-                places = payload.decode(memoryview(data))
-            except ProtocolError as error:
-                self._fail(pending, error)
-                return
             self._count_done(pending, True, started_ns - taken_ns, finished_ns - started_ns, batch)
-            reply = pending.reply
-            self._release(pending)
-            reply.succeed(Result(places, data))
+            reply, pending.reply = pending.reply, None
+            try:
+                reply.succeed(view)
+            finally:
+                self._release(pending)
         elif (
             status == _shm.TOO_LARGE and detail <= BLOCK_BYTES_MAX and pending.regrown < REGROWS_MAX
         ):
@@ -403,7 +372,6 @@ class Dispatch:
     def _release(self, pending: Pending) -> None:
         """Give both blocks back: nobody else can write to them any more."""
         pending.reply = None
-        self._deadlines.remove(pending)
         self._held.pop(pending.request_id, None)
         del self.pending[pending.request_id]
         self.ingress.release(pending.in_offset)

@@ -45,6 +45,7 @@ from overcommit.runtime.messages import (
 )
 from overcommit.server.app import make_app
 from overcommit.server.dispatch import Dispatch
+from overcommit.server.heads import Heads
 from overcommit.server.inference import Prepared
 from overcommit.server.limits import (
     ADMIN_PENDING_MAX,
@@ -56,7 +57,8 @@ from overcommit.server.limits import (
     POPULATE_STEP_BYTES,
     SWEEP_S,
 )
-from overcommit.server.protocol import protocol_class
+from overcommit.server.plans import Plans
+from overcommit.server.protocol import HotProtocol, protocol_class
 from overcommit.server.routing import RouteTable, check_usable
 
 log = logging.getLogger("overcommit.front_end")
@@ -70,6 +72,10 @@ class FrontEnd:
     def __init__(self, control: ControlSocket, start: Start, fds: dict[str, int]) -> None:
         self.settings = start.settings
         self.table = RouteTable()
+        self.heads = Heads()
+        self.plans = Plans()
+        self.bodies_bytes = 0  # of long bodies that are being received
+        self.clock_s = time.monotonic()  # as of the last sweep
         self.is_draining = False
         self._control = control
         self._bell = fds["doorbell"]
@@ -119,8 +125,9 @@ class FrontEnd:
     def timeout_ns(self, prepared: Prepared) -> int:
         """Time that a request has: its own `timeout`, the model's, the server's; the least."""
         timeout_ms = self.settings.request_timeout_ms
-        if prepared.route.timeout_ms:
-            timeout_ms = min(timeout_ms, prepared.route.timeout_ms)
+        route = prepared.plans.route
+        if route.timeout_ms:
+            timeout_ms = min(timeout_ms, route.timeout_ms)
         if prepared.timeout_us:
             return min(timeout_ms * 1_000_000, prepared.timeout_us * 1000)
         return timeout_ms * 1_000_000
@@ -216,13 +223,19 @@ class FrontEnd:
         asyncio.get_running_loop().call_soon(self.on_bell)
 
     async def _tick(self) -> None:
-        next_counters_s = 0.0
+        next_s = 0.0
         while True:
             await asyncio.sleep(SWEEP_S)
             self.dispatch.expire(time.monotonic_ns())
-            if time.monotonic() >= next_counters_s:
-                next_counters_s = time.monotonic() + COUNTERS_PERIOD_S
-                self.send_counters()
+            self.clock_s = now_s = time.monotonic()
+            if now_s < next_s:
+                continue
+            next_s = now_s + COUNTERS_PERIOD_S
+            self.send_counters()
+            assert self._server is not None
+            for connection in list(self._server.server_state.connections):
+                if isinstance(connection, HotProtocol):
+                    connection.check_times(now_s)
 
     def _populate(self) -> None:
         """Touch the ingress pages before requests do: a fresh page costs ten times a warm one."""

@@ -4,76 +4,127 @@ Invariants
  1. What `prepare` returns fits the version's inputs: names, datatypes, ranks, fixed sizes, element
     counts, and one batch size in all of them.
  2. Every refusal names the model and the input, and says what was expected.
+ 3. `respond` keeps nothing of the block that it reads.
 
-Pure; called by the hot path and by the ASGI app.
+Pure; called by the exchange.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from overcommit.runtime.config import ID_CHARS_MAX, RANK_MAX, TENSORS_MAX, TensorSpec
+from overcommit.runtime.config import ID_CHARS_MAX, TENSORS_MAX
 from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.messages import Route
-from overcommit.runtime.payload import DATATYPES, TensorPlace, header_bytes
+from overcommit.runtime.payload import DATATYPES
 from overcommit.server import binary, codec
+from overcommit.server.plans import InputPlan, Key, RoutePlans, Selection
 
-Tensor = tuple[int, str, bytes | memoryview, tuple[int, ...]]
-
-_UNKNOWN_AXIS = 128  # guess for an output axis that no input decides
+Data = bytes | memoryview
 
 
 @dataclass(slots=True)
 class Prepared:
-    """A request that fits its route."""
+    """A request that fits its route; `data` are its tensors, in the order of `plan.places`."""
 
-    route: Route
-    tensors: list[Tensor]
-    out_bytes: int  # a guess of the egress needed
-    timeout_us: int | None
-    request: codec.InferRequest
+    plans: RoutePlans
+    plan: InputPlan
+    data: Sequence[Data]
+    id: str | None
+    selection: Selection
+    all_binary: bool
+    timeout_us: int | None = None
+
+    @property
+    def route(self) -> Route:
+        """Whom it asks."""
+        return self.plans.route
 
 
 @dataclass(slots=True)
 class Answer:
-    """Body of a response; `json_bytes` is set when binary tensors follow the JSON."""
+    """Body of a response, in pieces; `json_bytes` is set when binary tensors follow the JSON."""
 
-    body: bytes
+    pieces: list[bytes]
     json_bytes: int | None
 
 
-def prepare(route: Route, body: bytes, json_bytes: int | None) -> Prepared:
+# --- requests -----------------------------------------------------------------------------------
+def prepare(plans: RoutePlans, body: bytes, json_bytes: int | None) -> Prepared:
     """Decode and check a request.  Raises BadRequest that names the model."""
     try:
-        return _prepare(route, body, json_bytes)
+        if json_bytes is None and plans.are_floats:
+            prepared = _prepare_floats(plans, body)
+            if prepared is not None:
+                return prepared
+        text, tail = binary.split(body, json_bytes)
+        return _prepare(plans, text, tail)
     except OvercommitError as error:
-        prefix = f"model '{route.name}': "
-        if error.message.startswith(prefix):
-            raise
-        raise type(error)(prefix + error.message) from error
+        raise _named(error, plans.route) from error
 
 
-def _prepare(route: Route, body: bytes, json_bytes: int | None) -> Prepared:
-    text, tail = binary.split(body, json_bytes)
+def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | None:
+    """Check a request whose binary tensors are still to come; its `data` is empty.
+
+    None when they must be there to be checked.  Raises BadRequest that names the model.
+    """
+    try:
+        request = codec.decode_request(text)
+        if any(item.datatype == "BYTES" for item in request.inputs):
+            return None
+        sizes = [codec.whole(item.parameters, "binary_data_size") for item in request.inputs]
+        if any(size is None for size in sizes):
+            return None
+        _check_limits(request)
+        key = tuple([(item.name, item.datatype, item.shape) for item in request.inputs])
+        plans.check(key)
+        plan = plans.make(key, [size or 0 for size in sizes])
+        if sum(place.nbytes for place in plan.places) != tail_bytes:
+            raise BadRequest(
+                f"{tail_bytes} bytes follow the JSON, the inputs' binary_data_size add up to "
+                f"{sum(place.nbytes for place in plan.places)}"
+            )
+        return _finish(plans, plan, (), request)
+    except OvercommitError as error:
+        raise _named(error, plans.route) from error
+
+
+def _named(error: OvercommitError, route: Route) -> OvercommitError:
+    prefix = f"model '{route.name}': "
+    if error.message.startswith(prefix):
+        return error
+    return type(error)(prefix + error.message)
+
+
+def _prepare_floats(plans: RoutePlans, body: bytes) -> Prepared | None:
+    """The short way, for JSON numbers of shapes that were seen before; None: take the long one."""
+    request = codec.decode_floats(body)
+    if request is None:
+        return None
+    inputs = request.inputs
+    plan = plans.known(tuple([(item.name, item.datatype, item.shape) for item in inputs]))
+    if plan is None or (request.id is not None and len(request.id) > ID_CHARS_MAX):
+        return None
+    data: list[Data] = []
+    for item, count in zip(inputs, plan.counts, strict=True):
+        if len(item.data) != count:
+            return None
+        data.append(array(codec.CODES[item.datatype], item.data).tobytes())
+    return _finish(plans, plan, data, request)
+
+
+def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> Prepared:
     request = codec.decode_request(text)
-    if request.id is not None and len(request.id) > ID_CHARS_MAX:
-        raise BadRequest(f"the id has {len(request.id)} characters, the limit is {ID_CHARS_MAX}")
-    if len(request.inputs) > TENSORS_MAX:
-        raise BadRequest(f"{len(request.inputs)} inputs, the limit is {TENSORS_MAX}")
-    specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
-    tensors: list[Tensor] = []
-    axes: dict[str, int] = {}
-    seen: set[str] = set()
+    _check_limits(request)
+    key: Key = tuple([(item.name, item.datatype, item.shape) for item in request.inputs])
+    plan = plans.known(key)
+    if plan is None:
+        plans.check(key)
+    data: list[Data] = []
     at = 0
     for item in request.inputs:
-        found = specs.get(item.name)
-        if found is None:
-            raise BadRequest(f"unknown input '{item.name}'; its inputs are {sorted(specs)}")
-        if item.name in seen:
-            raise BadRequest(f"input '{item.name}' is given twice")
-        seen.add(item.name)
-        index, spec = found
-        _check_shape(route, spec, item, axes)
         size = codec.whole(item.parameters, "binary_data_size")
         if size is not None:
             if at + size > len(tail):
@@ -81,71 +132,37 @@ def _prepare(route: Route, body: bytes, json_bytes: int | None) -> Prepared:
                     f"input '{item.name}' has binary_data_size {size}, but only {len(tail) - at} "
                     f"bytes follow the JSON"
                 )
-            data: bytes | memoryview = tail[at : at + size]
+            data.append(tail[at : at + size])
             at += size
         elif len(memoryview(item.data)):
             try:
-                data = codec.decode_data(item.data, item.datatype, item.shape)
+                data.append(codec.decode_data(item.data, item.datatype, item.shape))
             except BadRequest as error:
                 raise BadRequest(f"input '{item.name}': {error.message}") from error
         else:
             raise BadRequest(f"input '{item.name}' has neither data nor binary_data_size")
-        _check_count(item, data)
-        tensors.append((index, item.datatype, data, item.shape))
+        if not DATATYPES[item.datatype][1]:
+            _check_elements(item, data[-1])
     if at != len(tail):
         raise BadRequest(f"{len(tail) - at} bytes follow the last binary tensor")
-    for name, (_, spec) in specs.items():
-        if name not in seen and not spec.optional:
-            raise BadRequest(f"input '{name}' is missing; its inputs are {sorted(specs)}")
-    if request.outputs is not None:
-        known = {spec.name for spec in route.outputs}
-        for output in request.outputs:
-            if output.name not in known:
-                raise BadRequest(f"unknown output '{output.name}'; its outputs are {sorted(known)}")
-    timeout_us = codec.whole(request.parameters, "timeout")
-    return Prepared(route, tensors, _guess_bytes(route, axes), timeout_us, request)
+    if plan is None or any(
+        len(each) != place.nbytes for each, place in zip(data, plan.places, strict=True)
+    ):
+        plan = plans.make(key, [len(each) for each in data])
+    return _finish(plans, plan, data, request)
 
 
-def _check_shape(
-    route: Route, spec: TensorSpec, item: codec.RequestInput, axes: dict[str, int]
-) -> None:
-    shape = item.shape
-    if item.datatype != spec.datatype:
-        raise BadRequest(f"input '{item.name}' is {item.datatype}, it must be {spec.datatype}")
-    if len(shape) != len(spec.shape) or len(shape) > RANK_MAX:
-        raise BadRequest(
-            f"input '{item.name}' has shape {list(shape)}, it must fit {list(spec.shape)}"
-        )
-    for axis, (given, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
-        if given < 0 or (wanted >= 0 and given != wanted):
-            raise BadRequest(
-                f"input '{item.name}' has shape {list(shape)}, it must fit {list(spec.shape)}"
-            )
-        name = spec.axes[axis] if spec.axes else None
-        if name is not None and axes.setdefault(name, given) != given:
-            raise BadRequest(
-                f"input '{item.name}' has {given} for the axis '{name}', another input has "
-                f"{axes[name]}"
-            )
-    if route.max_batch_size and shape and shape[0] > route.max_batch_size:
-        raise BadRequest(
-            f"input '{item.name}' has {shape[0]} rows, max_batch_size is {route.max_batch_size}; "
-            f"send fewer rows or raise it in model.toml"
-        )
+def _check_limits(request: codec.InferRequest) -> None:
+    if request.id is not None and len(request.id) > ID_CHARS_MAX:
+        raise BadRequest(f"the id has {len(request.id)} characters, the limit is {ID_CHARS_MAX}")
+    if len(request.inputs) > TENSORS_MAX:
+        raise BadRequest(f"{len(request.inputs)} inputs, the limit is {TENSORS_MAX}")
 
 
-def _check_count(item: codec.RequestInput, data: bytes | memoryview) -> None:
+def _check_elements(item: codec.RequestInput, data: Data) -> None:
     elements = 1
     for size in item.shape:
         elements *= size
-    width = DATATYPES[item.datatype][1]
-    if width:
-        if len(data) != elements * width:
-            raise BadRequest(
-                f"input '{item.name}' has {len(data) // width} elements, its shape "
-                f"{list(item.shape)} needs {elements}"
-            )
-        return
     count = binary.count_bytes_elements(memoryview(data))
     if count != elements:
         raise BadRequest(
@@ -153,52 +170,60 @@ def _check_count(item: codec.RequestInput, data: bytes | memoryview) -> None:
         )
 
 
-def _guess_bytes(route: Route, axes: dict[str, int]) -> int:
-    total = header_bytes([len(spec.shape) for spec in route.outputs])
-    for spec in route.outputs:
-        nbytes = DATATYPES[spec.datatype][1] or 64
-        names = spec.axes or (None,) * len(spec.shape)
-        for name, size in zip(names, spec.shape, strict=True):
-            nbytes *= size if size >= 0 else axes.get(name or "", _UNKNOWN_AXIS)
-        total += nbytes + 64
-    return total
-
-
-def respond(prepared: Prepared, places: tuple[TensorPlace, ...], data: bytes) -> Answer:
-    """Encode an answer.  `data` is the egress block, already copied out."""
-    request, route = prepared.request, prepared.route
-    wanted = None
+def _finish(
+    plans: RoutePlans,
+    plan: InputPlan,
+    data: Sequence[Data],
+    request: codec.InferRequest | codec.FloatRequest,
+) -> Prepared:
+    if request.parameters is None and request.outputs is None:
+        return Prepared(plans, plan, data, request.id, None, False)
+    selection: Selection = None
     if request.outputs:
-        wanted = {output.name: output for output in request.outputs}
-    everything_binary = bool(codec.flag(request.parameters, "binary_data_output"))
-    view = memoryview(data)
-    outputs: list[codec.ResponseOutput] = []
-    blobs: list[memoryview] = []
-    for place in places:
-        name = route.outputs[place.index].name
-        is_binary = everything_binary
-        if wanted is not None:
-            asked = wanted.get(name)
-            if asked is None:
-                continue
-            own = codec.flag(asked.parameters, "binary_data")
-            is_binary = everything_binary if own is None else own
-        part = view[place.offset : place.offset + place.nbytes]
-        output = codec.ResponseOutput(name, place.datatype, place.shape)
-        if is_binary:
-            blobs.append(part)
-            output.parameters = {"binary_data_size": place.nbytes}
-        else:
-            try:
-                output.data = codec.encode_data(part, place.datatype)
-            except BadRequest as error:
-                raise BadRequest(
-                    f"model '{route.name}': output '{name}' {error.message}"
-                ) from error
-        outputs.append(output)
-    head = codec.encode_response(
-        codec.InferResponse(route.name, route.version, outputs, request.id)
+        known = {spec.name for spec in plans.route.outputs}
+        for output in request.outputs:
+            if output.name not in known:
+                raise BadRequest(f"unknown output '{output.name}'; its outputs are {sorted(known)}")
+        selection = tuple(
+            [(each.name, codec.flag(each.parameters, "binary_data")) for each in request.outputs]
+        )
+    return Prepared(
+        plans,
+        plan,
+        data,
+        request.id,
+        selection,
+        bool(codec.flag(request.parameters, "binary_data_output")),
+        codec.whole(request.parameters, "timeout"),
     )
+
+
+# --- answers ------------------------------------------------------------------------------------
+def respond(prepared: Prepared, view: memoryview) -> Answer:
+    """Encode the answer that lies in an egress block.  Raises ProtocolError, BadRequest."""
+    plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
+    pieces: list[bytes] = []
+    blobs: list[bytes] = []
+    for part in plan.parts:
+        pieces.append(part.prefix)
+        data = view[part.start : part.end]
+        if part.is_binary:
+            blobs.append(bytes(data))
+            continue
+        code = codec.CODES.get(part.datatype)
+        if code is not None:
+            pieces.append(codec.encode(data.cast(code).tolist()))  # type: ignore[call-overload]
+            continue
+        try:
+            pieces.append(codec.encode(codec.encode_data(data, part.datatype)))
+        except BadRequest as error:
+            name = prepared.route.name
+            raise BadRequest(f"model '{name}': output '{part.name}' {error.message}") from error
+    pieces.append(plan.tail)
+    if prepared.id is not None:
+        pieces += (b',"id":', codec.encode(prepared.id))
+    pieces.append(b"}")
+    text = b"".join(pieces)
     if not blobs:
-        return Answer(head, None)
-    return Answer(b"".join((head, *blobs)), len(head))
+        return Answer([text], None)
+    return Answer([text, *blobs], len(text))

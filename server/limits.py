@@ -13,26 +13,26 @@ HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a request to the end of i
 BODY_TIMEOUT_S: Final = 120.0  # from there to the end of its body
 WRITE_TIMEOUT_S: Final = 60.0  # a client that does not read its answer
 LINGER_S: Final = 1.0  # reading on after a refusal, so that the client gets to see it
-SMALL_BODY_BYTES: Final = 64 * KIB  # bodies up to here do not count against the body budget
+SMALL_BODY_BYTES: Final = 64 * KIB  # longer bodies count against the body budget ...
+BODIES_BYTES_MAX: Final = 512 * MIB  # ... which is this, for all connections of a front end
+BULK_BYTES_MIN: Final = 128 * KIB  # binary tensors from here on are received where they are read
 JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their headers
 
 # --- requests -----------------------------------------------------------------------------------
 HELD_REQUESTS_MAX: Final = 1024  # requests that wait for a worker, or for a version's image
-RESUBMITS_MAX: Final = 16  # moves of one request away from dead workers that had not run it
 REGROWS_MAX: Final = 2  # larger egress blocks for one request
 SWEEP_S: Final = 0.05  # granularity of deadlines and connection time-outs
-ERROR_TEXT_BYTES_MAX: Final = 16 * KIB  # of a worker's message
-PLANS_MAX: Final = 64  # remembered block layouts per version
-PATHS_MAX: Final = 65_536  # remembered request paths
-RETRY_AFTER_S: Final = 1.0  # when nothing better is known
+PLANS_MAX: Final = 512  # remembered layouts of a version's requests, and of its answers
+PLANNED_ROUTES_MAX: Final = 4096  # versions with remembered layouts
+HEADS_MAX: Final = 8192  # remembered heads of requests ...
+HEAD_BYTES_MAX: Final = 1 * KIB  # ... up to this long
+DIMENSION_MAX: Final = 1 << 40
 
 # --- loop and control ---------------------------------------------------------------------------
 DRAIN_ROUNDS_MAX: Final = 8  # ring sweeps before other connections get their turn
-CONTROL_ROUNDS_MAX: Final = 64
 DRAIN_GRACE_S: Final = 1.0  # idle connections stay this long, to be told `Connection: close`
 ADMIN_TIMEOUT_S: Final = 60.0
 ADMIN_PENDING_MAX: Final = 256
-ADMIN_REPLY_BYTES_MAX: Final = 64 * MIB
 ADMIN_PAGE_MAX: Final = 1000  # rows of one page of a listing
 COUNTERS_PERIOD_S: Final = 1.0
 COUNTERS_MODELS_MAX: Final = 600  # of one message; a ModelCounters is at most 170 bytes long

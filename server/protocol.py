@@ -4,31 +4,25 @@
 validate, submit; the completion writes the response.  Everything else goes to the FastAPI app,
 unchanged.
 
-An `Exchange` stands where uvicorn keeps its request-response cycle (`self.cycle`, `self.pipeline`),
-so that uvicorn's own bookkeeping keeps hot and cold requests of a connection in order.
+Three ways in, by what the client sends:
 
-    RECEIVING --end of body--> WAITING (for its turn) --earlier ones answered--> SUBMITTED
-    any --[succeed, fail]--> ANSWERED        any --[connection_lost]--> ABANDONED
+    head seen before, body there    no parser at all          [_try_known]
+    anything else                   uvicorn's parser          [parser callbacks]
+    long binary tensors             straight into the block   [BulkReceiver, from on_body on]
 
 Invariants
- 1. Responses leave in the order of the requests, one each.
- 2. Body bytes are copied out of the egress block before it is given back: the transport keeps
-    reading a memoryview after `write` returns, and would send the next owner's bytes.
- 3. What is refused for its size is refused before it is read; nothing is buffered over a limit.
+ 1. What is refused for its size is refused before it is read; nothing is buffered over a limit.
+ 2. Whichever way a request comes in, the bytes decide alone what it means.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
-import time
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
 
 from overcommit.runtime.config import HEADER_BYTES_MAX, NAME_CHARS_MAX, PIPELINE_MAX
 from overcommit.runtime.errors import (
@@ -38,177 +32,89 @@ from overcommit.runtime.errors import (
     Overloaded,
     PayloadTooLarge,
 )
-from overcommit.server import binary
-from overcommit.server.inference import prepare, respond
-from overcommit.server.limits import HEADER_LINES_MAX, LINGER_S
+from overcommit.server import heads
+from overcommit.server.bulk import BulkReceiver
+from overcommit.server.connection import Connection
+from overcommit.server.exchange import Exchange
+from overcommit.server.limits import (
+    BODIES_BYTES_MAX,
+    BODY_TIMEOUT_S,
+    BULK_BYTES_MIN,
+    HEAD_TIMEOUT_S,
+    HEADER_LINES_MAX,
+    SMALL_BODY_BYTES,
+)
 
 if TYPE_CHECKING:
-    from overcommit.server.dispatch import Pending, Result
     from overcommit.server.frontend import FrontEnd
-    from overcommit.server.inference import Prepared
-
-log = logging.getLogger("overcommit.http")
 
 _HOT: Final = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer(?:\?.*)?")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_STATUS: Final = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
-_OK_JSON: Final = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%s\r\n"
-)
-_OK_BINARY: Final = (
-    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
-    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n%s\r\n"
-)
-_CLOSE: Final = b"connection: close\r\n"
 
 
-class _NoEvent:
-    """Stands for the asyncio.Event of uvicorn's cycle; nobody waits on an exchange."""
-
-    def set(self) -> None:
-        """Do nothing."""
-
-
-_NO_EVENT: Final = _NoEvent()
-
-
-def error_body(message: str) -> bytes:
-    """The JSON body of every refusal."""
-    return msgspec.json.encode({"error": message})
-
-
-class Exchange:
-    """One inference request and its response; takes the place of uvicorn's cycle."""
-
-    __slots__ = (
-        "body",
-        "disconnected",
-        "encoding",
-        "json_bytes",
-        "keep_alive",
-        "message_event",
-        "more_body",
-        "name",
-        "pending",
-        "prepared",
-        "protocol",
-        "response_complete",
-        "version",
-        "waits_for_turn",
-    )
-
-    def __init__(self, protocol: HotProtocol, name: str, version: str | None) -> None:
-        self.protocol = protocol
-        self.name = name
-        self.version = version
-        self.body = bytearray()
-        self.more_body = True
-        self.message_event = _NO_EVENT
-        self.response_complete = False
-        self.disconnected = False
-        self.keep_alive = True
-        self.waits_for_turn = False
-        self.json_bytes: int | None = None
-        self.encoding = b""
-        self.prepared: Prepared | None = None
-        self.pending: Pending | None = None
-
-    # --- on the way in --------------------------------------------------------------------------
-    def try_begin(self) -> None:
-        """Submit, once the body is there and earlier requests of the connection are answered."""
-        if self.more_body or self.waits_for_turn or self.response_complete or self.disconnected:
-            return
-        front = self.protocol.front
-        try:
-            if self.encoding:
-                limit = front.settings.body_bytes_max
-                self.body = bytearray(binary.decompress(bytes(self.body), self.encoding, limit))
-            route = front.find(self.name, self.version)
-            if route is None:
-                self.protocol.loop.create_task(self._begin_later())
-                return
-            self.submit(prepare(route, bytes(self.body), self.json_bytes))
-        except OvercommitError as error:
-            self.fail(error)
-        except Exception:  # the request boundary
-            log.exception("a request for model '%s' failed", self.name)
-            self.fail(OvercommitError("internal error; see the server's log"))
-
-    async def _begin_later(self) -> None:
-        """The version's image is being made: wait for it."""
-        try:
-            route = await self.protocol.front.wait_for_route(self.name, self.version)
-            if not self.disconnected:
-                self.submit(prepare(route, bytes(self.body), self.json_bytes))
-        except OvercommitError as error:
-            self.fail(error)
-
-    def submit(self, prepared: Prepared) -> None:
-        """Hand the request to a worker."""
-        self.prepared = prepared
-        self.body = bytearray()
-        front = self.protocol.front
-        deadline_ns = time.monotonic_ns() + front.timeout_ns(prepared)
-        self.pending = front.dispatch.submit(prepared, deadline_ns, self)
-
-    def abandon(self) -> None:
-        """The client is gone."""
-        self.disconnected = True
-        if self.pending is not None:
-            self.protocol.front.dispatch.abandon(self.pending)
-            self.pending = None
-
-    # --- on the way out -------------------------------------------------------------------------
-    def succeed(self, result: Result) -> None:
-        """Write the model's answer."""
-        self.pending = None
-        prepared = self.prepared
-        assert prepared is not None
-        try:
-            answer = respond(prepared, result.places, result.data)
-        except OvercommitError as error:
-            self.fail(error)
-            return
-        close = self._close_header()
-        if answer.json_bytes is None:
-            head = _OK_JSON % (len(answer.body), close)
-        else:
-            head = _OK_BINARY % (answer.json_bytes, len(answer.body), close)
-        self.finish(head, answer.body)
-
-    def fail(self, error: OvercommitError) -> None:
-        """Write an error."""
-        self.pending = None
-        body = error_body(error.message)
-        lines = [f"HTTP/1.1 {_STATUS[error.http_status]}", "content-type: application/json"]
-        if error.retry_after_s is not None:
-            lines.append(f"retry-after: {max(1, round(error.retry_after_s))}")
-        lines.append(f"content-length: {len(body)}\r\n")
-        self.finish("\r\n".join(lines).encode() + self._close_header() + b"\r\n", body)
-
-    def _close_header(self) -> bytes:
-        if self.protocol.front.is_draining:
-            self.keep_alive = False
-        return b"" if self.keep_alive else _CLOSE
-
-    def finish(self, head: bytes, body: bytes) -> None:
-        """Write the response in one piece and let the next request of the connection go on."""
-        if self.response_complete or self.disconnected:
-            return
-        self.response_complete = True
-        self.body = bytearray()
-        self.protocol.on_exchange_done(self, head + body)
-
-
-class HotProtocol(HttpToolsProtocol):
-    """One connection."""
-
-    front: FrontEnd  # set by `protocol_class`
+class HotProtocol(Connection):
+    """Reads the requests of one connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
-        self._is_refused = False
+        self._raw_head = b""  # of the request that is parsed, if all of it came in one piece
+        self._bulk: BulkReceiver | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._bulk = None
+        super().connection_lost(exc)
+
+    # --- bytes ----------------------------------------------------------------------------------
+    def data_received(self, data: bytes) -> None:
+        if self._is_between:
+            rest = self._try_known(data)
+            if rest is None:
+                return
+            data = rest
+        self._feed(data)
+        bulk = self._bulk
+        if bulk is not None and not self.transport.is_closing():
+            # A transport looks at its protocol when it starts to read.
+            self.transport.pause_reading()
+            self.transport.set_protocol(bulk)
+            self.transport.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
+        if self.parser is None:  # the connection was lost meanwhile
+            return
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # an offer that we need not take up; the request itself has been read
+        except httptools.HttpParserError as error:
+            self.send_400_response(str(error) or "not HTTP")
+
+    def _try_known(self, data: bytes) -> bytes | None:
+        """Take requests whose head was seen before; return what the parser must look at."""
+        at = 0
+        known = self.front.heads
+        while True:
+            end = data.find(heads.END, at) + 4
+            raw = data[at:end]
+            head = known.get(raw)
+            if head is None:
+                self._raw_head = raw
+                break
+            stop = end + head.body_bytes
+            if stop > len(data) or len(self.pipeline) >= PIPELINE_MAX or self._is_refused:
+                break
+            exchange = Exchange(self, head.name, head.version)
+            exchange.json_bytes = head.json_bytes
+            exchange.body = data[end:stop]
+            exchange.more_body = False
+            self._since_s = 0.0
+            self._enqueue(exchange)
+            exchange.try_begin()
+            if stop == len(data):
+                return None
+            at = stop
+        return data[at:] if at else data
 
     # --- parser callbacks -----------------------------------------------------------------------
     def on_message_begin(self) -> None:
@@ -217,6 +123,8 @@ class HotProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._head_bytes = 0
+        self._is_between = False
+        self._begin_reading(HEAD_TIMEOUT_S)
 
     def on_url(self, url: bytes) -> None:
         self._head_bytes += len(url)
@@ -231,8 +139,10 @@ class HotProtocol(HttpToolsProtocol):
             self._head_bytes = HEADER_BYTES_MAX + 1
 
     def on_headers_complete(self) -> None:
+        raw_head, self._raw_head = self._raw_head, b""
         if self._is_refused:
             return
+        self._begin_reading(BODY_TIMEOUT_S)
         if self._head_bytes > HEADER_BYTES_MAX:
             self._refuse(
                 HeadersTooLarge(
@@ -251,7 +161,7 @@ class HotProtocol(HttpToolsProtocol):
         if found is None:
             self._go_cold()
         else:
-            self._go_hot(found[1], found[2])
+            self._go_hot(found[1], found[2], raw_head)
 
     def _go_cold(self) -> None:
         url, headers, expects = self.url, self.headers, self.expect_100_continue
@@ -265,7 +175,7 @@ class HotProtocol(HttpToolsProtocol):
         self.headers.extend(headers)
         super().on_headers_complete()
 
-    def _go_hot(self, raw_name: bytes, raw_version: bytes | None) -> None:
+    def _go_hot(self, raw_name: bytes, raw_version: bytes | None, raw_head: bytes) -> None:
         name = unquote(raw_name.decode("latin-1"))
         version = unquote(raw_version.decode("latin-1")) if raw_version is not None else None
         exchange = Exchange(self, name, version)
@@ -280,20 +190,33 @@ class HotProtocol(HttpToolsProtocol):
         except OvercommitError as error:
             self._refuse(error)
             return
+        if (
+            raw_head
+            and exchange.keep_alive
+            and exchange.body_bytes is not None
+            and exchange.body_bytes <= SMALL_BODY_BYTES
+            and not (exchange.encoding or self.expect_100_continue)
+        ):
+            head = heads.Head(name, version, exchange.body_bytes, exchange.json_bytes)
+            self.front.heads.remember(raw_head, head)
+        self._enqueue(exchange)
+        if self.expect_100_continue and not exchange.waits_for_turn:
+            self.transport.write(_CONTINUE)
+
+    def _enqueue(self, exchange: Exchange) -> None:
         existing = self.cycle
         self.cycle = exchange  # type: ignore[assignment]
         if existing is not None and not existing.response_complete:
             exchange.waits_for_turn = True
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
-        elif self.expect_100_continue:
-            self.transport.write(_CONTINUE)
 
     def _read_headers(self, exchange: Exchange) -> None:
         limit = self.front.settings.body_bytes_max
         for name, value in self.headers:
             if name == b"content-length":
-                if int(value) > limit:
+                exchange.body_bytes = int(value)
+                if exchange.body_bytes > limit:
                     raise PayloadTooLarge(
                         f"model '{exchange.name}': the body has {int(value)} bytes, the limit is "
                         f"{limit}; send less in one request or raise --max-body"
@@ -318,100 +241,94 @@ class HotProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
             super().on_body(body)
-            return
-        if cycle.response_complete:
-            return
-        cycle.body += body
+        elif self._bulk is not None:
+            self._bulk.take(memoryview(body))
+        elif not cycle.response_complete:
+            self._gather(cycle, body)
+
+    def _gather(self, exchange: Exchange, body: bytes) -> None:
+        if exchange.body:
+            exchange.body += body
+        elif exchange.body_bytes == len(body):
+            exchange.body = body  # all of it, as it is
+        else:
+            exchange.body = bytearray(body)
+        length = len(exchange.body)
         limit = self.front.settings.body_bytes_max
-        if len(cycle.body) > limit:
+        if length > limit:
             self._refuse(
                 PayloadTooLarge(
-                    f"model '{cycle.name}': the body is over {limit} bytes, which is the limit; "
+                    f"model '{exchange.name}': the body is over {limit} bytes, which is the limit; "
                     f"send less in one request or raise --max-body"
                 ),
-                cycle,
+                exchange,
             )
+            return
+        if self._may_be_bulk(exchange) and length >= (exchange.json_bytes or 0):
+            self._begin_bulk(exchange)
+            if self._bulk is not None:
+                return
+        if length > SMALL_BODY_BYTES:
+            self.front.bodies_bytes += length - exchange.held_bytes
+            exchange.held_bytes = length
+            if self.front.bodies_bytes > BODIES_BYTES_MAX:
+                self._refuse(
+                    Overloaded(
+                        f"model '{exchange.name}': bodies being received take over "
+                        f"{BODIES_BYTES_MAX} bytes, which is the limit; try again",
+                        retry_after_s=1,
+                    ),
+                    exchange,
+                )
 
     def on_message_complete(self) -> None:
         cycle: Any = self.cycle
+        self._is_between = True
+        self._since_s = 0.0
         if self._is_refused:
             return
         if not isinstance(cycle, Exchange):
             super().on_message_complete()
-            return
-        cycle.more_body = False
-        cycle.try_begin()
-
-    # --- turns ----------------------------------------------------------------------------------
-    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        if isinstance(cycle, Exchange):
-            cycle.waits_for_turn = False
-            cycle.try_begin()
+        elif self._bulk is not None:
+            self._bulk = None
+            cycle.end_bulk()
         else:
-            super()._start_asgi_task(cycle, app)
+            cycle.more_body = False
+            cycle.try_begin()
 
-    def on_exchange_done(self, exchange: Exchange, response: bytes) -> None:
-        """Write a response; go on with the connection, or close it."""
-        if self.transport.is_closing():
+    # --- long binary bodies ---------------------------------------------------------------------
+    @staticmethod
+    def _may_be_bulk(exchange: Exchange) -> bool:
+        return (
+            exchange.json_bytes is not None
+            and exchange.body_bytes is not None
+            and exchange.body_bytes - exchange.json_bytes >= BULK_BYTES_MIN
+            and not exchange.encoding
+            and not exchange.waits_for_turn
+            and exchange.pending is None
+        )
+
+    def _begin_bulk(self, exchange: Exchange) -> None:
+        space = exchange.try_begin_bulk()
+        if space is None:
+            exchange.body_bytes = None  # not tried again
             return
-        self.transport.write(response)
-        if not exchange.keep_alive:
-            self.transport.close()
-        self.on_response_complete()
+        self._bulk = BulkReceiver(self, space)
+        self._bulk.take(memoryview(exchange.body)[exchange.json_bytes :])
+        exchange.drop_body()
 
-    def _refuse(self, error: OvercommitError, exchange: Exchange | None = None) -> None:
-        """Answer before the request is read, and close; what still comes is thrown away."""
-        if exchange is None:
-            exchange = Exchange(self, "", None)
-            existing = self.cycle
-            self.cycle = exchange  # type: ignore[assignment]
-            if existing is not None and not existing.response_complete:
-                # Its turn never comes in time for a good error; the earlier answers matter more.
-                self._is_refused = True
-                exchange.response_complete = True
-                self.flow.pause_reading()
-                existing.keep_alive = False
-                return
-        self._is_refused = True
-        exchange.keep_alive = False
-        body = error_body(error.message)
-        head = (
-            f"HTTP/1.1 {_STATUS[error.http_status]}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        exchange.response_complete = True
-        self.transport.write(head.encode() + body)
-        # Closing at once would reset the connection under a client that is still sending, and the
-        # client would never see why.
-        self.loop.call_later(LINGER_S, self.transport.close)
-
-    def send_400_response(self, msg: str) -> None:
-        body = error_body(f"malformed HTTP: {msg}")
-        head = (
-            f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        if not self._is_refused and not self.transport.is_closing():
-            self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    # --- the connection -------------------------------------------------------------------------
-    def connection_lost(self, exc: Exception | None) -> None:
-        for cycle in (self.cycle, *(queued for queued, _ in self.pipeline)):
-            if isinstance(cycle, Exchange) and not cycle.response_complete:
-                cycle.abandon()
-        self.pipeline.clear()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        # A client that does not read its answers is not read either.
-        super().pause_writing()
-        self.flow.pause_reading()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if not self.pipeline:
-            self.flow.resume_reading()
+    def on_bulk_done(self) -> None:
+        """The receiver has the whole body: read HTTP again."""
+        self._bulk = None
+        self.transport.pause_reading()
+        self.transport.set_protocol(self)
+        # The old one still waits for the body.
+        self.parser = httptools.HttpRequestParser(self)
+        self._is_between = True
+        self._since_s = 0.0
+        self.transport.resume_reading()
+        cycle: Any = self.cycle
+        cycle.end_bulk()
 
 
 def protocol_class(front: FrontEnd) -> type[asyncio.Protocol]:

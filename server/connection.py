@@ -1,0 +1,157 @@
+"""One connection: whose turn it is, what is refused, how long things may take.
+
+Invariants
+ 1. Responses leave in the order of the requests, one each.
+ 2. A connection that is slow to send a request, or to read its answer, is closed: `check_times`,
+    once a second, so that a request costs no timer.
+
+The reading of requests is `protocol.py`, which is built on this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from overcommit.runtime.errors import OvercommitError, Overloaded, RequestTimeout
+from overcommit.server.exchange import STATUS_LINES, Exchange, error_body
+from overcommit.server.limits import CONNECTIONS_MAX, LINGER_S, WRITE_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from overcommit.server.frontend import FrontEnd
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's connection, with exchanges beside its cycles."""
+
+    front: FrontEnd  # set by `protocol_class`
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_refused = False
+        self._is_between = True  # requests: the parser has seen nothing of the next one
+        self._since_s = 0.0  # idle, or reading what is read now; 0: neither
+        self._limit_s = 0.0
+        self._write_since_s = 0.0
+
+    # --- the connection -------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._begin_idle()
+        if len(self.connections) > CONNECTIONS_MAX:
+            self._refuse(
+                Overloaded(f"over {CONNECTIONS_MAX} connections are open", retry_after_s=1)
+            )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for cycle in (self.cycle, *(queued for queued, _ in self.pipeline)):
+            if isinstance(cycle, Exchange) and not cycle.response_complete:
+                cycle.abandon()
+        self.pipeline.clear()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        # A client that does not read its answers is not read either.
+        self._write_since_s = self.front.clock_s
+        super().pause_writing()
+        self.flow.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._write_since_s = 0.0
+        super().resume_writing()
+        if not self.pipeline:
+            self.flow.resume_reading()
+
+    # --- turns ----------------------------------------------------------------------------------
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if isinstance(cycle, Exchange):
+            cycle.waits_for_turn = False
+            cycle.try_begin()
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def on_exchange_done(self, exchange: Exchange, response: list[bytes]) -> None:
+        """Write a response; go on with the connection, or close it."""
+        transport = self.transport
+        if transport.is_closing():
+            return
+        if len(response) == 1:
+            transport.write(response[0])
+        else:
+            transport.writelines(response)
+        if not exchange.keep_alive:
+            transport.close()
+        self.on_response_complete()
+
+    def on_response_complete(self) -> None:
+        # As uvicorn's, without a timer for every response: `check_times` looks once a second.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self._is_between and not self.pipeline:
+            self._begin_idle()
+        if not self._write_since_s:
+            self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+
+    def _refuse(self, error: OvercommitError, exchange: Exchange | None = None) -> None:
+        """Answer before the request is read, and close; what still comes is thrown away."""
+        if exchange is None:
+            exchange = Exchange(self, "", None)
+            existing = self.cycle
+            self.cycle = exchange  # type: ignore[assignment]
+            if existing is not None and not existing.response_complete:
+                # Its turn never comes in time for a good error; the earlier answers matter more.
+                self._is_refused = True
+                exchange.response_complete = True
+                self.flow.pause_reading()
+                existing.keep_alive = False
+                return
+        self._is_refused = True
+        exchange.keep_alive = False
+        exchange.response_complete = True
+        exchange.drop_body()
+        body = error_body(error.message)
+        head = (
+            f"{STATUS_LINES[error.http_status]}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        # Closing at once would reset the connection under a client that is still sending, and the
+        # client would never see why.
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        body = error_body(f"malformed HTTP: {msg}")
+        head = (
+            f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        if not self._is_refused and not self.transport.is_closing():
+            self.transport.write(head.encode() + body)
+        self.transport.close()
+
+    # --- time -----------------------------------------------------------------------------------
+    def _begin_idle(self) -> None:
+        self._since_s, self._limit_s = self.front.clock_s, self.front.settings.keep_alive_s
+
+    def _begin_reading(self, limit_s: float) -> None:
+        self._since_s, self._limit_s = self.front.clock_s, limit_s
+
+    def check_times(self, now_s: float) -> None:
+        """Close a connection that has been idle, or slow, for too long."""
+        if self._write_since_s and now_s - self._write_since_s > WRITE_TIMEOUT_S:
+            self.transport.abort()
+        elif self._since_s and now_s - self._since_s > self._limit_s and not self._is_refused:
+            if self._is_between:
+                self.transport.close()
+            elif self.transport.get_protocol() is not self:
+                self.transport.abort()  # a body is received in place
+            else:
+                self._refuse(
+                    RequestTimeout(f"the request was not complete within {self._limit_s:g} s")
+                )

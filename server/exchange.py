@@ -1,0 +1,233 @@
+"""One inference request and its response, from the end of its head to the last byte written.
+
+An `Exchange` stands where uvicorn keeps its request-response cycle (`cycle`, `pipeline`), so that
+uvicorn's own bookkeeping keeps hot and cold requests of a connection in order.
+
+    RECEIVING --end of body--> WAITING (for its turn) --earlier ones answered--> SUBMITTED
+    RECEIVING --JSON of a long binary body is there--> BULK --end of body--> SUBMITTED
+    any --[succeed, fail]--> ANSWERED        any --[abandon]--> ABANDONED
+
+Invariants
+ 1. It is answered once, or abandoned with its connection.
+ 2. Nothing of an egress block is kept after `succeed` returns: the block is then another's.
+
+Called by the protocol (in) and by the dispatch (out).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from overcommit.runtime.errors import OvercommitError
+from overcommit.server import binary
+from overcommit.server.inference import prepare, prepare_head, respond
+from overcommit.server.limits import JOIN_BYTES_MAX
+
+if TYPE_CHECKING:
+    from overcommit.server.connection import Connection
+    from overcommit.server.dispatch import Pending
+    from overcommit.server.inference import Prepared
+
+log = logging.getLogger("overcommit.http")
+
+STATUS_LINES: Final = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus
+}
+_OK_JSON: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n"
+)
+_OK_BINARY: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
+    b"inference-header-content-length: %d\r\ncontent-length: %d\r\n%b\r\n"
+)
+_CLOSE: Final = b"connection: close\r\n"
+
+
+class _NoEvent:
+    """Stands for the asyncio.Event of uvicorn's cycle; nobody waits on an exchange."""
+
+    def set(self) -> None:
+        """Do nothing."""
+
+
+_NO_EVENT: Final = _NoEvent()
+
+
+def error_body(message: str) -> bytes:
+    """The JSON body of every refusal."""
+    return msgspec.json.encode({"error": message})
+
+
+class Exchange:
+    """See the module.  Defaults are on the class: most of them stay."""
+
+    # What uvicorn's own cycle has.
+    message_event = _NO_EVENT
+    more_body = True
+    response_complete = False
+    disconnected = False
+    keep_alive = True
+
+    waits_for_turn = False
+    encoding = b""
+    json_bytes: int | None = None
+    body_bytes: int | None = None  # None: sent in chunks
+    body: bytes | bytearray = b""
+    held_bytes = 0  # of the front end's body budget
+    prepared: Prepared | None = None
+    pending: Pending | None = None
+
+    def __init__(self, protocol: Connection, name: str, version: str | None) -> None:
+        self.protocol = protocol
+        self.name = name
+        self.version = version
+
+    # --- on the way in --------------------------------------------------------------------------
+    def try_begin(self) -> None:
+        """Submit, once the body is there and earlier requests of the connection are answered."""
+        if self.more_body or self.waits_for_turn or self.response_complete or self.disconnected:
+            return
+        front = self.protocol.front
+        try:
+            if self.encoding:
+                limit = front.settings.body_bytes_max
+                self.body = binary.decompress(bytes(self.body), self.encoding, limit)
+            route = front.find(self.name, self.version)
+            if route is None:
+                self.protocol.loop.create_task(self._begin_later())
+                return
+            self._submit(prepare(front.plans.of(route), bytes(self.body), self.json_bytes))
+        except OvercommitError as error:
+            self.fail(error)
+        except Exception:  # the request boundary
+            self._fail_badly()
+
+    async def _begin_later(self) -> None:
+        """The version's image is being made: wait for it."""
+        front = self.protocol.front
+        try:
+            route = await front.wait_for_route(self.name, self.version)
+            if not self.disconnected:
+                self._submit(prepare(front.plans.of(route), bytes(self.body), self.json_bytes))
+        except OvercommitError as error:
+            self.fail(error)
+        except Exception:  # the request boundary
+            self._fail_badly()
+
+    def _submit(self, prepared: Prepared) -> None:
+        """Hand the request to a worker."""
+        self.prepared = prepared
+        front = self.protocol.front
+        dispatch = front.dispatch
+        now_ns = time.monotonic_ns()
+        pending = dispatch.open(prepared.plans.route, prepared.plan, self, now_ns)
+        self.pending = pending
+        dispatch.fill(pending, prepared.plan, prepared.data)
+        self.drop_body()
+        prepared.data = ()
+        dispatch.send(pending, now_ns + front.timeout_ns(prepared))
+
+    def try_begin_bulk(self) -> list[memoryview] | None:
+        """Reserve the blocks as soon as the JSON is there; return the space for the rest.
+
+        None: the body is to be gathered as usual.  What is wrong with the request is answered then.
+        """
+        front, json_bytes, body_bytes = self.protocol.front, self.json_bytes, self.body_bytes
+        assert json_bytes is not None
+        assert body_bytes is not None
+        try:
+            route = front.find(self.name, self.version)
+            if route is None:
+                return None
+            text = bytes(self.body[:json_bytes])
+            prepared = prepare_head(front.plans.of(route), text, body_bytes - json_bytes)
+            if prepared is None:
+                return None
+            self.pending = front.dispatch.open(route, prepared.plan, self, time.monotonic_ns())
+        except OvercommitError as error:
+            log.debug("model '%s': not received in place: %s", self.name, error.message)
+            return None
+        self.prepared = prepared
+        return front.dispatch.space(self.pending, prepared.plan)
+
+    def end_bulk(self) -> None:
+        """The last byte is in its place."""
+        self.more_body = False
+        assert self.prepared is not None
+        if self.pending is not None:  # else it was answered meanwhile
+            front = self.protocol.front
+            timeout_ns = front.timeout_ns(self.prepared)
+            front.dispatch.send(self.pending, time.monotonic_ns() + timeout_ns)
+
+    def abandon(self) -> None:
+        """The client is gone."""
+        self.disconnected = True
+        self.drop_body()
+        if self.pending is not None:
+            self.protocol.front.dispatch.abandon(self.pending)
+            self.pending = None
+
+    def drop_body(self) -> None:
+        """Let go of the body, and of its part of the budget."""
+        self.body = b""
+        if self.held_bytes:
+            self.protocol.front.bodies_bytes -= self.held_bytes
+            self.held_bytes = 0
+
+    # --- on the way out -------------------------------------------------------------------------
+    def succeed(self, view: memoryview) -> None:
+        """Write the model's answer."""
+        self.pending = None
+        assert self.prepared is not None
+        try:
+            answer = respond(self.prepared, view)
+        except OvercommitError as error:
+            self.fail(error)
+            return
+        except Exception:  # the request boundary: others wait for their completions
+            self._fail_badly()
+            return
+        close = self._close_header()
+        pieces = answer.pieces
+        if answer.json_bytes is None:
+            head = _OK_JSON % (len(pieces[0]), close)
+        else:
+            length = sum(map(len, pieces))
+            head = _OK_BINARY % (answer.json_bytes, length, close)
+            if length > JOIN_BYTES_MAX:
+                self._finish([head + pieces[0], *pieces[1:]])
+                return
+        self._finish([b"".join((head, *pieces))])
+
+    def fail(self, error: OvercommitError) -> None:
+        """Write an error."""
+        self.pending = None
+        body = error_body(error.message)
+        lines = [STATUS_LINES[error.http_status], "content-type: application/json"]
+        if error.retry_after_s is not None:
+            lines.append(f"retry-after: {max(1, round(error.retry_after_s))}")
+        lines.append(f"content-length: {len(body)}\r\n")
+        self._finish(["\r\n".join(lines).encode() + self._close_header() + b"\r\n" + body])
+
+    def _fail_badly(self) -> None:
+        log.exception("a request for model '%s' failed", self.name)
+        self.fail(OvercommitError("internal error; see the server's log"))
+
+    def _close_header(self) -> bytes:
+        if self.protocol.front.is_draining:
+            self.keep_alive = False
+        return b"" if self.keep_alive else _CLOSE
+
+    def _finish(self, response: list[bytes]) -> None:
+        """Write the response and let the next request of the connection go on."""
+        if self.response_complete or self.disconnected:
+            return
+        self.response_complete = True
+        if self.body:
+            self.drop_body()
+        self.protocol.on_exchange_done(self, response)

@@ -1,0 +1,238 @@
+"""How the requests for one version lie in a block, and how its answers are written as JSON.
+
+Requests for a version differ in their numbers and seldom in anything else.  What depends only on
+names, datatypes and shapes is worked out once, checked, and kept: the block's header and places for
+requests, the fixed pieces of the JSON for answers.
+
+Invariants
+ 1. An `InputPlan` exists only for inputs that fit the version: names, datatypes, ranks, fixed
+    sizes, one size for each named axis, no input missing or twice.
+ 2. An `OutputPlan` is used only for a block whose header is byte for byte the one that it was made
+    from, after `payload.decode` had checked that.
+ 3. At most PLANS_MAX plans of each kind are kept for a version.
+
+Called by `inference`; one `RoutePlans` for each route that is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from overcommit.runtime import payload
+from overcommit.runtime.config import RANK_MAX, TensorSpec
+from overcommit.runtime.errors import BadRequest, ProtocolError
+from overcommit.runtime.messages import Route
+from overcommit.runtime.payload import DATATYPES, TensorPlace
+from overcommit.server import codec
+from overcommit.server.limits import DIMENSION_MAX, PLANNED_ROUTES_MAX, PLANS_MAX
+
+Key = tuple[tuple[str, str, tuple[int, ...]], ...]  # of each input: name, datatype, shape
+Selection = tuple[tuple[str, bool | None], ...] | None  # outputs that are asked for; None: all
+
+_UNKNOWN_AXIS = 128  # guess for an output axis that no input decides
+
+
+@dataclass(slots=True, frozen=True)
+class InputPlan:
+    """Where the tensors of a request lie.  `header` reaches up to the first tensor."""
+
+    places: tuple[TensorPlace, ...]  # in the order of the request
+    header: bytes
+    nbytes: int
+    out_bytes: int  # a guess of the egress needed
+    counts: tuple[int, ...]  # elements of each tensor
+
+
+@dataclass(slots=True, frozen=True)
+class Part:
+    """One output: the JSON before its numbers, and where its bytes lie."""
+
+    prefix: bytes
+    name: str
+    datatype: str
+    start: int
+    end: int
+    is_binary: bool
+
+
+@dataclass(slots=True, frozen=True)
+class OutputPlan:
+    """The pieces of an answer's JSON; `tail` and the end follow the last."""
+
+    parts: tuple[Part, ...]
+    tail: bytes
+
+
+class RoutePlans:
+    """The plans of one route."""
+
+    __slots__ = ("_floats", "_header_words", "_inputs", "_outputs", "_specs", "route")
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
+        self._floats = bool(route.inputs) and all(
+            spec.datatype in ("FP32", "FP64") for spec in route.inputs
+        )
+        self._inputs: dict[Key, InputPlan] = {}
+        self._outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = {}
+        self._header_words = 0  # of the answer seen last: the next one is most likely as long
+
+    @property
+    def are_floats(self) -> bool:
+        """Whether every input is FP32 or FP64, so that numbers can be decoded in one go."""
+        return self._floats
+
+    # --- requests -------------------------------------------------------------------------------
+    def known(self, key: Key) -> InputPlan | None:
+        """The plan of these inputs, if there is one."""
+        return self._inputs.get(key)
+
+    def check(self, key: Key) -> None:
+        """Raise BadRequest when these inputs do not fit the version."""
+        specs = self._specs
+        axes: dict[str, int] = {}
+        seen: set[str] = set()
+        for name, datatype, shape in key:
+            found = specs.get(name)
+            if found is None:
+                raise BadRequest(f"unknown input '{name}'; its inputs are {sorted(specs)}")
+            if name in seen:
+                raise BadRequest(f"input '{name}' is given twice")
+            seen.add(name)
+            _check(self.route, found[1], datatype, shape, axes)
+        for name, (_, spec) in specs.items():
+            if name not in seen and not spec.optional:
+                raise BadRequest(f"input '{name}' is missing; its inputs are {sorted(specs)}")
+
+    def make(self, key: Key, sizes: Sequence[int]) -> InputPlan:
+        """Make the plan of inputs that were checked and take this many bytes.
+
+        Raises BadRequest when a shape needs another number of them.
+        """
+        tensors: list[tuple[int, str, int, tuple[int, ...]]] = []
+        counts: list[int] = []
+        axes: dict[str, int] = {}
+        for (name, datatype, shape), nbytes in zip(key, sizes, strict=True):
+            index, spec = self._specs[name]
+            count = math.prod(shape)
+            width = DATATYPES[datatype][1]
+            if width and nbytes != count * width:
+                raise BadRequest(
+                    f"input '{name}' has {nbytes // width} elements, its shape {list(shape)} "
+                    f"needs {count}"
+                )
+            counts.append(count)
+            tensors.append((index, datatype, nbytes, shape))
+            axes |= {axis: size for axis, size in zip(spec.axes, shape, strict=False) if axis}
+        places, total = payload.plan(tensors)
+        header = bytearray(payload.header_bytes([len(shape) for *_, shape in tensors]))
+        payload.encode(memoryview(header), places)
+        plan = InputPlan(places, bytes(header), total, _guess(self.route, axes), tuple(counts))
+        # The bytes of a BYTES tensor differ from request to request.
+        if all(spec.datatype != "BYTES" for _, spec in self._specs.values()):
+            if len(self._inputs) >= PLANS_MAX:
+                self._inputs.clear()
+            self._inputs[key] = plan
+        return plan
+
+    # --- answers --------------------------------------------------------------------------------
+    def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
+        """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
+        words = self._header_words
+        plan = self._outputs.get((bytes(view[:words]), selection, all_binary))
+        if plan is not None and (not plan.parts or plan.parts[-1].end <= len(view)):
+            return plan
+        places = payload.decode(view)
+        words = payload.WORD_BYTES * (2 + sum(5 + len(place.shape) for place in places))
+        plan = self._write(places, selection, all_binary)
+        self._header_words = words
+        if len(self._outputs) >= PLANS_MAX:
+            self._outputs.clear()
+        self._outputs[bytes(view[:words]), selection, all_binary] = plan
+        return plan
+
+    def _write(
+        self, places: tuple[TensorPlace, ...], selection: Selection, all_binary: bool
+    ) -> OutputPlan:
+        route = self.route
+        wanted = None if selection is None else dict(selection)
+        encode = codec.encode
+        before = b'{"model_name":%b,"model_version":%b,"outputs":[' % (
+            *(encode(route.name), encode(route.version)),
+        )
+        parts: list[Part] = []
+        for place in places:
+            if place.index >= len(route.outputs):
+                raise ProtocolError(f"an answer has output {place.index}, which nobody knows")
+            name = route.outputs[place.index].name
+            is_binary = all_binary
+            if wanted is not None:
+                if name not in wanted:
+                    continue
+                own = wanted[name]
+                is_binary = all_binary if own is None else own
+            before += b'{"name":%b,"datatype":%b,"shape":%b,' % (
+                *(encode(name), encode(place.datatype), encode(place.shape)),
+            )
+            if is_binary:
+                before += b'"parameters":{"binary_data_size":%d}' % place.nbytes
+            else:
+                before += b'"data":'
+            end = place.offset + place.nbytes
+            parts.append(Part(before, name, place.datatype, place.offset, end, is_binary))
+            before = b"},"
+        return OutputPlan(tuple(parts), b"}]" if parts else before + b"]")
+
+
+class Plans:
+    """The plans of the routes asked lately."""
+
+    def __init__(self) -> None:
+        self._routes: dict[int, RoutePlans] = {}
+
+    def of(self, route: Route) -> RoutePlans:
+        """Return a route's plans; a route that was announced anew gets new ones."""
+        plans = self._routes.get(route.slot)
+        if plans is None or plans.route is not route:
+            if len(self._routes) >= PLANNED_ROUTES_MAX:
+                self._routes.clear()
+            plans = self._routes[route.slot] = RoutePlans(route)
+        return plans
+
+
+def _check(
+    route: Route, spec: TensorSpec, datatype: str, shape: tuple[int, ...], axes: dict[str, int]
+) -> None:
+    if datatype != spec.datatype:
+        raise BadRequest(f"input '{spec.name}' is {datatype}, it must be {spec.datatype}")
+    misfit = f"input '{spec.name}' has shape {list(shape)}, it must fit {list(spec.shape)}"
+    if len(shape) != len(spec.shape) or len(shape) > RANK_MAX:
+        raise BadRequest(misfit)
+    for axis, (given, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
+        if not 0 <= given <= DIMENSION_MAX or (wanted >= 0 and given != wanted):
+            raise BadRequest(misfit)
+        name = spec.axes[axis] if spec.axes else None
+        if name is not None and axes.setdefault(name, given) != given:
+            raise BadRequest(
+                f"input '{spec.name}' has {given} for the axis '{name}', another input has "
+                f"{axes[name]}"
+            )
+    if route.max_batch_size and shape and shape[0] > route.max_batch_size:
+        raise BadRequest(
+            f"input '{spec.name}' has {shape[0]} rows, max_batch_size is {route.max_batch_size}; "
+            f"send fewer rows or raise it in model.toml"
+        )
+
+
+def _guess(route: Route, axes: dict[str, int]) -> int:
+    total = payload.header_bytes([len(spec.shape) for spec in route.outputs])
+    for spec in route.outputs:
+        nbytes = DATATYPES[spec.datatype][1] or 64
+        names = spec.axes or (None,) * len(spec.shape)
+        for name, size in zip(names, spec.shape, strict=True):
+            nbytes *= size if size >= 0 else axes.get(name or "", _UNKNOWN_AXIS)
+        total += nbytes + 64
+    return total

@@ -1,0 +1,50 @@
+"""A front end's side of the link with one worker incarnation.
+
+Called by the dispatch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+
+from overcommit.runtime import _shm
+from overcommit.runtime.messages import LinkUp
+
+
+def link_key(seat: int, epoch: int) -> int:
+    """Name a worker incarnation."""
+    return seat << 16 | epoch
+
+
+@dataclass(slots=True, eq=False)
+class WorkerLink:
+    """The rings, and how many requests are lent there.  Owns the worker's doorbell."""
+
+    key: int
+    submissions: _shm.SubmissionRing
+    completions: _shm.CompletionRing
+    bell: int
+    status: _shm.StatusPage
+    lent_max: int
+    lent: int = 0
+    is_broken: bool = False  # it lied once; nothing goes there any more
+
+    @classmethod
+    def take(cls, message: LinkUp, fds: dict[str, int], epoch: int) -> WorkerLink:
+        """Map what the message brings; takes over its descriptors.  `epoch` is our own."""
+        half = message.completion_offset
+        memory = mmap.mmap(fds["link"], 2 * half)
+        page = mmap.mmap(fds["page"], _shm.STATUS_BYTES, prot=mmap.PROT_READ)
+        os.close(fds["link"])
+        os.close(fds["page"])
+        return cls(
+            key=link_key(message.seat, message.epoch),
+            submissions=_shm.SubmissionRing(memory, 0, True, epoch, message.epoch),
+            completions=_shm.CompletionRing(memory, half, False, message.epoch, epoch),
+            bell=fds["peer_doorbell"],
+            status=_shm.StatusPage(page, 0, False),
+            # Half: cancels need places too, and every answer needs one on the way back.
+            lent_max=message.slot_count // 2,
+        )
