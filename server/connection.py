@@ -152,6 +152,10 @@ class Connection(HttpToolsProtocol):
             elif self.transport.get_protocol() is not self:
                 self.transport.abort()  # a body is received in place
             else:
-                self._refuse(
-                    RequestTimeout(f"the request was not complete within {self._limit_s:g} s")
-                )
+                current: Any = self.cycle
+                is_its = current is not None and current.more_body and not current.response_complete
+                if is_its and not isinstance(current, Exchange):
+                    self.transport.abort()  # the app waits for a body that does not come
+                    return
+                error = RequestTimeout(f"the request was not complete within {self._limit_s:g} s")
+                self._refuse(error, current if is_its else None)

@@ -106,6 +106,27 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def long_request(values: Any) -> bytes:
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "x",
+                    "datatype": "FP32",
+                    "shape": list(values.shape),
+                    "parameters": {"binary_data_size": values.nbytes},
+                }
+            ],
+            "parameters": {"binary_data_output": True},
+        }
+    ).encode()
+    return post(
+        "/v2/models/echo-fp32/infer",
+        head + values.tobytes(),
+        f"Inference-Header-Content-Length: {len(head)}",
+    )
+
+
 def body_of(value: float, rows: int = 1) -> bytes:
     data = [value] * 2 * rows
     return json.dumps({"inputs": [tensor(data, [rows, 2])], "id": str(value)}).encode()
@@ -353,41 +374,46 @@ def test_http_10_and_connection_close_are_honoured(server: Server) -> None:
 def test_a_large_answer_to_a_slow_reader_is_whole_and_only_its_own(server: Server) -> None:
     # The transport keeps reading what it was given; a block that was freed too early would put
     # another client's bytes into this answer.
-    rows = 8
-    columns = 12_000
-    blob = np.full((rows, columns), 7.0, np.float32).tobytes()
-    head = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "x",
-                    "datatype": "FP32",
-                    "shape": [rows, columns],
-                    "parameters": {"binary_data_size": len(blob)},
-                }
-            ],
-            "parameters": {"binary_data_output": True},
-        }
-    ).encode()
-    request = post(
-        "/v2/models/echo-fp32/infer",
-        head + blob,
-        f"Inference-Header-Content-Length: {len(head)}",
-    )
+    blob = np.full((8, 12_000), 7.0, np.float32)
+    request = long_request(blob)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.settimeout(WATCHDOG_S)
     slow.connect(("127.0.0.1", server.port))
     slow.sendall(request)
     server.wait_until(lambda: server.status()["front_ends"][0]["in_flight"] == 0)
-    other = blob.replace(struct.pack("<f", 7.0), struct.pack("<f", 9.0))
     for _ in range(20):
-        assert raw(server, request.replace(blob, other))[0][0] == 200
+        assert raw(server, long_request(blob + 2))[0][0] == 200
     status, answer_head, body = read_one(slow)
     slow.close()
     length = int(answer_head.lower().split(b"inference-header-content-length: ")[1].split()[0])
     assert status == 200
-    assert body[length:] == blob
+    assert body[length:] == blob.tobytes()
+
+
+@pytest.mark.parametrize("piece", [37_777, 200_000, 10_000_000])
+def test_long_binary_bodies_are_whole_however_they_are_cut(server: Server, piece: int) -> None:
+    rng = np.random.default_rng(piece)
+    with socket.create_connection(("127.0.0.1", server.port), WATCHDOG_S) as connection:
+        for _ in range(3):
+            blob = rng.standard_normal((4, 60_000)).astype(np.float32)
+            stream = long_request(blob) + post("/v2/models/echo-fp32/infer", body_of(3.0))
+            for start in range(0, len(stream), piece):
+                connection.sendall(stream[start : start + piece])
+            status, _, body = read_one(connection)
+            assert (status, body[-blob.nbytes :]) == (200, blob.tobytes())
+            status, _, body = read_one(connection)
+            assert (status, json.loads(body)["outputs"][0]["data"]) == (200, [3.0, 3.0])
+
+
+def test_clients_that_leave_in_the_middle_of_long_bodies_cost_nothing(server: Server) -> None:
+    request = long_request(np.zeros((4, 60_000), np.float32))
+    for cut in (300, 150_000, 700_000):
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", server.port), WATCHDOG_S) as connection:
+                connection.sendall(request[:cut])
+    server.wait_until(lambda: server.status()["front_ends"][0]["blocks_used"] == 0)
+    assert raw(server, request)[0][0] == 200
 
 
 @pytest.mark.parametrize(

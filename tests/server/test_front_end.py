@@ -1,0 +1,402 @@
+"""The front end over real rings: ways in, dispatch, workers that die, clients that are slow."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from front_end_rig import ARENA_BYTES, Client, Peer, Rig, in_loop
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overcommit.runtime import _shm
+from overcommit.runtime.config import PIPELINE_MAX
+from overcommit.runtime.lanes import RUN_ALONE
+from overcommit.server.limits import (
+    BODY_TIMEOUT_S,
+    BULK_BYTES_MIN,
+    HEAD_TIMEOUT_S,
+    SMALL_BODY_BYTES,
+    WRITE_TIMEOUT_S,
+)
+
+HEAD = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: h\r\n"
+
+
+def body(*values: float, id: str | None = None) -> bytes:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(values)], "data": values}
+    return json.dumps({"inputs": [tensor], **({} if id is None else {"id": id})}).encode()
+
+
+def request(content: bytes, *headers: bytes) -> bytes:
+    lines = b"".join(line + b"\r\n" for line in headers)
+    return HEAD + lines + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+def binary_request(values: np.ndarray[Any, Any], *headers: bytes) -> bytes:
+    tensor = {
+        "name": "x",
+        "datatype": "FP32",
+        "shape": [1, values.size],
+        "parameters": {"binary_data_size": values.nbytes},
+    }
+    text = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    length = b"Inference-Header-Content-Length: %d" % len(text)
+    return request(text + values.tobytes(), length, *headers)
+
+
+def answers(written: bytes) -> list[tuple[int, Any]]:
+    """Cut what was written into (status, body)."""
+    found: list[tuple[int, Any]] = []
+    while written:
+        head, _, rest = written.partition(b"\r\n\r\n")
+        lines = head.lower().split(b"\r\n")
+        fields = dict(line.split(b": ") for line in lines[1:])
+        length = int(fields[b"content-length"])
+        content, written = rest[:length], rest[length:]
+        size = fields.get(b"inference-header-content-length")
+        found.append(
+            (
+                int(lines[0].split()[1]),
+                json.loads(content) if size is None else content[int(size) :],
+            )
+        )
+    return found
+
+
+def numbers(answer: tuple[int, Any]) -> list[float]:
+    assert answer[0] == 200, answer
+    data: list[float] = answer[1]["outputs"][0]["data"]
+    return data
+
+
+# --- ways in ------------------------------------------------------------------------------------
+@given(
+    cuts=st.lists(st.integers(0, 1200), max_size=8),
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+)
+def test_how_the_bytes_are_cut_changes_nothing(cuts: list[int], counts: list[int]) -> None:
+    stream = b"".join(
+        request(body(*range(number, number + count), id=str(number)))
+        for number, count in enumerate(counts)
+    )
+    # A connection before it has made some of the heads known, and not all.
+    known = request(body(5.0, id="0"))
+
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        rig.connect().send(known)
+        peer.answer_all()
+        client = rig.connect()
+        at = 0
+        for cut in sorted({min(cut, len(stream)) for cut in cuts} | {len(stream)}):
+            client.send(stream[at:cut])
+            at = cut
+            peer.answer_all()
+        while peer.answer_all():
+            pass
+        found = answers(client.written)
+        assert [numbers(each) for each in found] == [
+            [2.0 * value for value in range(number, number + count)]
+            for number, count in enumerate(counts)
+        ]
+        assert [each[1]["id"] for each in found] == [str(number) for number in range(len(counts))]
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_head_is_parsed_once() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        for _ in range(3):
+            client.send(request(body(1.0)))
+            peer.answer_all()
+        assert len(rig.heads) == 1
+        # And the parser has not seen the other two.
+        assert client.protocol._raw_head == b""
+        assert [numbers(each) for each in answers(client.written)] == [[2.0]] * 3
+
+    in_loop(test)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        request(body(1.0), b"Connection: close"),
+        request(body(1.0), b"Expect: 100-continue"),
+        request(body(1.0), b"Content-Encoding: gzip"),
+        request(body(1.0), b"X-Long: " + b"x" * 2000),
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        request(b"x" * (SMALL_BODY_BYTES + 1)),
+        request(body(1.0)).replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+)
+def test_a_head_that_means_more_is_not_remembered(raw: bytes) -> None:
+    def test() -> None:
+        rig = Rig()
+        Peer(rig, 0, 1)
+        rig.connect().send(raw)
+        assert not rig.heads
+
+    in_loop(test)
+
+
+def test_a_head_that_ends_with_bare_line_feeds_is_not_remembered() -> None:
+    def test() -> None:
+        rig = Rig()
+        Peer(rig, 0, 1)
+        content = body(1.0)
+        raw = HEAD.replace(b"\r\n", b"\n") + b"Content-Length: %d\n\n" % len(content)
+        rig.connect().send(raw + content + b"\r\n\r\n")
+        assert not rig.heads
+
+    in_loop(test)
+
+
+def test_requests_whose_heads_are_known_wait_for_their_turn_and_are_limited() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1, slots=256)
+        client = rig.connect()
+        client.send(request(body(0.0)))
+        peer.answer_all()
+        client.transport.written.clear()
+        client.send(b"".join(request(body(float(i))) for i in range(10)))
+        assert len(peer.take()) == 1, "the others wait for the first"
+        peer.answer(peer.taken[-1])
+        rig.dispatch.drain()
+        while peer.answer_all():
+            pass
+        assert [numbers(each) for each in answers(client.written)] == [[2.0 * i] for i in range(10)]
+        client.send(request(body(1.0)) * (PIPELINE_MAX + 2))
+        while peer.answer_all():
+            pass
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+# --- long bodies --------------------------------------------------------------------------------
+VALUES = np.arange(2 * BULK_BYTES_MIN // 4, dtype=np.float32)
+
+
+@pytest.mark.parametrize("cut", [1, 60, 250, 5000, 200_000, 10_000_000])
+def test_a_long_binary_body_is_received_in_place(cut: int) -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        raw = binary_request(VALUES)
+        for start in range(0, len(raw), cut) if cut >= 5000 else (0, cut):
+            end = start + cut if cut >= 5000 or start == 0 else len(raw)
+            client.send(raw[start:end])
+        assert client.transport.protocol is client.protocol
+        assert not client.transport.is_paused
+        client.send(request(body(1.0)))  # the next request is parsed as ever
+        while peer.answer_all():
+            pass
+        first, second = answers(client.written)
+        np.testing.assert_array_equal(np.frombuffer(first[1], np.float32), 2 * VALUES)
+        assert numbers(second) == [2.0]
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_long_body_whose_sizes_do_not_add_up_is_a_400() -> None:
+    def test() -> None:
+        rig = Rig()
+        Peer(rig, 0, 1)
+        client = rig.connect()
+        raw = binary_request(VALUES)
+        wrong = raw.replace(b'"shape": [1, %d]' % VALUES.size, b'"shape": [1, %d]' % 65537)
+        client.send(wrong)
+        ((status, content),) = answers(client.written)
+        assert status == 400
+        assert "its shape [1, 65537] needs 65537" in content["error"]
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_long_body_gives_its_blocks_back() -> None:
+    def test() -> None:
+        rig = Rig()
+        Peer(rig, 0, 1)
+        client = rig.connect()
+        client.send(binary_request(VALUES)[: BULK_BYTES_MIN // 2])
+        assert client.transport.protocol is not client.protocol
+        assert rig.dispatch.ingress.blocks_used == 1
+        client.lose()
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_bodies_that_are_gathered_are_limited_together() -> None:
+    def test() -> None:
+        rig = Rig()
+        client = rig.connect()
+        client.send(request(b"x" * 100_000)[:90_000])
+        assert rig.bodies_bytes > 80_000
+        client.lose()
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+# --- time ---------------------------------------------------------------------------------------
+def test_slow_and_idle_connections_are_closed() -> None:
+    def test() -> None:
+        rig = Rig(keep_alive_s=75)
+        Peer(rig, 0, 1)
+        idle, slow_head, slow_body, slow_reader, busy = (rig.connect() for _ in range(5))
+        slow_head.send(HEAD)
+        slow_body.send(request(body(1.0))[:-5])
+        slow_reader.protocol.pause_writing()
+        busy.send(request(body(1.0)))
+
+        def closed_at(seconds: float) -> list[Client]:
+            everyone = (idle, slow_head, slow_body, slow_reader, busy)
+            for each in everyone:
+                if not each.transport.is_closed and not each.written:
+                    each.protocol.check_times(rig.clock_s + seconds)
+            return [each for each in everyone if each.transport.is_closed or each.written]
+
+        assert closed_at(HEAD_TIMEOUT_S - 1) == []
+        assert closed_at(HEAD_TIMEOUT_S + 1) == [slow_head]
+        assert answers(slow_head.written)[0][0] == 408
+        assert closed_at(WRITE_TIMEOUT_S + 1) == [slow_head, slow_reader]
+        assert closed_at(76) == [idle, slow_head, slow_reader]
+        assert closed_at(BODY_TIMEOUT_S + 1) == [idle, slow_head, slow_body, slow_reader]
+        assert busy.transport.is_closed is False, "its answer is our business"
+
+    in_loop(test)
+
+
+# --- workers ------------------------------------------------------------------------------------
+def test_what_a_dead_worker_had_queued_moves_on_and_what_it_ran_is_retried_alone() -> None:
+    def test() -> None:
+        rig = Rig()
+        first = Peer(rig, 0, 1)
+        clients = [rig.connect() for _ in range(3)]
+        for number, client in enumerate(clients):
+            client.send(request(body(float(number))))
+        taken = first.submissions.pop(2)  # the third stays in the ring
+        first.status.begin(3, _shm.PHASE_COMPUTE, time.monotonic_ns(), [taken[0][0]])
+        rig.dispatch.link_down(0, 1)
+        assert all(not client.written for client in clients)
+        second = Peer(rig, 0, 2)
+        moved = second.take()
+        assert [bool(each[9] & RUN_ALONE) for each in moved] == [True, False, False]
+        for submission in moved:
+            second.answer(submission)
+        rig.dispatch.drain()
+        assert [numbers(answers(client.written)[0]) for client in clients] == [[0.0], [2.0], [4.0]]
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_request_that_kills_two_workers_is_a_502() -> None:
+    def test() -> None:
+        rig = Rig()
+        client = rig.connect()
+        client.send(request(body(1.0)))
+        assert rig.dispatch.pending, "held until a worker comes"
+        for epoch in (1, 2):
+            peer = Peer(rig, 0, epoch)
+            (submission,) = peer.take()
+            peer.status.begin(3, _shm.PHASE_COMPUTE, time.monotonic_ns(), [submission[0]])
+            rig.dispatch.link_down(0, epoch)
+        ((status, content),) = answers(client.written)
+        assert status == 502
+        assert "model 'm'" in content["error"]
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_an_answer_that_comes_late_is_dropped_and_its_blocks_come_back_then() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        late, gone = rig.connect(), rig.connect()
+        late.send(request(body(1.0)))
+        gone.send(request(body(2.0)))
+        rig.dispatch.expire(time.monotonic_ns() + 61_000_000_000)
+        assert answers(late.written)[0][0] == 504
+        gone.lose()
+        assert rig.dispatch.ingress.blocks_used == 2, "the worker may still write to them"
+        peer.answer_all()
+        assert len(answers(late.written)) == 1
+        assert rig.dispatch.late == 2
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_worker_that_lies_about_its_answer_gets_no_more_requests() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        client.send(request(body(1.0)))
+        (submission,) = peer.take()
+        peer.answer(submission, length=ARENA_BYTES)
+        rig.dispatch.drain()
+        assert answers(client.written)[0][0] == 500
+        client = rig.connect()
+        client.send(request(body(1.0)))
+        assert not peer.take()
+        Peer(rig, 1, 2).answer_all()
+        assert numbers(answers(client.written)[0]) == [2.0]
+
+    in_loop(test)
+
+
+def test_an_answer_that_is_no_payload_is_a_500() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        client.send(request(body(1.0)))
+        (submission,) = peer.take()
+        out = submission[4]
+        rig.egress[out : out + 64] = b"\xff" * 64
+        peer.completions.push(submission[0], 1, 2, 3, 64, _shm.OK, 1, 0)
+        rig.dispatch.drain()
+        assert answers(client.written)[0][0] == 500
+        assert rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_full_ring_and_full_memory_are_503_and_nothing_leaks() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1, slots=8)
+        clients = [rig.connect() for _ in range(5)]
+        for client in clients:
+            client.send(request(body(1.0)))
+        assert [answers(client.written)[0][0] for client in clients if client.written] == [503]
+        peer.answer_all()
+        assert rig.is_empty()
+        block, count = rig.dispatch.ingress.try_reserve(ARENA_BYTES // 2), 0
+        while block is not None:
+            block, count = rig.dispatch.ingress.try_reserve(1), count + 1
+        client = rig.connect()
+        client.send(request(body(1.0)))
+        ((status, content),) = answers(client.written)
+        assert status == 503
+        assert "--payload-memory" in content["error"]
+        assert not rig.dispatch.pending
+
+    in_loop(test)
