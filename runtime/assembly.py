@@ -41,6 +41,13 @@ def gather(
     """Make the arrays of a batch; `blocks[i]` is the ingress block of `forms[i]`."""
     inputs: dict[str, Array] = {}
     first = forms[0]
+    if len(forms) == 1:
+        block = blocks[0]
+        for place in first.places:
+            spec = signature.inputs[place.index]
+            piece = block[place.offset : place.offset + place.nbytes]
+            inputs[spec.name] = _array(spec, piece, place.shape)
+        return inputs
     is_even = all(form.sizes == first.sizes for form in forms)
     for position, place in enumerate(first.places):
         spec = signature.inputs[place.index]
@@ -52,13 +59,11 @@ def gather(
         shapes = [form.places[position].shape for form in forms]
         if spec.datatype == "BYTES" or not is_even:
             parts = [_array(spec, *pair) for pair in zip(pieces, shapes, strict=True)]
-            inputs[spec.name] = parts[0] if len(parts) == 1 else _pad(spec, parts)
+            inputs[spec.name] = _pad(spec, parts)
             continue
         # The common case in one copy: equal shapes lie behind each other as they are.
         whole = bytearray().join(pieces)
-        shape = shapes[0]
-        if len(forms) > 1:
-            shape = (sum(form.rows for form in forms), *shape[1:])
+        shape = (sum(form.rows for form in forms), *shapes[0][1:])
         inputs[spec.name] = _numbers(spec, whole, shape)
     return inputs
 
@@ -222,7 +227,7 @@ def _write(signature: Signature, arrays: Sequence[Array], block: memoryview) -> 
     """Write one request's outputs behind their header; return the bytes that it needs."""
     pieces = [_joined(array) if array.dtype == object else _raw(array) for array in arrays]
     header, places, total = signature.answer_header(
-        tuple((len(piece), array.shape) for piece, array in zip(pieces, arrays, strict=True))
+        tuple([(len(piece), array.shape) for piece, array in zip(pieces, arrays, strict=True)])
     )
     if total > len(block):
         return total
@@ -233,7 +238,10 @@ def _write(signature: Signature, arrays: Sequence[Array], block: memoryview) -> 
 
 
 def _raw(array: Array) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    if not array.flags.c_contiguous or not array.size:
+        array = np.ascontiguousarray(array).reshape(-1)
+        return array.view(np.uint8).data
+    return memoryview(array).cast("B") if array.dtype != np.bool_ else array.view(np.uint8).data
 
 
 def _joined(array: Array) -> bytes:

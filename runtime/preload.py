@@ -25,6 +25,9 @@ PRELOAD_THREAD_ENV: Final = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    # Threads that wait for the next parallel region would spin for milliseconds on a core that a
+    # front end needs: 71 % of a worker's time with 16 MiB requests, measured.
+    "GOMP_SPINCOUNT": "1000",
     # Device counts by NVML: the CUDA call would poison every child.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "HF_HUB_OFFLINE": "1",

@@ -3,7 +3,7 @@
 One thread does everything on the way of a request and blocks only in `_shm.wait`; the helper thread
 of `bound.py` reads headers and imports programs.  One turn of the loop:
 
-    control messages -> rings -> lanes -> one batch -> completions -> doorbells
+    control messages -> rings -> lanes -> a batch, or a few short ones -> completions -> doorbells
 
 and only when a turn finds nothing to do: idle work (warm-up, garbage), arm, look again, sleep.
 
@@ -58,6 +58,9 @@ from overcommit.runtime.wishes import Wishes
 log = logging.getLogger("overcommit.worker")
 
 CONTROL_PERIOD_NS: Final = 200_000  # how often a busy worker looks at its control socket
+# Batches of one turn.  A bell costs as much as a small batch: answers share it.
+BATCHES_MAX: Final = 8
+BATCHES_NS: Final = 100_000
 COLLECT_PERIOD_NS: Final = 1_000_000_000  # garbage, when idle
 COLLECT_BUSY_NS: Final = 10_000_000_000  # garbage, when never idle
 # The helper thread imports code for seconds; with CPython's 5 ms it would delay each batch by that.
@@ -111,7 +114,7 @@ class Worker:
                 self.sleep()
 
     def turn(self) -> bool:
-        """Do what there is to do, one batch at most; False when there was nothing."""
+        """Do what there is to do, a few batches at most; False when there was nothing."""
         now_ns = time.monotonic_ns()
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
@@ -121,7 +124,13 @@ class Worker:
             self._take_control(now_ns)
             self.wishes.take_opened(now_ns)
         did = self._take_submissions(now_ns)
-        did = self._run_batch(now_ns) or did
+        for _ in range(BATCHES_MAX):
+            if not self._run_batch(now_ns):
+                break
+            did = True
+            # More of them only while they are short: what comes in meanwhile should join a batch.
+            if time.monotonic_ns() - now_ns > BATCHES_NS:
+                break
         self.links.ring_bells()
         self._drop_broken(now_ns)
         if now_ns - self._collected_ns >= COLLECT_BUSY_NS:

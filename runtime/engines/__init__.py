@@ -35,7 +35,7 @@ class BoundModel(Protocol):
         """Run one batch.
 
         Arrays are C-contiguous host arrays; BF16 travels as uint16, BYTES as object arrays of
-        bytes.  What is returned shares no memory with the inputs.  Raises ModelError.
+        bytes.  What is returned may share memory with the inputs.  Raises ModelError.
         """
         ...
 

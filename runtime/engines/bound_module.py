@@ -2,7 +2,8 @@
 
 Invariants
  1. What a model raises leaves as ModelError, with its type and text.
- 2. An array that is returned shares no memory with an input: the caller may reuse those at once.
+ 2. An array that `run_typed` returns shares no memory with an input.  What `run` returns may: its
+    caller owns the inputs, and reads the outputs before it lets go of them.
  3. Outputs have exactly the names that the signature lists, in its order, once it lists any.
 
 Called by the engines; the packer uses `call` to find out what a model gives.
@@ -32,27 +33,28 @@ class BoundModule:
 
     def __init__(self, call: Callable[[Arguments], object], config: ModelConfig) -> None:
         self._call = call
-        self._inputs = config.inputs
+        self._inputs = [(spec.name, spec.datatype) for spec in config.inputs]
         self._names = [spec.name for spec in config.outputs]
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError with what the model raised."""
-        arrays, _ = self.run_typed(inputs)
-        if not self._names:
-            return arrays
-        if missing := [name for name in self._names if name not in arrays]:
-            raise ModelError(f"the model gave no output {missing}")
-        return {name: arrays[name] for name in self._names}
+        names = self._names
+        try:
+            with torch.inference_mode():
+                outputs = flatten_outputs(self._call(self._arguments(inputs)), names)
+                if not names:
+                    names = list(outputs)
+                if missing := [name for name in names if name not in outputs]:
+                    raise ModelError(f"the model gave no output {missing}")
+                return {name: _host_array(outputs[name]) for name in names}
+        except ModelError:
+            raise
+        except Exception as error:  # the batch boundary: whatever the model's code raises
+            raise _as_model_error(error) from error
 
     def run_typed(self, inputs: dict[str, Array]) -> tuple[dict[str, Array], dict[str, str]]:
         """Run one batch; also return the V2 datatype of every output."""
-        arguments: Arguments = {
-            spec.name: inputs[spec.name]
-            if spec.datatype == "BYTES"
-            else to_tensor(inputs[spec.name], spec.datatype)
-            for spec in self._inputs
-            if spec.name in inputs
-        }
+        arguments = self._arguments(inputs)
         try:
             with torch.inference_mode():
                 outputs = flatten_outputs(self._call(arguments), self._names)
@@ -60,9 +62,20 @@ class BoundModule:
                 return _to_host(outputs, arguments), types
         except ModelError:
             raise
-        except Exception as error:  # the batch boundary: whatever the model's code raises
-            text = f"{type(error).__name__}: {error}"
-            raise ModelError(text[:ERROR_CHARS_MAX]) from error
+        except Exception as error:  # as above
+            raise _as_model_error(error) from error
+
+    def _arguments(self, inputs: dict[str, Array]) -> Arguments:
+        arguments: Arguments = {}
+        for name, datatype in self._inputs:
+            array = inputs.get(name)
+            if array is not None:
+                arguments[name] = array if datatype == "BYTES" else to_tensor(array, datatype)
+        return arguments
+
+
+def _as_model_error(error: Exception) -> ModelError:
+    return ModelError(f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX])
 
 
 def flatten_outputs(result: object, names: Sequence[str]) -> dict[str, Value]:
@@ -116,6 +129,13 @@ def _datatype(value: Value) -> str:
     return v2_of_torch(value.dtype) if isinstance(value, torch.Tensor) else v2_of_numpy(value)
 
 
+def _host_array(value: Value) -> Array:
+    if isinstance(value, torch.Tensor):
+        return to_array(value)
+    array = value.astype(object) if value.dtype.kind in "SU" else value
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
 def _to_host(outputs: Mapping[str, Value], arguments: Arguments) -> dict[str, Array]:
     """Make host arrays that share nothing with the arguments."""
     given = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
@@ -126,8 +146,7 @@ def _to_host(outputs: Mapping[str, Value], arguments: Arguments) -> dict[str, Ar
             array = to_array(value)
             shares = value.untyped_storage().data_ptr() in storages
         else:
-            array = value.astype(object) if value.dtype.kind in "SU" else value
-            array = np.ascontiguousarray(array) if array.ndim else array
+            array = _host_array(value)
             shares = any(
                 np.may_share_memory(array, to_array(other) if torch.is_tensor(other) else other)
                 for other in arguments.values()

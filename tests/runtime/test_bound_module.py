@@ -84,15 +84,15 @@ def test_an_array_over_the_input_is_copied_too() -> None:
         ModelConfig(inputs=(X,)),
     )
     inputs = {"x": np.ones((1, 4), np.float32)}
-    got = model.run(inputs)["same"]
+    got = model.run_typed(inputs)[0]["same"]
     assert not np.shares_memory(got, inputs["x"])
 
 
 def test_a_type_that_clients_cannot_get_is_an_error() -> None:
     with pytest.raises(ModelError, match="no V2 datatype"):
-        BoundModule(lambda arguments: torch.ones(1, dtype=torch.complex64), ModelConfig()).run({})
+        BoundModule(lambda _: torch.ones(1, dtype=torch.complex64), ModelConfig()).run_typed({})
     with pytest.raises(ModelError, match="no V2 datatype"):
-        BoundModule(lambda arguments: np.ones(1, np.complex64), ModelConfig()).run({})
+        BoundModule(lambda _: np.ones(1, np.complex64), ModelConfig()).run_typed({})
 
 
 def test_a_long_error_is_cut() -> None:
