@@ -241,7 +241,7 @@ def _raw(array: Array) -> memoryview:
     if not array.flags.c_contiguous or not array.size:
         array = np.ascontiguousarray(array).reshape(-1)
         return array.view(np.uint8).data
-    return memoryview(array).cast("B") if array.dtype != np.bool_ else array.view(np.uint8).data
+    return array.data.cast("B")
 
 
 def _joined(array: Array) -> bytes:

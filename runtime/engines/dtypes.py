@@ -62,9 +62,9 @@ def to_tensor(array: np.ndarray, datatype: str) -> torch.Tensor:
 
 def to_array(tensor: torch.Tensor) -> np.ndarray:
     """Return a tensor's values as a C-contiguous host array; bfloat16 as uint16."""
-    if tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous():
-        if not (tensor.requires_grad or tensor.is_neg()):
-            return tensor.numpy()  # nearly all of them; the checks below take a microsecond
+    is_plain = tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    if is_plain and not (tensor.requires_grad or tensor.is_neg()):
+        return tensor.numpy()  # nearly all of them; the checks below take a microsecond
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.uint16)
