@@ -37,7 +37,7 @@ from overcommit.runtime.image import read_header
 from overcommit.runtime.messages import Pack, PackDone, Route, Routes
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
-from overcommit.runtime.process import Process
+from overcommit.runtime.process import ForkServer, Process
 from overcommit.runtime.registry import Entry, State, to_route
 
 log = logging.getLogger("overcommit.catalogue")
@@ -78,8 +78,10 @@ class Catalogue:
         self._is_scanned = False
         self._is_serving = False
         self._is_example_shown = False
-        self._preload_due = True
-        self._preloaded: set[str] = set()  # program keys
+        self._programs: set[str] = set()  # keys of those whose imports are known
+        self._new_programs: dict[str, str] = {}  # key -> an image of it
+        self._modules: set[str] = set()  # what known programs import
+        self._preloaded_by: ForkServer | None = None
 
     # --- the repository -------------------------------------------------------------------------
     def start(self) -> None:
@@ -126,6 +128,7 @@ class Catalogue:
                     continue
                 if entry.state is State.READY:
                     self.house.activations.add(entry, now_ns)
+                    self._note_program(entry)
                 upsert.append(entry)
             self.announce_routes(upsert, changes.removed, now_ns)
             log.info(
@@ -133,7 +136,7 @@ class Catalogue:
                 *(len(self.registry), len(changes.added), len(changes.changed)),
                 *(len(changes.removed), len(changes.to_pack)),
             )
-        self._is_scanned = self._preload_due = True
+        self._is_scanned = True
 
     # --- packing --------------------------------------------------------------------------------
     def _start_packer(self) -> Process | None:
@@ -162,11 +165,11 @@ class Catalogue:
         if not done.ok:
             log.error("%s version %s: %s", entry.name, entry.version, done.message)
         removed = self.registry.on_packed(slot, done)
-        self._preload_due = True
         entry = self.registry.by_slot(slot)
         changed = [] if entry is None else [entry]
         if entry is not None and entry.state is State.READY:
             self.house.activations.add(entry, now_ns)
+            self._note_program(entry)
             self._show_example(entry)
         self.announce_routes(changed, removed, now_ns)
 
@@ -188,14 +191,21 @@ class Catalogue:
         server = self.house.fleet.fork_server
         if server is None or not server.is_ready or server.unfit is not None:
             return
-        modules: set[str] = set()
-        for entry in self.registry.entries():
-            if entry.state is State.READY and entry.program_key not in self._preloaded:
-                self._preloaded.add(entry.program_key)
-                with contextlib.suppress(ImageError):
-                    modules.update(modules_of(read_header(entry.image_path)[0].program))
-        if modules:
-            server.preload(tuple(sorted(modules)))
+        new: set[str] = set()
+        for image_path in self._new_programs.values():
+            with contextlib.suppress(ImageError):
+                new.update(modules_of(read_header(image_path)[0].program))
+        self._programs |= self._new_programs.keys()
+        self._new_programs.clear()
+        wanted = new - self._modules if self._preloaded_by is server else new | self._modules
+        self._modules |= new
+        self._preloaded_by = server
+        if wanted:
+            server.preload(tuple(sorted(wanted)))
+
+    def _note_program(self, entry: Entry) -> None:
+        if entry.program_key not in self._programs:
+            self._new_programs.setdefault(entry.program_key, entry.image_path)
 
     # --- front ends -----------------------------------------------------------------------------
     def announce_routes(self, changed: list[Entry], removed: list[int], now_ns: int) -> None:
@@ -223,8 +233,8 @@ class Catalogue:
     def step(self, now_ns: int) -> None:
         """Pack, tell new front ends, let retired versions go."""
         self.packing.step(now_ns)
-        if self._preload_due and self._is_serving and not len(self.packing):
-            self._preload_due = False
+        is_new_server = self.house.fleet.fork_server is not self._preloaded_by
+        if self._is_serving and (self._new_programs or is_new_server):
             self.preload()
         if self._is_scanned:
             for front in self.house.fleet.of_kind("front_end", ready=False):

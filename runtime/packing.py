@@ -13,15 +13,17 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
-import collections
 import logging
 from collections.abc import Callable
+from typing import Final
 
 from overcommit.runtime.config import PACK_TRIES_MAX, PACKER_IDLE_S, Settings
 from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Start, Stop
 from overcommit.runtime.process import Process
 
 log = logging.getLogger("overcommit.packing")
+
+TELL_PERIOD_NS: Final = 5_000_000_000
 
 
 class Packing:
@@ -41,7 +43,11 @@ class Packing:
         self._start_packer = start_packer
         self._describe = describe
         self._on_done = on_done
-        self._queue: collections.deque[int] = collections.deque()
+        # Dicts as ordered sets: with 20,000 versions to pack, looking through a queue takes seconds.
+        self._urgent: dict[int, None] = {}
+        self._queue: dict[int, None] = {}
+        self._packed = 0  # since the queue was empty
+        self._told_ns = 0
         self._tries: dict[int, int] = {}
         self._job = 0
         self._idle_since_ns = 0
@@ -52,39 +58,47 @@ class Packing:
 
     def __len__(self) -> int:
         """Versions that still need packing, the current one included."""
-        return len(self._queue) + (self.current is not None)
+        return len(self._urgent) + len(self._queue) + (self.current is not None)
 
     def add(self, slot: int) -> None:
         """Queue a version."""
-        if slot != self.current and slot not in self._queue:
-            self._queue.append(slot)
+        if slot != self.current and slot not in self._urgent:
+            self._queue[slot] = None
 
     def hurry(self, slot: int) -> None:
-        """Somebody waits for this one: it goes next."""
+        """Somebody waits for this one: it goes before those that nobody waits for."""
         if slot in self._queue:
-            self._queue.remove(slot)
-            self._queue.appendleft(slot)
+            del self._queue[slot]
+            self._urgent[slot] = None
 
     def drop(self, slot: int) -> None:
         """The version is gone."""
-        if slot in self._queue:
-            self._queue.remove(slot)
+        self._urgent.pop(slot, None)
+        self._queue.pop(slot, None)
+
+    def _take(self) -> int | None:
+        waiting = self._urgent or self._queue
+        if not waiting:
+            return None
+        slot = next(iter(waiting))
+        del waiting[slot]
+        return slot
 
     def step(self, now_ns: int) -> None:
         """Start a packer when there is work, give it the next job, send it home when idle."""
-        if self._queue and self.process is None:
+        self._tell(now_ns)
+        if (self._urgent or self._queue) and self.process is None:
             self.process = self._start_packer()
             if self.process is not None:
                 start = Start(kind="packer", seat=0, epoch=1, settings=self._settings)
                 self.process.control.post(start)
         if self.process is None or not self._is_ready or self.current is not None:
             return
-        while self._queue:
-            slot = self._queue.popleft()
+        while (slot := self._take()) is not None:
             self._job += 1
             job = self._describe(slot, self._job)
             if job is not None:
-                log.info("packing %s version %s", job.name, job.version)
+                log.debug("packing %s version %s", job.name, job.version)
                 self.current, self.progress = slot, (0, 0)
                 self.process.control.post(job)
                 return
@@ -93,6 +107,16 @@ class Packing:
         elif now_ns - self._idle_since_ns > PACKER_IDLE_S * 1e9:
             self.process.control.post(Stop())
             self._is_ready = False
+
+    def _tell(self, now_ns: int) -> None:
+        """Log how far packing has come, now and then and at its end."""
+        left = len(self)
+        if not self._packed or (left and now_ns - self._told_ns < TELL_PERIOD_NS):
+            return
+        log.info("%d versions packed, %d to go", self._packed, left)
+        self._told_ns = now_ns
+        if not left:
+            self._packed = 0
 
     def on_message(self, message: object, now_ns: int) -> None:
         """Handle what the packer said."""
@@ -114,7 +138,7 @@ class Packing:
         self._tries[slot] = self._tries.get(slot, 0) + 1
         if self._tries[slot] < PACK_TRIES_MAX:
             self.current = None
-            self._queue.appendleft(slot)
+            self._urgent = {slot: None, **self._urgent}
             return
         message = f"the packer process died ({ending}) while it packed this version"
         self._finish(PackDone(job=self._job, ok=False, message=message))
@@ -123,6 +147,7 @@ class Packing:
         slot, self.current = self.current, None
         if slot is not None:
             self._tries.pop(slot, None)
+            self._packed += 1
             self._on_done(slot, done)
 
     def close(self) -> None:
