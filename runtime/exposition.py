@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from overcommit.runtime.messages import Counters, ModelCounters
+from overcommit.runtime.messages import BATCH_UNIT, Counters, ModelCounters
 
 if TYPE_CHECKING:
     from overcommit.runtime.house import House
@@ -60,6 +60,7 @@ class _Snapshot(Collector):
             ("queue_ns", "Nanoseconds requests waited in a worker"),
             ("compute_ns", "Nanoseconds requests were computed"),
             ("request_ns", "Nanoseconds requests took in all"),
+            ("batches", "Batches that answered them"),
         ):
             family = CounterMetricFamily(
                 f"overcommit_model_{field}", text, labels=("model", "version")
@@ -113,7 +114,8 @@ class _Snapshot(Collector):
 
 
 def _field(counters: ModelCounters, name: str) -> float:
-    return float(getattr(counters, name))
+    value = float(getattr(counters, name))
+    return value / BATCH_UNIT if name == "batches" else value
 
 
 def exposition(house: House, totals: Counters) -> bytes:

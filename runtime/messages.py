@@ -22,13 +22,14 @@ Who sends what:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from overcommit.runtime.config import ModelConfig, Settings, TensorSpec
 
 Kind = Literal["front_end", "worker", "mover", "packer"]
+BATCH_UNIT: Final = 1_000_000
 Extents = tuple[tuple[int, int], ...]
 
 
@@ -196,7 +197,7 @@ class ModelCounters(msgspec.Struct, frozen=True, kw_only=True):
     queue_ns: int = 0
     compute_ns: int = 0
     request_ns: int = 0
-    batches: int = 0  # sum over successes of 1 / batch size, times 1000
+    batches: int = 0  # sum over successes of BATCH_UNIT / batch size
 
 
 class Counters(Message, frozen=True):

@@ -17,12 +17,10 @@ Invariants
 
 from __future__ import annotations
 
-import heapq
 import logging
 import mmap
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -30,21 +28,20 @@ from overcommit.runtime import _shm
 from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX
 from overcommit.runtime.errors import (
-    BadRequest,
     DeadlineExceeded,
-    ModelError,
     OvercommitError,
     Overloaded,
     PayloadTooLarge,
     ProtocolError,
-    Unavailable,
     WorkerLost,
 )
 from overcommit.runtime.lanes import RUN_ALONE
-from overcommit.runtime.messages import LinkUp, ModelCounters, Route
+from overcommit.runtime.messages import LinkUp, Route
 from overcommit.runtime.router import Router, short_queue
+from overcommit.server.failures import error_of
 from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX
 from overcommit.server.plans import InputPlan
+from overcommit.server.tallies import Tallies
 from overcommit.server.worker_link import WorkerLink, link_key
 
 log = logging.getLogger("overcommit.dispatch")
@@ -86,7 +83,16 @@ class Pending:
 class Dispatch:
     """All requests in flight of one front-end incarnation."""
 
-    def __init__(self, seat: int, epoch: int, ingress: mmap.mmap, egress: mmap.mmap) -> None:
+    def __init__(
+        self,
+        seat: int,
+        epoch: int,
+        ingress: mmap.mmap,
+        egress: mmap.mmap,
+        call_soon: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self._call_soon = call_soon
+        self._to_wake: set[WorkerLink] = set()
         self._base = seat << 56 | epoch << 40
         self._epoch = epoch
         self._count = 0
@@ -99,7 +105,7 @@ class Dispatch:
         self._held: dict[int, Pending] = {}
         self._hints: dict[int, int] = {}  # slot -> bytes that an answer of it needed
         self.requests = self.errors = self.late = self.retried = 0
-        self._counters: dict[int, list[int]] = {}
+        self.tallies = Tallies()
 
     # --- links ----------------------------------------------------------------------------------
     def rings(self) -> list[_shm.CompletionRing]:
@@ -254,8 +260,19 @@ class Dispatch:
         if not pushed:
             self._take_back(link, pending)
             self._fail(pending, Overloaded("the worker's ring is full", retry_after_s=1))
-        elif link.submissions.must_wake():
-            os.eventfd_write(link.bell, 1)
+            return
+        # Once for all requests that this turn of the loop brings: a wake-up costs the worker as
+        # much as a small batch, and those that come together should be one.
+        is_first = not self._to_wake
+        self._to_wake.add(link)
+        if is_first:
+            self._call_soon(self._wake)
+
+    def _wake(self) -> None:
+        for link in self._to_wake:
+            if link.key in self.links and link.submissions.must_wake():
+                os.eventfd_write(link.bell, 1)
+        self._to_wake.clear()
 
     def _take_back(self, link: WorkerLink, pending: Pending) -> None:
         link.lent -= 1
@@ -273,7 +290,7 @@ class Dispatch:
             if pending.link is None:
                 self._release(pending)
             if reply is not None:
-                self._count_done(pending, False, 0, 0, 1)
+                self.tallies.count_failure(pending.route.slot, pending.began_ns)
                 self.errors += 1
                 name = pending.route.name
                 reply.fail(DeadlineExceeded(f"model '{name}': no answer within the request's time"))
@@ -315,7 +332,8 @@ class Dispatch:
         view = self._out_view[pending.out_offset : pending.out_offset + length]
         name = pending.route.name
         if status == _shm.OK:
-            self._count_done(pending, True, started_ns - taken_ns, finished_ns - started_ns, batch)
+            waited_ns, ran_ns = started_ns - taken_ns, finished_ns - started_ns
+            self.tallies.count(pending.route.slot, pending.began_ns, waited_ns, ran_ns, batch)
             reply, pending.reply = pending.reply, None
             try:
                 reply.succeed(view)
@@ -334,40 +352,16 @@ class Dispatch:
             pending.out_offset, pending.out_capacity = block
             self._push(pending)
         else:
-            self._fail(
-                pending, self._error(name, status, bytes(view).decode(errors="replace"), detail)
-            )
-
-    def _error(self, name: str, status: int, text: str, detail: int) -> OvercommitError:
-        if status == _shm.EXPIRED:
-            return DeadlineExceeded(f"model '{name}': the request's time was over in the queue")
-        if status == _shm.OVERLOADED:
-            return Overloaded(f"model '{name}': its queue is full; try again", retry_after_s=1)
-        if status == _shm.NOT_RESIDENT:
-            code, _, message = text.partition("\n")
-            kind = {c.code: c for c in OvercommitError.__subclasses__()}.get(code, Unavailable)
-            return kind(message, retry_after_s=detail / 1000 if detail else None)
-        if status == _shm.BAD_REQUEST:
-            return BadRequest(f"model '{name}': {text}")
-        if status == _shm.TOO_LARGE:
-            return PayloadTooLarge(f"model '{name}': the answer needs {detail} bytes")
-        return ModelError(f"model '{name}': {text}")
+            text = bytes(view).decode(errors="replace")
+            self._fail(pending, error_of(name, status, text, detail))
 
     def _fail(self, pending: Pending, error: OvercommitError) -> None:
         self.errors += 1
-        self._count_done(pending, False, 0, 0, 1)
+        self.tallies.count_failure(pending.route.slot, pending.began_ns)
         reply = pending.reply
         self._release(pending)
         if reply is not None:
             reply.fail(error)
-
-    def _count_done(self, pending: Pending, ok: bool, queue: int, compute: int, batch: int) -> None:
-        row = self._counters.setdefault(pending.route.slot, [0] * 6)
-        row[0 if ok else 1] += 1
-        row[2] += queue
-        row[3] += compute
-        row[4] += time.monotonic_ns() - pending.began_ns
-        row[5] += 1000 // max(1, batch)
 
     def _release(self, pending: Pending) -> None:
         """Give both blocks back: nobody else can write to them any more."""
@@ -380,21 +374,3 @@ class Dispatch:
     def check(self) -> None:
         """Assert that every block belongs to exactly one request."""
         assert self.ingress.blocks_used == len(self.pending) == self.egress.blocks_used
-
-    def model_counters(self, limit: int) -> tuple[ModelCounters, ...]:
-        """Totals per version, of those with the most requests."""
-        rows = list(self._counters.items())
-        if len(rows) > limit:
-            rows = heapq.nlargest(limit, rows, key=lambda item: item[1][0] + item[1][1])
-        return tuple(
-            ModelCounters(
-                slot=slot,
-                success=row[0],
-                failure=row[1],
-                queue_ns=row[2],
-                compute_ns=row[3],
-                request_ns=row[4],
-                batches=row[5],
-            )
-            for slot, row in rows
-        )

@@ -85,7 +85,8 @@ class FrontEnd:
         egress = mmap.mmap(fds["egress"], nbytes, prot=mmap.PROT_READ)
         for name in ("ingress", "egress"):
             os.close(fds[name])
-        self.dispatch = Dispatch(start.seat, start.epoch, self._ingress, egress)
+        call_soon = asyncio.get_running_loop().call_soon
+        self.dispatch = Dispatch(start.seat, start.epoch, self._ingress, egress, call_soon)
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
         self._ask_id = 0
@@ -165,7 +166,7 @@ class FrontEnd:
                 blocks_used=dispatch.ingress.blocks_used + dispatch.egress.blocks_used,
                 late_completions=dispatch.late,
                 retries=dispatch.retried,
-                models=dispatch.model_counters(COUNTERS_MODELS_MAX),
+                models=dispatch.tallies.top(COUNTERS_MODELS_MAX),
             )
         )
 

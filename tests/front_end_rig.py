@@ -190,6 +190,7 @@ class Rig:
             self.epoch,
             mmap.mmap(ingress, ARENA_BYTES),
             mmap.mmap(egress, ARENA_BYTES, prot=mmap.PROT_READ),
+            lambda wake: wake(),
         )
         os.close(ingress)
         os.close(egress)
