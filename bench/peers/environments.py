@@ -1,7 +1,7 @@
 """Python environments of other servers: one per peer and version, made when it is first asked for.
 
-    WORK/peers/NAME-DIGEST/        a virtual environment, complete when `made.txt` is in it
-    WORK/peers/NAME-DIGEST.log     what pip said
+    WORK/peers/NAME-VERSION-DIGEST/        a virtual environment, complete when made.txt is in it
+    WORK/peers/NAME-VERSION-DIGEST.log     what pip said
 
 Invariants
  1. An environment is used only when its stamp is there, and the stamp is written last: a folder
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from overcommit.bench.errors import BenchError
 from overcommit.bench.peers.peer import CannotDo, Requirements
 
 STAMP: Final = "made.txt"
+FROZEN: Final = "versions.txt"
 INSTALL_LIMIT_S: Final = 1800.0
 LOG_TAIL_CHARS: Final = 2000
 
@@ -104,10 +106,19 @@ def ensure(
             if (pip or run_pip)(folder, ["install", *step], log) != 0:
                 tail = log.read_text(errors="replace")[-LOG_TAIL_CHARS:]
                 raise CannotDo(f"{name} cannot be installed; the end of {log}:\n{tail}")
+        _freeze(folder)
         lines = [" ".join(step) for step in requirements.steps]
         (folder / STAMP).write_text("\n".join(lines) + "\n")
         say(f"{name} is installed after {time.monotonic() - started:.0f} s")
         return Environment(folder)
+
+
+def _freeze(folder: Path) -> None:
+    """Write down every version that is there, the dependencies' too, which are not pinned."""
+    packages = Environment(folder).packages
+    found = importlib.metadata.distributions(path=[str(packages)])
+    lines = sorted(f"{one.metadata['Name']}=={one.version}" for one in found)
+    (folder / FROZEN).write_text("\n".join(lines) + "\n")
 
 
 @contextlib.contextmanager
