@@ -247,7 +247,7 @@ def add(report: Report, comparison: Comparison, limits: dict[str, float] | None 
             for what, label, unit in (
                 ("p50_ms", "p50", "ms"),
                 ("p99_ms", "p99", "ms"),
-                ("cpu_us", "server CPU per request", "us"),
+                ("cpu_us", "server CPU a request", "us"),
             ):
                 spread = comparison.spread(name, case, what)
                 text = f"{spread.low:,.2f}..{spread.high:,.2f}"

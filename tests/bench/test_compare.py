@@ -130,6 +130,6 @@ def test_the_report_has_rows_with_the_ratio_beside_the_peer() -> None:
     assert figures[f"{OURS}: requests"].ratio == 0.25
     assert "4.00 (4.00..4.00)" in figures["peer: requests"].note
     assert figures["peer: p99"].value == 8.0
-    assert figures["peer: server CPU per request"].value == 50.0
+    assert figures["peer: server CPU a request"].value == 50.0
     assert figures["peer: wrong"].value == 2
     assert f"{OURS}: wrong" not in figures
