@@ -63,6 +63,7 @@ class Measurement:
     errors: int
     wrong: int
     cpu_us: float  # of the server's processes, per right answer
+    load_us: float = 0.0  # of the load generator, per request
 
 
 @dataclass(slots=True, frozen=True)
@@ -231,6 +232,7 @@ def _measurement(name: str, case: str, number: int, tally: Tally, used_s: float)
         errors=tally.errors + tally.broken + tally.unanswered + tally.connect_errors,
         wrong=tally.wrong + tally.unexpected,
         cpu_us=used_s * 1e6 / max(1, tally.right),
+        load_us=tally.cpu_us_per_request,
     )
 
 
@@ -248,6 +250,7 @@ def add(report: Report, comparison: Comparison, limits: dict[str, float] | None 
                 ("p50_ms", "p50", "ms"),
                 ("p99_ms", "p99", "ms"),
                 ("cpu_us", "server CPU a request", "us"),
+                ("load_us", "load generator's CPU", "us"),
             ):
                 spread = comparison.spread(name, case, what)
                 text = f"{spread.low:,.2f}..{spread.high:,.2f}"

@@ -64,18 +64,23 @@ class V2(msgspec.Struct, frozen=True, kw_only=True, tag="v2"):
 
 
 class PlainJson(msgspec.Struct, frozen=True, kw_only=True, tag="plain_json"):
-    """`{request_key: [...]}` to a path, `{response_key: [...]}` back."""
+    """`{request_key: [...]}` to a path, `{response_key: [...]}` back.
+
+    The model is named in the path or in a header, where one is given.
+    """
 
     path: str = "/inference"  # may hold {model}
     request_key: str = "x"
     response_key: str = "y"  # empty: the answer is the list itself
     is_nested: bool = False  # a list a row; otherwise all values in one
+    model_header: str = ""
 
     def request(self, model: str, array: Array) -> bytes:
         """Return a whole HTTP request."""
         values = (array if self.is_nested else array.ravel()).tolist()
         body = json.dumps({self.request_key: values}, separators=(",", ":")).encode()
-        return wire.http_post(self.path.format(model=model), body, wire.JSON_TYPE)
+        headers = {self.model_header: model} if self.model_header else {}
+        return wire.http_post(self.path.format(model=model), body, wire.JSON_TYPE, headers)
 
     def read(self, model: str, headers: Mapping[bytes, bytes], body: bytes) -> Array:
         """Read an answer, flat or nested; ValueError, KeyError or MsgspecError if it is none."""

@@ -9,26 +9,28 @@ than the peers then, reads every model that is not loaded from the disk, and no 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from overcommit.bench import compare, peers, screen
 from overcommit.bench.compare import OURS, Case, Comparison, Contestant
-from overcommit.bench.dialect import Dialect
-from overcommit.bench.echo import EchoPlan
-from overcommit.bench.echo_repo import table_repository
+from overcommit.bench.dialect import V2
 from overcommit.bench.loadgen import Plan
+from overcommit.bench.models_repo import ALLOW_CODE, make_tables
 from overcommit.bench.peers import Job, Kind, Target
+from overcommit.bench.popularity import ByZipf
 from overcommit.bench.prepare import Options, run_folder
 from overcommit.bench.report import Report
 from overcommit.bench.server import Server
+from overcommit.bench.tables import COLUMNS, ROW_BYTES, TablePlan, rows_of
 
 MODELS: Final = 200
-MODEL_BYTES: Final = 8_000_000
+ROWS: Final = 8_000_000 // ROW_BYTES
 SLOT_BYTES: Final = 8 << 20  # what an image of that size takes in DEVICE, at most
 ROOM: Final = 40
-WIDTH: Final = 16
 BATCH_MAX: Final = 64
 EXPONENT: Final = 1.1
 CONNECTIONS: Final = 16
@@ -40,7 +42,6 @@ QUICK_ROUNDS: Final = 2
 TIMES: Final = 10.0
 CASE: Final = f"{MODELS} models, room for {ROOM}, {CONNECTIONS} connections"
 NO_HOST: Final = "overcommit, nothing in HOST"
-SCALES: Final = {f"table-{number:03}": 1 + number / 256 for number in range(MODELS)}
 
 
 def run(options: Options, report: Report) -> None:
@@ -56,21 +57,22 @@ def run(options: Options, report: Report) -> None:
         "host memory": f"{MODELS} x {SLOT_BYTES / 1e6:.1f} MB",
         "workers": 1,
     }
+    repository = options.work / f"tables-{MODELS}"
     with screen.bar(report.console, "making models") as advance:
-        repository, arrays = table_repository(
-            options.work, SCALES, MODEL_BYTES, WIDTH, BATCH_MAX, advance
-        )
+        seeds = make_tables(repository, MODELS, rows=ROWS, batch=BATCH_MAX, on_progress=advance)
+    arrays = make_arrays(options.work / f"arrays-{MODELS}", seeds)
     with run_folder(options, report) as folder:
-        job = Job(Kind.MULTIPLEXED, folder, SCALES, WIDTH, BATCH_MAX, arrays, ROOM)
+        names = dict.fromkeys(seeds, 1.0)
+        job = Job(Kind.MULTIPLEXED, folder, names, COLUMNS, BATCH_MAX, arrays, ROOM)
         contestants = [
-            _ours(OURS, MODELS, options, report, repository, folder),
-            _ours(NO_HOST, 0, options, report, repository, folder),
+            _ours(OURS, MODELS, options, report, repository, folder, seeds),
+            _ours(NO_HOST, 0, options, report, repository, folder, seeds),
         ]
         contestants += [_peer(name, job, options, report) for name in options.against]
         comparison = compare.run(
             report,
             contestants,
-            [_case(options, seconds)],
+            [_case(options, seconds, seeds)],
             rounds,
             min(WARM_UP_S, seconds),
             folder / "load.log",
@@ -80,11 +82,29 @@ def run(options: Options, report: Report) -> None:
     expect(report, comparison)
 
 
+def make_arrays(folder: Path, seeds: Mapping[str, int]) -> Path:
+    """Write the tables as `NAME.npy`, as a user of a peer would keep them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, seed in seeds.items():
+        file = folder / f"{name}.npy"
+        if not file.exists():
+            aside = folder / ".making.npy"
+            np.save(aside, rows_of(seed, np.arange(ROWS)))
+            aside.rename(file)
+    return folder
+
+
 def _ours(
-    name: str, host_models: int, options: Options, report: Report, repository: Path, folder: Path
+    name: str,
+    host_models: int,
+    options: Options,
+    report: Report,
+    repository: Path,
+    folder: Path,
+    models: Iterable[str],
 ) -> Contestant:
     """Our server with room for 40 models in DEVICE and for some more in HOST, all packed."""
-    flags = ["--allow-code", "--workers", "1", "--front-ends", "1"]
+    flags = [ALLOW_CODE, "--workers", "1", "--front-ends", "1"]
     flags += ["--device-memory", str(ROOM * SLOT_BYTES)]
     flags += ["--host-memory", str(host_models * SLOT_BYTES)]
 
@@ -92,9 +112,9 @@ def _ours(
     def serve() -> Iterator[Target]:
         with Server(repository, options.work / "cache", folder, flags, OURS) as server:
             with screen.bar(report.console, "packing images") as advance:
-                server.wait_packed(list(SCALES), advance)
+                server.wait_packed(list(models), advance)
             note = f"one worker, one front end, room for {host_models} models in HOST"
-            yield Target(name, "127.0.0.1", server.port, Dialect(), server.family, (note,))
+            yield Target(name, "127.0.0.1", server.port, V2(), server.family, (note,))
             device = server.status()["device"]
             capacity, used = device["capacity"], device["used"]
             if used > capacity or capacity > ROOM * SLOT_BYTES:
@@ -107,11 +127,15 @@ def _peer(name: str, job: Job, options: Options, report: Report) -> Contestant:
     return Contestant(name, lambda: peers.serve(name, job, options.work, report.step))
 
 
-def _case(options: Options, seconds: float) -> Case:
+def _case(options: Options, seconds: float, seeds: Mapping[str, int]) -> Case:
     def plan(target: Target) -> Plan:
         return Plan(
-            workload=EchoPlan(
-                dialect=target.dialect, scales=SCALES, width=WIDTH, exponent=EXPONENT
+            workload=TablePlan(
+                models=tuple(seeds),
+                seeds=tuple(seeds.values()),
+                rows=ROWS,
+                dialect=target.dialect,
+                popularity=ByZipf(exponent=EXPONENT),
             ),
             host=target.host,
             port=target.port,

@@ -13,10 +13,10 @@ from typing import Final
 
 from overcommit.bench import compare, peers, pingpong
 from overcommit.bench.compare import OURS, Case, Comparison, Contestant
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import V2
 from overcommit.bench.echo import EchoPlan
-from overcommit.bench.echo_repo import echo_repository
 from overcommit.bench.loadgen import Plan
+from overcommit.bench.models_repo import ALLOW_CODE, make_echo
 from overcommit.bench.peers import Job, Kind, Target
 from overcommit.bench.prepare import Options, run_folder
 from overcommit.bench.report import Report
@@ -75,13 +75,14 @@ def name_of(connections: int) -> str:
 @contextlib.contextmanager
 def ours(options: Options, folder: Path) -> Iterator[Target]:
     """Run our server."""
-    repository = echo_repository(options.work, SCALE, WIDTH, BATCH_MAX)
-    flags = ["--allow-code", "--workers", "1", "--front-ends", "1"]
+    repository = options.work / "small-requests"
+    make_echo(repository, "echo", SCALE, columns=WIDTH, batch=BATCH_MAX)
+    flags = [ALLOW_CODE, "--workers", "1", "--front-ends", "1"]
     flags += ["--device-memory", MEMORY, "--host-memory", MEMORY]
     with Server(repository, options.work / "cache", folder, flags, OURS) as server:
         server.wait_packed(["echo"])
         note = f"batches of up to {BATCH_MAX}, no queue delay, one worker, one front end"
-        yield Target(OURS, "127.0.0.1", server.port, Dialect(), server.family, (note,))
+        yield Target(OURS, "127.0.0.1", server.port, V2(), server.family, (note,))
 
 
 def _peer(name: str, options: Options, report: Report, folder: Path) -> Contestant:
@@ -92,7 +93,7 @@ def _peer(name: str, options: Options, report: Report, folder: Path) -> Contesta
 def _case(options: Options, connections: int, seconds: float) -> Case:
     def plan(target: Target) -> Plan:
         return Plan(
-            workload=EchoPlan(dialect=target.dialect, scales={"echo": SCALE}, width=WIDTH),
+            workload=EchoPlan(dialect=target.dialect, scales=(SCALE,), columns=WIDTH),
             host=target.host,
             port=target.port,
             connections=connections,

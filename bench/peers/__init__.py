@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from overcommit.bench.dialect import Dialect
 from overcommit.bench.peers import environments, litserve, mlserver, mosec, ray, triton
@@ -73,22 +75,13 @@ def serve(
 
 def _answers(job: Job, launch: Launch, port: int) -> bool:
     """Whether a first inference is answered; health checks of some say yes before that."""
-    dialect, model = launch.dialect, next(iter(job.scales))
-    row = [0.5] * job.width
-    headers = {"Content-Type": "application/json"}
-    if dialect.kind == "v2":
-        path = f"/v2/models/{model}/infer"
-        tensor = {"name": "x", "datatype": "FP32", "shape": [1, job.width], "data": row}
-        body: object = {"inputs": [tensor]}
-    else:
-        path, body = dialect.path, {dialect.request_key: row}
-        if dialect.model_header:
-            headers[dialect.model_header] = model
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PROBE_LIMIT_S)
+    model = next(iter(job.scales))
+    request = launch.dialect.request(model, np.zeros((1, job.width), np.float32))
     try:
-        connection.request("POST", path, json.dumps(body), headers)
-        return connection.getresponse().status == 200
+        with socket.create_connection(("127.0.0.1", port), PROBE_LIMIT_S) as connection:
+            connection.sendall(request)
+            response = http.client.HTTPResponse(connection, method="POST")
+            response.begin()
+            return response.status == 200
     except (OSError, http.client.HTTPException):
         return False
-    finally:
-        connection.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import PlainJson
 from overcommit.bench.peers.environments import Environment
 from overcommit.bench.peers.peer import Job, Kind, Launch, Peer, Requirements, only
 
@@ -20,7 +20,7 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
     argv += [str(job.scales["echo"]), str(job.batch_max), str(WAIT_S)]
     return Launch(
         tuple(argv),
-        Dialect(kind="json", path="/predict", request_key="x", response_key="y"),
+        PlainJson(path="/predict"),
         notes=(
             f"batches of up to {job.batch_max}, wait {WAIT_S * 1e3:g} ms, fast_queue, one worker",
         ),

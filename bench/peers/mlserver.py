@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import V2
 from overcommit.bench.peers.environments import Environment
 from overcommit.bench.peers.peer import Job, Kind, Launch, Peer, Requirements, only
 from overcommit.bench.peers.ports import free_port
@@ -52,7 +52,7 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
     batching = f"adaptive batching up to {job.batch_max} within {BATCH_S * 1e3:g} ms"
     return Launch(
         (str(environment.folder / "bin" / "mlserver"), "start", str(root)),
-        Dialect(kind="v2"),
+        V2(),
         notes=(f"{batching}, one parallel worker, no metrics",),
     )
 

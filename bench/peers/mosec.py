@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import PlainJson
 from overcommit.bench.peers.environments import Environment
 from overcommit.bench.peers.peer import Job, Kind, Launch, Peer, Requirements, only
 
@@ -26,7 +26,7 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
     }
     return Launch(
         tuple(argv),
-        Dialect(kind="json", path="/inference", request_key="x", response_key="y"),
+        PlainJson(path="/inference"),
         given,
         notes=(f"batches of up to {job.batch_max}, wait {WAIT_MS} ms, one worker",),
     )

@@ -31,7 +31,7 @@ class Kind(enum.Enum):
     ECHO = "echo"  # one model: FP32 [n, width] -> the same, times its scale; batches
     PAYLOAD = "payload"  # one model: FP32 [n, any] -> the same; large and binary
     MANY = "many"  # many echo models, all in memory
-    MULTIPLEXED = "multiplexed"  # many models with weights in files, room for some of them
+    MULTIPLEXED = "multiplexed"  # many tables in files, room for some of them; see `tables`
     EMBEDDING = "embedding"  # a text encoder
 
 
@@ -50,7 +50,8 @@ class Job:
 
     kind: Kind
     folder: Path  # for logs, and for what the peer has to write
-    scales: Mapping[str, float] = field(default_factory=lambda: {"echo": 2.0})  # by model
+    # By model; of MULTIPLEXED ones, the names alone count.
+    scales: Mapping[str, float] = field(default_factory=lambda: {"echo": 2.0})
     width: int = 16
     batch_max: int = 64
     weights: Path | None = None  # MULTIPLEXED: NAME.npy for every model

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import PlainJson
 from overcommit.bench.peers.environments import Environment
 from overcommit.bench.peers.peer import Job, Kind, Launch, Peer, Requirements, only
 
@@ -49,13 +49,7 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
     is_echo = job.kind is Kind.ECHO
     return Launch(
         (str(environment.python), str(APP), str(port), str(file)),
-        Dialect(
-            kind="json",
-            path="/",
-            request_key="x",
-            response_key="y",
-            model_header="" if is_echo else MODEL_HEADER,
-        ),
+        PlainJson(path="/", model_header="" if is_echo else MODEL_HEADER),
         SETTINGS,
         notes=(
             f"serve.batch of up to {job.batch_max}, one replica"

@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import V2
 from overcommit.bench.peers.environments import Environment, python_version
 from overcommit.bench.peers.peer import CannotDo, Job, Kind, Launch, Peer, Requirements, only
 
@@ -63,7 +63,7 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
     libraries = [str(environment.packages / "nvidia_pytriton.libs"), _python_library()]
     return Launch(
         tuple(argv),
-        Dialect(kind="v2"),
+        V2(),
         {
             "LD_LIBRARY_PATH": ":".join(libraries),
             # The stub is a Python of its own: it finds our packages through these.

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from overcommit.bench import compare
 from overcommit.bench.compare import OURS, Comparison, Contestant, Keeper, Measurement, Spread
-from overcommit.bench.dialect import Dialect
+from overcommit.bench.dialect import V2
 from overcommit.bench.peers import CannotDo, Target
 from overcommit.bench.report import Report
 
@@ -29,7 +29,7 @@ class Servers:
         def serve() -> Iterator[Target]:
             self.events.append(f"{name} starts")
             try:
-                yield Target(name, "127.0.0.1", 1, Dialect(), list, (f"as {name}",))
+                yield Target(name, "127.0.0.1", 1, V2(), list, (f"as {name}",))
             finally:
                 self.events.append(f"{name} ends")
 

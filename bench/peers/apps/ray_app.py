@@ -44,7 +44,7 @@ class Echo:
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=ONGOING_MAX)
 class Multiplexed:
-    """y = x * the first row of the model's table; tables come and go."""
+    """y = x * the row of the model's table that x[0] names; tables come and go."""
 
     def __init__(self, weights):
         self.weights = Path(weights)
@@ -58,8 +58,8 @@ class Multiplexed:
         """Answer one request."""
         table = await self.load(serve.get_multiplexed_model_id())
         body = await request.json()
-        row = np.asarray(body["x"], np.float32) * table[0]
-        return {"y": row.tolist()}
+        x = np.asarray(body["x"], np.float32)
+        return {"y": (x * table[int(x[0]) % len(table)]).tolist()}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +23,15 @@ def need(name: str) -> None:
 
 
 def ask(target: peers.Target, model: str, row: list[float]) -> list[float]:
-    dialect = target.dialect
-    headers = {"Content-Type": "application/json"}
-    if dialect.kind == "v2":
-        tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(row)], "data": row}
-        path, body = f"/v2/models/{model}/infer", {"inputs": [tensor]}
-    else:
-        path, body = dialect.path, {dialect.request_key: row}  # type: ignore[dict-item]
-        if dialect.model_header:
-            headers[dialect.model_header] = model
-    connection = http.client.HTTPConnection(target.host, target.port, timeout=20)
-    connection.request("POST", path, json.dumps(body), headers)
-    answer = json.loads(connection.getresponse().read())
-    connection.close()
-    got = answer["outputs"][0]["data"] if dialect.kind == "v2" else answer[dialect.response_key]
-    return list(got)
+    request = target.dialect.request(model, np.array([row], np.float32))
+    with socket.create_connection((target.host, target.port), 20) as connection:
+        connection.sendall(request)
+        response = http.client.HTTPResponse(connection, method="POST")
+        response.begin()
+        assert response.status == 200
+        headers = {name.lower().encode(): value.encode() for name, value in response.getheaders()}
+        got: list[float] = target.dialect.read(model, headers, response.read()).ravel().tolist()
+    return got
 
 
 @pytest.mark.slow
@@ -67,11 +61,13 @@ def test_ray_multiplexes_models_from_files(tmp_path: Path) -> None:
     need("ray")
     scales = {f"table-{number}": float(number) for number in range(1, 6)}
     for name, scale in scales.items():
-        np.save(tmp_path / f"{name}.npy", np.full((4, 16), scale, np.float32))
+        table = np.full((4, 16), 9.0, np.float32)
+        table[1] = scale
+        np.save(tmp_path / f"{name}.npy", table)
     job = Job(Kind.MULTIPLEXED, tmp_path, scales, weights=tmp_path, room=2)
     with peers.serve("ray", job, DONE) as target:
         for model, scale in [*scales.items(), *scales.items()]:
-            assert ask(target, model, [1.0] * 16) == [scale] * 16
+            assert ask(target, model, [5.0] * 16) == [5 * scale] * 16
 
 
 @pytest.mark.parametrize(
