@@ -5,7 +5,9 @@ Invariants
     between its turns only when it was seen to be idle (`IDLE_CORES_MAX`); else it is stopped, and
     started again for its next turn.
  2. Every measurement follows a warm-up of the same load.
- 3. A ratio is of two measurements of the same round; what is reported is the median of the rounds'
+ 3. A measurement during which others used the machine is made again, a few times; the least
+    disturbed one counts, and how much it was disturbed is reported.
+ 4. A ratio is of two measurements of the same round; what is reported is the median of the rounds'
     ratios, with the lowest and the highest beside it.
 
 Called by the scenarios `small_requests` and `overcommit`.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,6 +35,8 @@ from overcommit.bench.tally import Tally
 OURS: Final = "overcommit"
 IDLE_CORES_MAX: Final = 0.01
 IDLE_WATCH_S: Final = 1.0
+OTHERS_CORES_MAX: Final = 0.15  # the kernel's own work and a shell's are below that
+TRIES_MAX: Final = 3
 
 
 @dataclass(slots=True, frozen=True)
@@ -64,6 +69,7 @@ class Measurement:
     wrong: int
     cpu_us: float  # of the server's processes, per right answer
     load_us: float = 0.0  # of the load generator, per request
+    others: float = 0.0  # cores that neither the server nor the harness used
 
 
 @dataclass(slots=True, frozen=True)
@@ -178,62 +184,99 @@ class Keeper:
                 self._kept.push(stack.pop_all())
 
 
-def run(
-    report: Report,
-    contestants: Sequence[Contestant],
-    cases: Sequence[Case],
-    rounds: int,
-    warm_up_s: float,
-    log: Path,
-    load_processes: int = 1,
-) -> Comparison:
-    """Measure everything; what a contestant cannot do is noted, and the others go on."""
-    comparison = Comparison()
-    names = [contestant.name for contestant in contestants]
-    with Keeper(contestants, report.step) as keeper:
-        for number, name in turns(names, rounds):
-            if name in comparison.cannot:
-                continue
-            try:
-                with keeper.turn(name) as target:
-                    if number == 0:
-                        report.notes += [f"{name}: {note}" for note in target.notes]
-                    for case in cases:
-                        what = f"round {number + 1} of {rounds}: {name}, {case.name}"
-                        plan = case.plan(target)
-                        warm_up = msgspec.structs.replace(plan, seconds=warm_up_s)
-                        _load(report, warm_up, f"{what}: warming up", log, load_processes)
-                        before = cpu.seconds_of(target.family())
-                        tally = _load(report, plan, what, log, load_processes)
-                        used_s = cpu.seconds_of(target.family()) - before
-                        found = _measurement(name, case.name, number, tally, used_s)
-                        comparison.measurements.append(found)
-                        comparison.examples += [f"{name}: {text}" for text in tally.examples]
-                        report.step(f"{what}: {found.rate:,.0f}/s, p99 {found.p99_ms:.2f} ms")
-            except CannotDo as error:
-                comparison.cannot[name] = error.message
-    return comparison
+def least_disturbed(measure: Callable[[], Measurement]) -> Measurement:
+    """Measure until others leave the machine alone, or `TRIES_MAX` times; return the best."""
+    found: list[Measurement] = []
+    while len(found) < TRIES_MAX and not (found and found[-1].others <= OTHERS_CORES_MAX):
+        found.append(measure())
+    return min(found, key=lambda one: one.others)
 
 
-def _load(report: Report, plan: Plan, what: str, log: Path, processes: int) -> Tally:
-    with Load(plan, log, min(processes, plan.connections)) as load:
-        return screen.watch(report.console, what, load)
+@dataclass(slots=True)
+class Comparing:
+    """A comparison under way."""
+
+    report: Report
+    rounds: int
+    warm_up_s: float
+    log: Path
+    load_processes: int = 1
+    comparison: Comparison = field(default_factory=Comparison)
+
+    def run(self, contestants: Sequence[Contestant], cases: Sequence[Case]) -> Comparison:
+        """Measure everything; what a contestant cannot do is noted, and the others go on."""
+        comparison = self.comparison
+        names = [contestant.name for contestant in contestants]
+        with Keeper(contestants, self.report.step) as keeper:
+            for number, name in turns(names, self.rounds):
+                if name in comparison.cannot:
+                    continue
+                try:
+                    with keeper.turn(name) as target:
+                        if number == 0:
+                            self.report.notes += [f"{name}: {note}" for note in target.notes]
+                        for case in cases:
+                            self._case(target, case, number)
+                except CannotDo as error:
+                    comparison.cannot[name] = error.message
+        return comparison
+
+    def _case(self, target: Target, case: Case, number: int) -> None:
+        what = f"round {number + 1} of {self.rounds}: {target.name}, {case.name}"
+        found = least_disturbed(lambda: self._measure(target, case, number, what))
+        self.comparison.measurements.append(found)
+        text = f"{what}: {found.rate:,.0f}/s, p99 {found.p99_ms:.2f} ms"
+        if found.others > OTHERS_CORES_MAX:
+            text += f"; disturbed: others used {found.others:.2f} cores"
+        self.report.step(text)
+
+    def _measure(self, target: Target, case: Case, number: int, what: str) -> Measurement:
+        plan = case.plan(target)
+        warm_up = msgspec.structs.replace(plan, seconds=self.warm_up_s)
+        self._load(warm_up, f"{what}: warming up")
+        before, started = _Used.now(target), time.monotonic()
+        tally = self._load(plan, what)
+        used = _Used.now(target).since(before)
+        others = (used.machine_s - used.server_s - used.own_s) / (time.monotonic() - started)
+        self.comparison.examples += [f"{target.name}: {text}" for text in tally.examples]
+        times = tally.times()
+        return Measurement(
+            contestant=target.name,
+            case=case.name,
+            round=number,
+            rate=tally.rate,
+            p50_ms=times.quantile(0.5) / 1e6,
+            p99_ms=times.quantile(0.99) / 1e6,
+            errors=tally.errors + tally.broken + tally.unanswered + tally.connect_errors,
+            wrong=tally.wrong + tally.unexpected,
+            cpu_us=used.server_s * 1e6 / max(1, tally.right),
+            load_us=tally.cpu_us_per_request,
+            others=max(0.0, others),
+        )
+
+    def _load(self, plan: Plan, what: str) -> Tally:
+        with Load(plan, self.log, min(self.load_processes, plan.connections)) as load:
+            return screen.watch(self.report.console, what, load)
 
 
-def _measurement(name: str, case: str, number: int, tally: Tally, used_s: float) -> Measurement:
-    times = tally.times()
-    return Measurement(
-        contestant=name,
-        case=case,
-        round=number,
-        rate=tally.rate,
-        p50_ms=times.quantile(0.5) / 1e6,
-        p99_ms=times.quantile(0.99) / 1e6,
-        errors=tally.errors + tally.broken + tally.unanswered + tally.connect_errors,
-        wrong=tally.wrong + tally.unexpected,
-        cpu_us=used_s * 1e6 / max(1, tally.right),
-        load_us=tally.cpu_us_per_request,
-    )
+@dataclass(slots=True, frozen=True)
+class _Used:
+    """CPU time so far."""
+
+    machine_s: float
+    server_s: float
+    own_s: float
+
+    @classmethod
+    def now(cls, target: Target) -> _Used:
+        return cls(cpu.machine_seconds(), cpu.seconds_of(target.family()), cpu.own_seconds())
+
+    def since(self, before: _Used) -> _Used:
+        return _Used(
+            self.machine_s - before.machine_s,
+            self.server_s - before.server_s,
+            self.own_s - before.own_s,
+        )
 
 
 def add(report: Report, comparison: Comparison, limits: dict[str, float] | None = None) -> None:
@@ -251,6 +294,7 @@ def add(report: Report, comparison: Comparison, limits: dict[str, float] | None 
                 ("p99_ms", "p99", "ms"),
                 ("cpu_us", "server CPU a request", "us"),
                 ("load_us", "load generator's CPU", "us"),
+                ("others", "disturbed by others", "cores"),
             ):
                 spread = comparison.spread(name, case, what)
                 text = f"{spread.low:,.2f}..{spread.high:,.2f}"

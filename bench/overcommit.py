@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from overcommit.bench import compare, peers, screen
-from overcommit.bench.compare import OURS, Case, Comparison, Contestant
+from overcommit.bench.compare import OURS, Case, Comparing, Comparison, Contestant
 from overcommit.bench.dialect import V2
 from overcommit.bench.loadgen import Plan
 from overcommit.bench.models_repo import ALLOW_CODE, make_tables
@@ -69,15 +69,10 @@ def run(options: Options, report: Report) -> None:
             _ours(NO_HOST, 0, options, report, repository, folder, seeds),
         ]
         contestants += [_peer(name, job, options, report) for name in options.against]
-        comparison = compare.run(
-            report,
-            contestants,
-            [_case(options, seconds, seeds)],
-            rounds,
-            min(WARM_UP_S, seconds),
-            folder / "load.log",
-            options.load_processes,
+        comparing = Comparing(
+            report, rounds, min(WARM_UP_S, seconds), folder / "load.log", options.load_processes
         )
+        comparison = comparing.run(contestants, [_case(options, seconds, seeds)])
     compare.add(report, comparison)
     expect(report, comparison)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from overcommit.bench import compare, peers, pingpong
-from overcommit.bench.compare import OURS, Case, Comparison, Contestant
+from overcommit.bench.compare import OURS, Case, Comparing, Comparison, Contestant
 from overcommit.bench.dialect import V2
 from overcommit.bench.echo import EchoPlan
 from overcommit.bench.loadgen import Plan
@@ -54,15 +54,10 @@ def run(options: Options, report: Report) -> None:
         cases = [_case(options, connections, seconds) for connections in CONNECTIONS]
         report.step("measuring the loop-back ping-pong")
         limits = {name_of(count): pingpong.measure(count) for count in CONNECTIONS}
-        comparison = compare.run(
-            report,
-            contestants,
-            cases,
-            rounds,
-            min(WARM_UP_S, seconds),
-            folder / "load.log",
-            options.load_processes,
+        comparing = Comparing(
+            report, rounds, min(WARM_UP_S, seconds), folder / "load.log", options.load_processes
         )
+        comparison = comparing.run(contestants, cases)
     compare.add(report, comparison, limits)
     expect(report, comparison)
 

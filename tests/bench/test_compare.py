@@ -10,7 +10,15 @@ import pytest
 from rich.console import Console
 
 from overcommit.bench import compare
-from overcommit.bench.compare import OURS, Comparison, Contestant, Keeper, Measurement, Spread
+from overcommit.bench.compare import (
+    OURS,
+    Comparing,
+    Comparison,
+    Contestant,
+    Keeper,
+    Measurement,
+    Spread,
+)
 from overcommit.bench.dialect import V2
 from overcommit.bench.peers import CannotDo, Target
 from overcommit.bench.report import Report
@@ -115,7 +123,7 @@ def test_what_a_contestant_cannot_do_is_said_and_the_others_go_on(tmp_path: Path
 
     report = make_report()
     contestants = [servers.contestant(OURS), Contestant("peer", refuse)]
-    comparison = compare.run(report, contestants, [], 2, 1.0, tmp_path / "load.log")
+    comparison = Comparing(report, 2, 1.0, tmp_path / "load.log").run(contestants, [])
     compare.add(report, comparison)
     assert comparison.cannot == {"peer": "it has no batching"}
     assert "peer was not measured: it has no batching" in report.notes
@@ -133,3 +141,14 @@ def test_the_report_has_rows_with_the_ratio_beside_the_peer() -> None:
     assert figures["peer: server CPU a request"].value == 50.0
     assert figures["peer: wrong"].value == 2
     assert f"{OURS}: wrong" not in figures
+
+
+def test_a_disturbed_measurement_is_made_again_and_the_least_disturbed_counts() -> None:
+    def script(*others: float) -> tuple[float, int]:
+        left = [replace(ONE, others=value) for value in others]
+        found = compare.least_disturbed(lambda: left.pop(0))
+        return found.others, len(others) - len(left)
+
+    assert script(0.0, 1.0) == (0.0, 1)
+    assert script(0.9, 0.1, 0.0) == (0.1, 2)
+    assert script(0.9, 0.5, 0.7, 0.0) == (0.5, compare.TRIES_MAX)
