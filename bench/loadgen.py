@@ -1,4 +1,4 @@
-"""The load generator: closed-loop HTTP clients in processes of their own.
+"""The load generator: HTTP clients in processes of their own, in a closed or an open loop.
 
 A scenario makes a `Plan` and starts a `Load`; each process of it runs its share of the connections
 on uvloop, and says over its standard output how it goes, as JSON lines.  Closing its standard input
@@ -10,6 +10,7 @@ Run as `python -m overcommit.bench.loadgen`, with the plan as one line on standa
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -23,20 +24,24 @@ from typing import Final
 import msgspec
 import uvloop
 
-from overcommit.bench.connection import Connection, Run
+from overcommit.bench.arrivals import QUEUE_MAX, Arrivals, Closed, Schedule
+from overcommit.bench.connection import Connection, make_connection
 from overcommit.bench.errors import BenchError
+from overcommit.bench.pacer import Pacer
+from overcommit.bench.run import Run
 from overcommit.bench.tally import Tally, merge
-from overcommit.bench.workload import EmbeddingPlan, Workload, make_workload
+from overcommit.bench.workload import Workload, WorkloadPlan, make_workload
 
 SWEEP_S: Final = 0.05
 REPORT_SWEEPS: Final = 5
+CONNECT_WAIT_S: Final = 2.0  # an open loop begins when its connections are there, or then
 END_GRACE_S: Final = 20.0  # for the last answers, after the plan's time and its timeout
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do; `Load` gives each process its share of the connections and a seed of its own."""
+    """What to do; `Load` gives each process its part: of the connections, of the arrivals, a seed."""
 
-    workload: EmbeddingPlan
+    workload: WorkloadPlan
     port: int
     host: str = "127.0.0.1"
     connections: int = 16
@@ -44,6 +49,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
     reconnect: bool = True  # False: a connection that the server closes stays closed
     timeout_s: float = 30.0
+    arrivals: Arrivals = Closed()
+    queue_max: int = QUEUE_MAX  # requests of an open loop that are due and wait for a connection
+    part: int = 0  # filled in by `Load`
+    parts: int = 1
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -75,26 +84,55 @@ async def drive(
     Ends when the plan's time is over, when `stop` is set, or when every connection is done.
     """
     run = Run(plan.host, plan.port, workload, plan.seed, plan.reconnect)
-    connections = [Connection(run) for _ in range(plan.connections)]
+    pacer = _make_pacer(plan, run)
+    connections = [make_connection(run) for _ in range(plan.connections)]
+    cpu_ns = time.process_time_ns()
     run.tally.started_ns = run.last_answer_ns = time.monotonic_ns()
-    end_ns = run.tally.started_ns + int(plan.seconds * 1e9)
     for connection in connections:
         connection.open()
+    if pacer is not None:
+        await _wait_open(connections)
+        run.tally.started_ns = run.last_answer_ns = time.monotonic_ns()
+        pacer.start(asyncio.get_running_loop(), run.tally.started_ns)
+    end_ns = run.tally.started_ns + int(plan.seconds * 1e9)
     sweeps = 0
     while not all(connection.is_done for connection in connections):
         await asyncio.sleep(SWEEP_S)
         now_ns = time.monotonic_ns()
-        if not run.is_stopping and (now_ns >= end_ns or stop.is_set()):
-            run.stop(now_ns)
+        is_over = now_ns >= end_ns or stop.is_set() or (pacer is not None and pacer.is_over)
+        if not run.is_stopping and is_over:
+            _stop(run, pacer, now_ns)
         for connection in connections:
             connection.expire(now_ns, int(plan.timeout_s * 1e9))
+        run.flush()
         sweeps += 1
         if sweeps % REPORT_SWEEPS == 0:
             on_progress(run.tally)
     if not run.is_stopping:
-        run.stop(time.monotonic_ns())
-    run.tally.histogram = run.times.to_wire()
-    return run.tally
+        _stop(run, pacer, time.monotonic_ns())
+    run.tally.cpu_ns = time.process_time_ns() - cpu_ns
+    return run.finish()
+
+
+def _make_pacer(plan: Plan, run: Run) -> Pacer | None:
+    if isinstance(plan.arrivals, Closed):
+        return None
+    schedule = Schedule(plan.arrivals, plan.seed, plan.part, plan.parts)
+    return Pacer(run, schedule, max(1, plan.queue_max // plan.parts))
+
+
+async def _wait_open(connections: list[Connection]) -> None:
+    limit_ns = time.monotonic_ns() + int(CONNECT_WAIT_S * 1e9)
+    while time.monotonic_ns() < limit_ns:
+        if all(connection.is_idle or connection.is_done for connection in connections):
+            return
+        await asyncio.sleep(0.001)
+
+
+def _stop(run: Run, pacer: Pacer | None, now_ns: int) -> None:
+    run.stop(now_ns)
+    if pacer is not None:
+        pacer.stop(now_ns)
 
 
 class Load:
@@ -120,7 +158,10 @@ class Load:
         for number, child in enumerate(self._children):
             share = plan.connections // processes + (number < plan.connections % processes)
             seed = plan.seed * 64 + number
-            self._tell(child, msgspec.structs.replace(plan, connections=share, seed=seed))
+            mine = msgspec.structs.replace(
+                plan, connections=share, seed=seed, part=number, parts=processes
+            )
+            self._tell(child, mine)
         self._readers = [
             threading.Thread(target=self._read, args=(number,), daemon=True)
             for number in range(processes)
@@ -215,7 +256,10 @@ def main() -> None:
         say(Progress(tally.right, tally.wrong, tally.errors, tally.broken))
 
     threading.Thread(target=watch, daemon=True).start()
-    workload = make_workload(plan.workload, plan.seed)
+    workload = make_workload(plan.workload, plan.seed, plan.part, plan.parts)
+    # What is there stays: looking through it for garbage again and again costs latency.
+    gc.collect()
+    gc.freeze()
     tally = uvloop.run(drive(plan, workload, stop, on_progress))
     say(Result(tally))
     # Not through the interpreter's exit: the watching thread blocks in a read of standard input.

@@ -31,6 +31,8 @@ class Options:
     connections: int = 16
     workers: int = 2
     load_processes: int = 1
+    against: tuple[str, ...] = ()  # peers, for the scenarios that compare
+    rounds: int | None = None
 
 
 @dataclass(slots=True, frozen=True)

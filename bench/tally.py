@@ -12,6 +12,10 @@ from overcommit.bench.histogram import Histogram
 EXAMPLES_MAX: Final = 12
 LOST: Final = "connection lost"
 WRONG: Final = "WRONG"
+_SUMMED: Final = (
+    *("sent", "right", "wrong", "errors", "broken", "unanswered", "unexpected"),
+    *("connects", "connect_errors", "intended", "unsent", "cpu_ns"),
+)
 _NUMBER: Final = re.compile(r"\d+")
 
 
@@ -20,6 +24,8 @@ class Tally(msgspec.Struct, kw_only=True):
 
     Invariant: once the run is over, `sent` is the sum of `right`, `wrong`, `errors`, `broken` and
     `unanswered`: every request has exactly one fate.  `unexpected` counts answers to no request.
+    In an open loop `intended` is the sum of `sent` and `unsent`: what came due while every
+    connection was busy waits its turn, in a queue with a bound, and what never got out is counted.
     """
 
     sent: int = 0
@@ -34,7 +40,15 @@ class Tally(msgspec.Struct, kw_only=True):
     statuses: dict[str, int] = {}
     targets: dict[str, int] = {}
     examples: list[str] = []
-    histogram: dict[str, list[int]] = {}
+    histogram: dict[str, list[int]] = {}  # since the start, in an open loop the intended one
+    services: dict[str, list[int]] = {}  # since the sending; open loops only
+    intended: int = 0  # requests that came due; open loops only, like the next three
+    unsent: int = (
+        0  # of these, how many were not sent before the run's end, or found the queue full
+    )
+    queue_peak: int = 0
+    late_ns: int = 0  # the longest from an intended start to its sending
+    cpu_ns: int = 0  # of the load generator itself
     started_ns: int = 0
     ended_ns: int = 0
     silence_ns: int = 0  # the longest time without any answer, over all connections
@@ -58,6 +72,11 @@ class Tally(msgspec.Struct, kw_only=True):
         return self.right / self.seconds if self.seconds > 0 else 0.0
 
     @property
+    def cpu_us_per_request(self) -> float:
+        """What a request costs the load generator."""
+        return self.cpu_ns / 1e3 / self.sent if self.sent else 0.0
+
+    @property
     def accounted(self) -> int:
         """Requests whose fate is known."""
         return self.right + self.wrong + self.errors + self.broken + self.unanswered
@@ -66,23 +85,31 @@ class Tally(msgspec.Struct, kw_only=True):
         """The times of right answers."""
         return Histogram.from_wire(self.histogram) if self.histogram else Histogram()
 
+    def service_times(self) -> Histogram:
+        """The same since they were sent: what a client that waits for its turn would have seen."""
+        return Histogram.from_wire(self.services) if self.services else self.times()
+
 
 def merge(tallies: list[Tally]) -> Tally:
     """Add up what several processes counted at the same time."""
     total = Tally()
-    times = Histogram()
+    times, services = Histogram(), Histogram()
     for tally in tallies:
-        for name in ("sent", "right", "wrong", "errors", "broken", "unanswered", "unexpected"):
+        for name in _SUMMED:
             setattr(total, name, getattr(total, name) + getattr(tally, name))
-        total.connects += tally.connects
-        total.connect_errors += tally.connect_errors
+        total.queue_peak = max(total.queue_peak, tally.queue_peak)
+        total.late_ns = max(total.late_ns, tally.late_ns)
         for ours, theirs in ((total.statuses, tally.statuses), (total.targets, tally.targets)):
             for key, count in theirs.items():
                 ours[key] = ours.get(key, 0) + count
         for example in tally.examples:
             total.note(example)
         times.merge(tally.times())
+        if tally.services:
+            services.merge(tally.service_times())
     total.histogram = times.to_wire()
+    if services.count:
+        total.services = services.to_wire()
     total.started_ns = min((tally.started_ns for tally in tallies), default=0)
     total.ended_ns = max((tally.ended_ns for tally in tallies), default=0)
     # Silence of all together is at most that of the least silent.

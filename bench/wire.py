@@ -18,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 ID_CHARS: Final = 16
+INFER_PATH: Final = "/v2/models/{model}/infer"
 JSON_LENGTH_HEADER: Final = b"inference-header-content-length"
+JSON_TYPE: Final = "application/json"
+BINARY_TYPE: Final = "application/octet-stream"
 _ID_MARK: Final = "#" * ID_CHARS
 
 _DTYPES: Final = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT32": "<i4", "INT64": "<i8"}
@@ -69,9 +72,23 @@ def infer_template(
     output: str,
     *,
     binary: bool,
-    host: str = "localhost",
+    path: str = INFER_PATH,
 ) -> Template:
     """Prepare an inference request that asks for one output."""
+    whole = infer_request(path.format(model=model), inputs, output, binary=binary, id_=_ID_MARK)
+    before, _, after = whole.partition(_ID_MARK.encode())
+    return Template(before, after)
+
+
+def infer_request(
+    path: str,
+    inputs: Mapping[str, NDArray[Any]],
+    output: str,
+    *,
+    binary: bool,
+    id_: str = "",
+) -> bytes:
+    """Return an inference request that asks for one output; without an id, always the same."""
     tensors: list[dict[str, Any]] = []
     raw: list[bytes] = []
     for name, array in inputs.items():
@@ -86,26 +103,27 @@ def infer_template(
         else:
             tensor["data"] = array.ravel().tolist()
         tensors.append(tensor)
-    content: dict[str, Any] = {"id": _ID_MARK, "inputs": tensors, "outputs": [{"name": output}]}
+    content: dict[str, Any] = {"id": id_} if id_ else {}
+    content |= {"inputs": tensors, "outputs": [{"name": output}]}
     if binary:
         content["parameters"] = {"binary_data_output": True}
     text = json.dumps(content, separators=(",", ":")).encode()
     body = text + b"".join(raw)
-    headers = [
-        f"POST /v2/models/{model}/infer HTTP/1.1",
-        f"Host: {host}",
+    if not binary:
+        return http_post(path, body, JSON_TYPE)
+    return http_post(path, body, BINARY_TYPE, {JSON_LENGTH_HEADER.decode().title(): str(len(text))})
+
+
+def http_post(path: str, body: bytes, content_type: str, headers: Mapping[str, str] = {}) -> bytes:
+    """Return a whole request."""
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
         f"Content-Length: {len(body)}",
+        f"Content-Type: {content_type}",
+        *(f"{name}: {value}" for name, value in headers.items()),
     ]
-    if binary:
-        headers += [
-            "Content-Type: application/octet-stream",
-            f"Inference-Header-Content-Length: {len(text)}",
-        ]
-    else:
-        headers.append("Content-Type: application/json")
-    whole = "\r\n".join(headers).encode() + b"\r\n\r\n" + body
-    before, _, after = whole.partition(_ID_MARK.encode())
-    return Template(before, after)
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def decode(headers: Mapping[bytes, bytes], body: bytes) -> Answer:
