@@ -83,7 +83,13 @@ class Connection(HttpToolsProtocol):
             transport.writelines(response)
         if not exchange.keep_alive:
             transport.close()
-        self.on_response_complete()
+            self.server_state.total_requests += 1
+        elif self.pipeline or self._write_since_s or self.flow.read_paused:
+            self.on_response_complete()
+        else:  # nearly always; the same in short
+            self.server_state.total_requests += 1
+            if self._is_between:
+                self._begin_idle()
 
     def on_response_complete(self) -> None:
         # As uvicorn's, without a timer for every response: `check_times` looks once a second.

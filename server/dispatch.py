@@ -39,7 +39,7 @@ from overcommit.runtime.lanes import RUN_ALONE
 from overcommit.runtime.messages import LinkUp, Route
 from overcommit.runtime.router import Router, short_queue
 from overcommit.server.failures import error_of
-from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX
+from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX, WAKE_REQUESTS
 from overcommit.server.plans import InputPlan
 from overcommit.server.tallies import Tallies
 from overcommit.server.worker_link import WorkerLink, link_key
@@ -93,6 +93,7 @@ class Dispatch:
     ) -> None:
         self._call_soon = call_soon
         self._to_wake: set[WorkerLink] = set()
+        self._unheard = 0  # requests pushed since the last wake-up
         self._base = seat << 56 | epoch << 40
         self._epoch = epoch
         self._count = 0
@@ -261,18 +262,22 @@ class Dispatch:
             self._take_back(link, pending)
             self._fail(pending, Overloaded("the worker's ring is full", retry_after_s=1))
             return
-        # Once for all requests that this turn of the loop brings: a wake-up costs the worker as
-        # much as a small batch, and those that come together should be one.
-        is_first = not self._to_wake
+        # A wake-up costs a worker as much as a small batch, so requests that come together share
+        # one; but it should begin while the rest of them is still being read.
         self._to_wake.add(link)
-        if is_first:
+        self._unheard += 1
+        if self._unheard == 1:
             self._call_soon(self._wake)
+        elif self._unheard >= WAKE_REQUESTS:
+            self._wake()
 
     def _wake(self) -> None:
+        """Wake the workers that sleep over what was pushed."""
         for link in self._to_wake:
             if link.key in self.links and link.submissions.must_wake():
                 os.eventfd_write(link.bell, 1)
         self._to_wake.clear()
+        self._unheard = 0
 
     def _take_back(self, link: WorkerLink, pending: Pending) -> None:
         link.lent -= 1

@@ -97,11 +97,14 @@ class Exchange:
             if self.encoding:
                 limit = front.settings.body_bytes_max
                 self.body = binary.decompress(bytes(self.body), self.encoding, limit)
-            route = front.find(self.name, self.version)
-            if route is None:
-                self.protocol.loop.create_task(self._begin_later())
-                return
-            self._submit(prepare(front.plans.of(route), bytes(self.body), self.json_bytes))
+            plans = front.plans.serving.get((self.name, self.version))
+            if plans is None:
+                route = front.find(self.name, self.version)
+                if route is None:
+                    self.protocol.loop.create_task(self._begin_later())
+                    return
+                plans = front.plans.serve(self.name, self.version, route)
+            self._submit(prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary
@@ -125,9 +128,9 @@ class Exchange:
         front = self.protocol.front
         dispatch = front.dispatch
         now_ns = time.monotonic_ns()
-        pending = dispatch.open(prepared.plans.route, prepared.plan, self, now_ns)
-        self.pending = pending
-        dispatch.fill(pending, prepared.plan, prepared.data)
+        plan = prepared.plan
+        self.pending = pending = dispatch.open(prepared.plans.route, plan, self, now_ns)
+        dispatch.fill(pending, plan, prepared.data)
         self.drop_body()
         prepared.data = ()
         dispatch.send(pending, now_ns + front.timeout_ns(prepared))

@@ -182,6 +182,7 @@ class FrontEnd:
             message, fds = received
             if isinstance(message, Routes):
                 self.table.apply(message)
+                self.plans.serving.clear()
                 self._routes_changed.set()
                 if self.table.is_complete and not self._is_ready_sent:
                     self._is_ready_sent = True

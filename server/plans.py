@@ -192,6 +192,15 @@ class Plans:
 
     def __init__(self) -> None:
         self._routes: dict[int, RoutePlans] = {}
+        # Who is asked by name and serves: kept until a route changes.
+        self.serving: dict[tuple[str, str | None], RoutePlans] = {}
+
+    def serve(self, name: str, version: str | None, route: Route) -> RoutePlans:
+        """Return the plans of the route that this name means now."""
+        if len(self.serving) >= PLANNED_ROUTES_MAX:
+            self.serving.clear()
+        plans = self.serving[name, version] = self.of(route)
+        return plans
 
     def of(self, route: Route) -> RoutePlans:
         """Return a route's plans; a route that was announced anew gets new ones."""
