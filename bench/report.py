@@ -21,7 +21,7 @@ from rich.table import Table
 import overcommit
 
 _PACKAGES: Final = ("torch", "transformers", "uvicorn", "uvloop", "numpy")
-_DIGITS: Final = {"1/s": 1, "ms": 2, "s": 2, "GB/s": 2, "GB": 2, "MB": 1}
+_DIGITS: Final = {"1/s": 1, "ms": 2, "s": 2, "GB/s": 2, "GFLOP/s": 1, "GB": 2, "MB": 1}
 
 
 @dataclass(slots=True, frozen=True)
