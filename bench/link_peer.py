@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import select
 import sys
 from typing import Final
 
@@ -41,14 +40,7 @@ def answer_rings(link: int, mine: int, peer: int, life: int) -> None:
 
 def answer_bells(mine: int, peer: int, life: int) -> None:
     """Ring back."""
-    poll = select.poll()
-    poll.register(mine, select.POLLIN)
-    poll.register(life, select.POLLIN | select.POLLHUP)
-    while True:
-        ready = dict(poll.poll())
-        if life in ready:
-            return
-        os.eventfd_read(mine)
+    while not _shm.wait(mine, life, -1) & _shm.CONTROL:
         os.eventfd_write(peer, 1)
 
 

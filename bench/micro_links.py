@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,18 +43,20 @@ def _far_side(link: int, mine: int, theirs: int) -> Iterator[None]:
 def bells() -> Iterator[Run]:
     """Yield what rings another process's bell and waits for its own."""
     mine, theirs = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
-    poll = select.poll()
-    poll.register(mine, select.POLLIN)
+    quiet, hold = os.pipe()
 
     def run(count: int) -> None:
         for _ in range(count):
             os.eventfd_write(theirs, 1)
-            if not poll.poll(WATCHDOG_NS / 1e6):
+            if not _shm.wait(mine, quiet, WATCHDOG_NS):
                 raise BenchError("the far side of the doorbells does not ring back")
-            os.eventfd_read(mine)
 
-    with _far_side(NO_LINK, mine, theirs):
-        yield run
+    try:
+        with _far_side(NO_LINK, mine, theirs):
+            yield run
+    finally:
+        os.close(quiet)
+        os.close(hold)
 
 
 @contextmanager
