@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from overcommit.bench import chaos, overcommit, peers, small_requests, variants
+from overcommit.bench import chaos, micro, overcommit, peers, plots, small_requests, variants
 from overcommit.bench.errors import BenchError
 from overcommit.bench.prepare import Options
 from overcommit.bench.report import Report
@@ -26,6 +26,7 @@ class Scenario(enum.Enum):
     chaos = "chaos"
     small_requests = "small_requests"
     overcommit = "overcommit"
+    micro = "micro"
 
 
 SCENARIOS: Final[dict[Scenario, Callable[[Options, Report], None]]] = {
@@ -33,6 +34,7 @@ SCENARIOS: Final[dict[Scenario, Callable[[Options, Report], None]]] = {
     Scenario.chaos: chaos.run,
     Scenario.small_requests: small_requests.run,
     Scenario.overcommit: overcommit.run,
+    Scenario.micro: micro.run,
 }
 CHECK_FAILED: Final = 1
 RUN_FAILED: Final = 2
@@ -50,6 +52,9 @@ def main(
         bool, typer.Option(help="Exit with status 1 when a condition is missed.")
     ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw what was found into this folder (matplotlib).")
+    ] = None,
     work: Annotated[Path, typer.Option(help="Where models, images and logs are kept.")] = WORK,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="Time of the load.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 1,
@@ -82,6 +87,8 @@ def main(
     )
     report = Report(scenario.value, console)
     try:
+        if plot is not None:
+            plots.require()  # now, not after the run
         SCENARIOS[scenario](options, report)
     except BenchError as error:
         console.print(f"[red]the run failed[/red]: {escape(error.message)}", highlight=False)
@@ -90,6 +97,9 @@ def main(
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_bytes(report.to_json())
+    if plot is not None:
+        for path in report.draw(plot):
+            console.print(f"drawn: {path}", highlight=False)
     missed = report.missed()
     if check and missed:
         names = "; ".join(condition.name for condition in missed)

@@ -4,6 +4,10 @@
    without a GPU are.  Measured with one thread and with one per core; the higher is the limit.
  * read: `O_DIRECT` from weight images on the disk of the cache, in pieces and with as many reads in
    flight as the mover has.  Where the file system refuses `O_DIRECT`, buffered, and said so.
+ * compute: FP32 matrix product by PyTorch, as a worker's models use it; in a process of its own, so
+   that neither torch nor its threads are in the process that measures.
+
+TCP to the same machine is in `loopback`.
 
 A figure is the best of a few passes: a limit is what the machine can do, not its average.
 """
@@ -14,6 +18,8 @@ import concurrent.futures
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +27,27 @@ from pathlib import Path
 from typing import Final
 
 from overcommit.bench.errors import BenchError
+from overcommit.bench.report import Figure
 from overcommit.runtime.config import MIB, READ_BYTES, READS_IN_FLIGHT
 
 COPY_BYTES: Final = 256 * MIB
 COPY_PASSES: Final = 5
 READ_TOTAL_BYTES: Final = 768 * MIB
 READ_PASSES: Final = 2
+MATRIX_ROWS: Final = 2048
+COMPUTE_LIMIT_S: Final = 120.0
+_COMPUTE_JOB: Final = """
+import sys, time, torch
+rows, threads = int(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(threads)
+a, b = torch.rand(rows, rows), torch.rand(rows, rows)
+best = 0.0
+for _ in range(6):
+    start = time.perf_counter()
+    torch.mm(a, b)
+    best = max(best, 2 * rows**3 / (time.perf_counter() - start))
+print(best)
+"""
 
 
 @dataclass(slots=True, frozen=True)
@@ -148,3 +169,28 @@ def _read_pass(images: Sequence[Path], total_bytes: int, direct: bool) -> float:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def measure_compute(threads: int | None = None, rows: int = MATRIX_ROWS) -> float:
+    """Return FLOP a second of a square FP32 matrix product, by default with a thread per core."""
+    threads = threads or len(os.sched_getaffinity(0))
+    command = [sys.executable, "-P", "-c", _COMPUTE_JOB, str(rows), str(threads)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=COMPUTE_LIMIT_S, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        raise BenchError(f"the matrix product could not be measured: {error}") from error
+    return float(done.stdout)
+
+
+def figures(limits: Limits, compute: float = 0.0) -> list[Figure]:
+    """Say what was measured; the one-thread copy stands beside the limit of all cores."""
+    how = "O_DIRECT" if limits.read_is_direct else "buffered: O_DIRECT is refused here"
+    copied = limits.copy / 1e9
+    found = [
+        Figure("memory copy, one thread", limits.copy_one_thread / 1e9, "GB/s", copied),
+        Figure("memory copy, all cores", limits.copy_all_cores / 1e9, "GB/s", copied),
+        Figure("read of weight images", limits.read / 1e9, "GB/s", copied, how),
+    ]
+    if compute:
+        found.append(Figure("FP32 matrix product, all cores", compute / 1e9, "GFLOP/s"))
+    return found

@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,16 @@ from rich.table import Table
 import overcommit
 
 _PACKAGES: Final = ("torch", "transformers", "uvicorn", "uvloop", "numpy")
-_DIGITS: Final = {"cores": 2, "1/s": 1, "ms": 2, "s": 2, "GB/s": 2, "GB": 2, "MB": 1}
+_DIGITS: Final = {
+    "cores": 2,
+    "1/s": 1,
+    "ms": 2,
+    "s": 2,
+    "GB/s": 2,
+    "GFLOP/s": 1,
+    "GB": 2,
+    "MB": 1,
+}
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,6 +94,7 @@ class Report:
     sections: dict[str, list[Figure]] = field(default_factory=dict)
     conditions: list[Condition] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)  # name -> makes a PNG
 
     def step(self, text: str) -> None:
         """Say what is being done now."""
@@ -100,6 +111,14 @@ class Report:
     def missed(self) -> list[Condition]:
         """Return the conditions that do not hold."""
         return [condition for condition in self.conditions if not condition.is_met]
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Make every plot, as FOLDER/SCENARIO-NAME.png; return the files."""
+        paths = []
+        for name, plot in self.plots.items():
+            paths.append(folder / f"{self.scenario}-{name}.png")
+            plot(paths[-1])
+        return paths
 
     # --- output ---------------------------------------------------------------------------------
     def show(self) -> None:

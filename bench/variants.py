@@ -7,10 +7,11 @@ and the activations beside the copy and read bandwidth of the machine.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench import limits, screen, snapshot
+from overcommit.bench import limits, plots, screen, snapshot
 from overcommit.bench.loadgen import Load, Plan
 from overcommit.bench.prepare import Fleet, Options, minilm_variants, run_folder
 from overcommit.bench.report import Figure, Report
@@ -113,7 +114,11 @@ def _figures(
         Figure("models asked", len(tally.targets)),
     )
     report.add("tiers", *snapshot.tier_figures(before, after, tally.accounted))
+    report.plots["latency"] = functools.partial(plots.latency, {"overcommit": times})
     records = snapshot.new_activations(before, after)
+    done = [plots.Activation(r["nbytes"], r["total_ns"] / 1e9, r["source"]) for r in records]
+    ways = {"disk": physical.read, "host": physical.copy}
+    report.plots["activations"] = functools.partial(plots.activations, done, ways)
     for source in ("host", "disk"):
         report.add("activations", *snapshot.activation_figures(records, source, physical))
     report.add(

@@ -68,3 +68,20 @@ def test_an_empty_histogram_says_zero() -> None:
 def test_times_out_of_range_are_counted_at_its_ends() -> None:
     histogram = filled([-5, VALUE_MAX + 1])
     assert (histogram.lowest, histogram.highest, histogram.count) == (0, VALUE_MAX, 2)
+
+
+@given(TIMES)
+def test_recording_many_at_once_is_recording_each(values: list[int]) -> None:
+    one, many = filled(values), Histogram()
+    many.record_many(values[:3])
+    many.record_many(values[3:])
+    assert many.to_wire() == one.to_wire()
+    assert many.count == one.count
+
+
+@given(TIMES)
+def test_the_distribution_ends_at_one_and_agrees_with_quantiles(values: list[int]) -> None:
+    histogram = filled(values)
+    shares = histogram.share_below()
+    assert shares[-1] == (histogram.highest, 1.0)
+    assert all(histogram.quantile(share) <= time for time, share in shares)

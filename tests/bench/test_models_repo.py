@@ -1,0 +1,67 @@
+"""The models that scenarios make, packed and run as a worker runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pack_rig import Opened, packed
+
+from overcommit.bench import models_repo
+from overcommit.bench.echo import EchoPlan, EchoWorkload
+from overcommit.bench.errors import BenchError
+from overcommit.bench.known import KnownWorkload
+from overcommit.bench.tables import TablePlan, TableWorkload
+from overcommit.runtime.config import ModelConfig
+from overcommit.runtime.model_toml import read_toml, to_config
+
+
+def opened(folder: Path, cache: Path) -> Opened:
+    config: ModelConfig = to_config(read_toml(folder / "model.toml"))
+    keys = {"inputs": config.inputs, "outputs": config.outputs, "batching": config.batching}
+    done = packed(folder, cache, server_allows=True, allow_code=True, **keys)
+    return Opened(done, allow_code=True)
+
+
+def check(workload: KnownWorkload, root: Path, cache: Path) -> None:
+    """Alone and in a batch, every answer is right to the bit."""
+    for number, name in enumerate(workload.names):
+        model = opened(root / name, cache).model
+        batch = model.run({"x": np.concatenate(workload.inputs)})["y"]
+        for which, x in enumerate(workload.inputs):
+            expected = workload.expected(number, which)
+            for got in (model.run({"x": x})["y"], batch[which : which + 1]):
+                assert got.tobytes() == expected.tobytes()
+
+
+def test_echoes_answer_with_their_own_scale(tmp_path: Path) -> None:
+    scales = models_repo.make_echoes(tmp_path / "repository", 3)
+    plan = EchoPlan(models=tuple(scales), scales=tuple(scales.values()), inputs=5)
+    check(EchoWorkload(plan, 0), tmp_path / "repository", tmp_path / "cache")
+
+
+def test_tables_answer_with_their_own_row(tmp_path: Path) -> None:
+    seeds = models_repo.make_tables(tmp_path / "repository", 2, rows=1000)
+    plan = TablePlan(models=tuple(seeds), seeds=tuple(seeds.values()), rows=1000, inputs=5)
+    check(TableWorkload(plan, 0), tmp_path / "repository", tmp_path / "cache")
+
+
+def test_an_echo_may_take_any_length(tmp_path: Path) -> None:
+    folder = models_repo.make_echo(tmp_path / "repository", "echo", columns=-1, batch=1)
+    x = np.random.default_rng(0).random((1, 5000), np.float32)
+    got = opened(folder, tmp_path / "cache").model.run({"x": x})["y"]
+    assert got.tobytes() == x.tobytes()
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
+    models_repo.make_tables(tmp_path, 2, rows=10)
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))]
+    models_repo.make_tables(tmp_path, 2, rows=10)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))] == before
+
+
+def test_no_room_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="free"):
+        models_repo.make_tables(tmp_path, 10**6)
+    assert not list(tmp_path.iterdir())
