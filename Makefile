@@ -39,8 +39,8 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install
-	$(BIN)/python -m overcommit.bench variants --quick --check
-	$(BIN)/python -m overcommit.bench chaos --quick --check
+	$(BIN)/python -m overcommit.bench all --quick --json bench/results/$(shell date +%F)-cpu.json \
+		--plot bench/results/plots --readme README.md
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -13,29 +12,25 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from overcommit.bench import chaos, micro, overcommit, peers, plots, small_requests, variants
+from overcommit.bench import peers, plots, suite
 from overcommit.bench.errors import BenchError
 from overcommit.bench.prepare import Options
-from overcommit.bench.report import Report
 
 
 class Scenario(enum.Enum):
     """What can be run."""
 
+    micro = "micro"
+    small_requests = "small_requests"
+    many_models = "many_models"
+    large_payload = "large_payload"
+    embedding = "embedding"
+    overcommit = "overcommit"
     variants = "variants"
     chaos = "chaos"
-    small_requests = "small_requests"
-    overcommit = "overcommit"
-    micro = "micro"
+    all = suite.ALL
 
 
-SCENARIOS: Final[dict[Scenario, Callable[[Options, Report], None]]] = {
-    Scenario.variants: variants.run,
-    Scenario.chaos: chaos.run,
-    Scenario.small_requests: small_requests.run,
-    Scenario.overcommit: overcommit.run,
-    Scenario.micro: micro.run,
-}
 CHECK_FAILED: Final = 1
 RUN_FAILED: Final = 2
 TERMINATED: Final = 128 + signal.SIGTERM
@@ -54,6 +49,9 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw what was found into this folder (matplotlib).")
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Write the table of results into this Markdown file.")
     ] = None,
     work: Annotated[Path, typer.Option(help="Where models, images and logs are kept.")] = WORK,
     seconds: Annotated[float | None, typer.Option(min=1.0, help="Time of the load.")] = None,
@@ -85,22 +83,22 @@ def main(
         against=_peers(against),
         rounds=rounds,
     )
-    report = Report(scenario.value, console)
     try:
         if plot is not None:
             plots.require()  # now, not after the run
-        SCENARIOS[scenario](options, report)
+        reports = suite.run(scenario.value, options, console)
     except BenchError as error:
         console.print(f"[red]the run failed[/red]: {escape(error.message)}", highlight=False)
         raise typer.Exit(RUN_FAILED) from error
-    report.show()
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_bytes(report.to_json())
+        json.write_bytes(suite.to_json(reports))
     if plot is not None:
-        for path in report.draw(plot):
+        for path in [path for report in reports for path in report.draw(plot)]:
             console.print(f"drawn: {path}", highlight=False)
-    missed = report.missed()
+    if readme is not None:
+        suite.write_table(readme, reports)
+    missed = [condition for report in reports for condition in report.missed()]
     if check and missed:
         names = "; ".join(condition.name for condition in missed)
         console.print(f"[red]{len(missed)} conditions missed[/red]: {names}", highlight=False)

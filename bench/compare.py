@@ -16,6 +16,7 @@ Called by the scenarios `small_requests` and `overcommit`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from overcommit.bench import cpu, screen
+from overcommit.bench import cpu, plots, screen
 from overcommit.bench.loadgen import Load, Plan
 from overcommit.bench.peers import CannotDo, Target
 from overcommit.bench.report import Figure, Report
@@ -304,6 +305,37 @@ def add(report: Report, comparison: Comparison, limits: dict[str, float] | None 
                 for what in ("errors", "wrong")
             }
             report.add(case, *(Figure(f"{name}: {what}", n) for what, n in faults.items() if n))
+        report.headlines.append(_headline(comparison, case))
+    report.plots["throughput"] = functools.partial(plots.throughput, _points(comparison))
     for name, reason in comparison.cannot.items():
         report.notes.append(f"{name} was not measured: {reason}")
     report.notes += comparison.examples[:12]
+
+
+def _headline(comparison: Comparison, case: str) -> tuple[str, str, str]:
+    def said(name: str) -> str:
+        rate, p99 = (comparison.spread(name, case, what).median for what in ("rate", "p99_ms"))
+        return f"{rate:,.0f}/s, p99 {p99:.2f} ms"
+
+    names = comparison.names()
+    peers = [
+        f"{name} {said(name)} (ours {comparison.ratio(name, case, 'rate').median:.1f} x)"
+        for name in names
+        if name != OURS
+    ]
+    return case, said(OURS) if OURS in names else "", "; ".join(peers)
+
+
+def _points(comparison: Comparison) -> dict[str, list[plots.LoadPoint]]:
+    return {
+        name: [
+            plots.LoadPoint(
+                comparison.spread(name, case, "rate").median,
+                comparison.spread(name, case, "p99_ms").median,
+                case,
+            )
+            for case in comparison.cases()
+            if comparison.values(name, case, "rate")
+        ]
+        for name in comparison.names()
+    }

@@ -67,7 +67,11 @@ def run(options: Options, report: Report) -> None:
             _figures(report, nbytes, ours[nbytes], limits[nbytes], slowest[nbytes])
         _watch_memory(report, server, folder, tallies)
     right, faults = sum(t.right for t in tallies), sum(t.accounted - t.right for t in tallies)
-    report.expect("every answer is its request, bit for bit", not faults and right > 0, f"{faults} of {right} not")
+    report.expect(
+        "every answer is its request, bit for bit",
+        not faults and right > 0,
+        f"{faults} of {right + faults} are not",
+    )
 
 
 def _name(nbytes: int) -> str:
@@ -99,6 +103,13 @@ def _figures(
         Figure(f"{name}: bandwidth", rate.median / 1e9, "GB/s", limit.median / 1e9, note),
         Figure(f"{name}: requests", rate.median / nbytes, "1/s"),
         Figure(f"{name}: p99", Spread.of(p99_ms).median, "ms"),
+    )
+    report.headlines.append(
+        (
+            f"{name} there and back",
+            f"{rate.median / 1e9:.2f} GB/s each way",
+            f"{limit.median / 1e9:.2f} GB/s ({ratio.median:.0%})",
+        )
     )
     if nbytes == SIZES[-1]:
         report.expect(

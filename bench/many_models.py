@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from overcommit.bench import compare, screen
-from overcommit.bench.compare import OURS, Case, Comparison, Contestant
+from overcommit.bench.compare import OURS, Case, Comparing, Comparison, Contestant
 from overcommit.bench.dialect import V2
 from overcommit.bench.echo import EchoPlan
 from overcommit.bench.loadgen import Plan
@@ -61,8 +61,8 @@ def run(options: Options, report: Report) -> None:
     ]
     with run_folder(options, report) as folder:
         ours = Contestant(OURS, lambda: _ours(options, report, root, folder, scales))
-        log = folder / "load.log"
-        comparison = compare.run(report, [ours], cases, rounds, WARM_UP_S, log)
+        comparing = Comparing(report, rounds, WARM_UP_S, folder / "load.log")
+        comparison = comparing.run([ours], cases)
     compare.add(report, comparison)
     _expect(report, comparison)
 

@@ -13,17 +13,18 @@ from typing import Final
 import numpy as np
 
 from overcommit.bench import wire
-from overcommit.runtime import _shm
+from overcommit.runtime import _shm, payload
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import MIB, TensorSpec
 from overcommit.runtime.lanes import NEVER_NS, Job, Limits
 from overcommit.runtime.messages import Route
-from overcommit.runtime.payload import TensorPlace, decode, encode, plan
+from overcommit.runtime.payload import decode, encode, plan
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.residency import Residency, StartLoad, Usage
 from overcommit.server import inference
+from overcommit.server.plans import RoutePlans
 
 Step = tuple[str, Callable[[int], None]]
 
@@ -106,23 +107,30 @@ def _memory() -> Iterator[Step]:
 # --- front end ------------------------------------------------------------------------------------
 def _codec() -> Iterator[Step]:
     x = np.random.default_rng(1).standard_normal((1, 16), np.float32)
-    places = (TensorPlace(0, "FP32", 0, x.nbytes, x.shape),)
+    places, total = payload.plan([(0, "FP32", x.nbytes, x.shape)])
+    plans = RoutePlans(_ROUTE)
     for binary in (False, True):
         request = wire.infer_request("/", {"x": x}, "y", binary=binary)
         head, _, body = request.partition(b"\r\n\r\n")
         json_bytes = None
         if binary:
             json_bytes = int(head.lower().partition(wire.JSON_LENGTH_HEADER + b": ")[2])
-        prepared = inference.prepare(_ROUTE, body, json_bytes)
-        data = x.tobytes()
+        prepared = inference.prepare(plans, body, json_bytes)
+        answer = bytearray(total)
+        payload.encode(memoryview(answer), places)
+        answer[places[0].offset : places[0].offset + x.nbytes] = x.tobytes()
 
         def read(count: int, body: bytes = body, json_bytes: int | None = json_bytes) -> None:
             for _ in range(count):
-                inference.prepare(_ROUTE, body, json_bytes)
+                inference.prepare(plans, body, json_bytes)
 
-        def write(count: int, prepared: inference.Prepared = prepared, data: bytes = data) -> None:
+        view = memoryview(answer)
+
+        def write(
+            count: int, prepared: inference.Prepared = prepared, view: memoryview = view
+        ) -> None:
             for _ in range(count):
-                inference.respond(prepared, places, data)
+                inference.respond(prepared, view)
 
         kind = "binary" if binary else "JSON"
         yield f"decode and check a request, {kind} [1,16]", read

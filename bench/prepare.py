@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -61,11 +61,17 @@ def minilm_variants(options: Options, report: Report, count: int) -> Fleet:
     return fleet_of(options, report, folders, VOCABULARY)
 
 
-def fleet_of(options: Options, report: Report, folders: dict[str, Path], vocabulary: int) -> Fleet:
+def fleet_of(
+    options: Options,
+    report: Report,
+    folders: dict[str, Path],
+    vocabulary: int,
+    lengths: Sequence[int] = references.LENGTHS,
+) -> Fleet:
     """Compute the references of model folders and check that they can be told apart."""
     root = next(iter(folders.values())).parent
     report.step("reference answers, by transformers alone")
-    inputs = references.fixed_inputs(vocabulary)
+    inputs = references.fixed_inputs(vocabulary, lengths)
     with screen.bar(report.console, "computing references") as advance:
         known = references.compute(folders, inputs, options.work / "references", advance)
     smallest = known.check_distinct()

@@ -119,6 +119,15 @@ def read_io(pid: int) -> Io | None:
     return Io(int(values["read_bytes"]), int(values["rchar"]))
 
 
+def pss_bytes(pid: int) -> int:
+    """Memory of a process, what it shares counted in part; 0 for one that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
 def wait_for(
     condition: Callable[[], bool], limit_s: float, on_wait: Callable[[], None] = lambda: None
 ) -> bool:

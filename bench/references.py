@@ -32,6 +32,7 @@ from overcommit.bench.errors import BenchError
 OUTPUT: Final = "last_hidden_state"
 TOLERANCE: Final = 1e-4
 DISTANCE_MIN: Final = 100 * TOLERANCE
+LENGTHS: Final = (16, 16, 16, 11, 16, 7)  # of the inputs, unless a scenario has its own
 _SAMPLES: Final = 64
 _SAMPLE_BYTES: Final = 4096
 _KEY_BYTES: Final = 12
@@ -39,7 +40,7 @@ _KEY_BYTES: Final = 12
 Inputs = dict[str, NDArray[np.int64]]
 
 
-def fixed_inputs(vocabulary: int, lengths: Sequence[int] = (16, 16, 16, 11, 16, 7)) -> list[Inputs]:
+def fixed_inputs(vocabulary: int, lengths: Sequence[int] = LENGTHS) -> list[Inputs]:
     """Make the token inputs: seeded, of several lengths; one ends in padding."""
     random = np.random.default_rng(20_240)
     inputs: list[Inputs] = []

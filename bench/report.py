@@ -94,6 +94,7 @@ class Report:
     sections: dict[str, list[Figure]] = field(default_factory=dict)
     conditions: list[Condition] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    headlines: list[tuple[str, str, str]] = field(default_factory=list)  # figure, value, limit
     plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)  # name -> makes a PNG
 
     def step(self, text: str) -> None:

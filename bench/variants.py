@@ -113,6 +113,9 @@ def _figures(
         Figure("slowest", times.highest / 1e6, "ms"),
         Figure("models asked", len(tally.targets)),
     )
+    p50, p99 = (times.quantile(share) / 1e6 for share in (0.5, 0.99))
+    said = f"{tally.rate:,.0f}/s, p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+    report.headlines.append((f"{len(after.models)} variants of MiniLM, room for 11", said, ""))
     report.add("tiers", *snapshot.tier_figures(before, after, tally.accounted))
     report.plots["latency"] = functools.partial(plots.latency, {"overcommit": times})
     records = snapshot.new_activations(before, after)
