@@ -130,7 +130,11 @@ def _watch_memory(report: Report, server: Server, folder: Path, tallies: list[Ta
         if not tally.right:
             break
     grown = _memory(server) - before
-    report.add("memory", Figure(f"growth over {done} requests", grown / 1e6, "MB"))
+    report.add(
+        "memory",
+        Figure("all processes before (PSS)", before / 1e6, "MB"),
+        Figure(f"growth over {done} requests", grown / 1e6, "MB"),
+    )
     report.expect(
         f"memory is flat over {REQUESTS_FLAT} requests of {_name(SIZES[-1])}",
         grown <= GROWTH_MAX and done >= REQUESTS_FLAT,

@@ -1040,6 +1040,24 @@ static PyObject *py_unmap_fixed(PyObject *m, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+static PyObject *py_move_fixed(PyObject *m, PyObject *args) {
+  (void)m;
+  unsigned long long source, destination;
+  Py_ssize_t nbytes;
+  if (!PyArg_ParseTuple(args, "KKn", &source, &destination, &nbytes) ||
+      check_range(source, nbytes) < 0 || check_range(destination, nbytes) < 0)
+    return NULL;
+  /* The source must not become a hole, which another thread's mmap could take. */
+  void *to = (void *)(uintptr_t)destination, *from = (void *)(uintptr_t)source;
+  void *moved = mremap(from, (size_t)nbytes, (size_t)nbytes,
+                       MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, to);
+  if (moved == MAP_FAILED ||
+      mmap(from, (size_t)nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+           -1, 0) == MAP_FAILED)
+    return PyErr_SetFromErrno(PyExc_OSError);
+  Py_RETURN_NONE;
+}
+
 static PyObject *py_release(PyObject *m, PyObject *args) {
   (void)m;
   unsigned long long address;
@@ -1123,6 +1141,7 @@ static PyMethodDef functions[] = {
     {"reserve", py_reserve, METH_O, NULL},
     {"map_fixed", py_map_fixed, METH_VARARGS, NULL},
     {"unmap_fixed", py_unmap_fixed, METH_VARARGS, NULL},
+    {"move_fixed", py_move_fixed, METH_VARARGS, NULL},
     {"release", py_release, METH_VARARGS, NULL},
     {"populate", py_populate, METH_VARARGS, NULL},
     {"view", py_view, METH_VARARGS, NULL},

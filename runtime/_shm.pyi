@@ -202,6 +202,12 @@ def map_fixed(
 def unmap_fixed(address: int, nbytes: int) -> None:
     """Put PROT_NONE back over a piece of a reserved range; the reservation stays."""
 
+def move_fixed(source: int, destination: int, nbytes: int) -> None:
+    """Move a mapping, with its page tables, into a reserved range; PROT_NONE stays behind.
+
+    Raises OSError, and then nothing was moved, unless memory for page tables is short.
+    """
+
 def release(address: int, nbytes: int) -> None:
     """Give the address space back."""
 

@@ -6,7 +6,8 @@ version and process; whatever chunks hold the version now are mapped into it, in
 Invariants
  1. A mapping's address never changes while it is open: tensors that were made over it stay valid
     across eviction and reload into other chunks.
- 2. What is not mapped is PROT_NONE: a use of evicted weights is a fault, never another model's bytes.
+ 2. What is not mapped is PROT_NONE, and so is what was moved away: a use of weights whose chunks
+    another version has got here is a fault, not that version's bytes.
  3. A mapping is read-only; only the mover maps an arena writable.
  4. The address range is given back when the mapping is closed and the last view of it is gone; in
     between it is PROT_NONE, so that a tensor that was left over cannot read what comes there next.
@@ -22,9 +23,10 @@ import weakref
 from collections.abc import Sequence
 
 from overcommit.runtime import _shm
-from overcommit.runtime.config import PAGE_BYTES
+from overcommit.runtime.config import PAGE_BYTES, SLAB_MODEL_BYTES_MAX
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import create_memfd
+from overcommit.runtime.page_tables import UNIT, PageTables
 
 
 class Arena:
@@ -75,11 +77,13 @@ class Arena:
 class Mapping:
     """A version's address range, read-only, `nbytes` long (rounded up to a page)."""
 
-    def __init__(self, arena_fd: int, nbytes: int) -> None:
+    def __init__(self, tables: PageTables, nbytes: int) -> None:
         self.nbytes = nbytes
         self.generation: int | None = None
-        self._reserved = max(PAGE_BYTES, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
-        self._arena_fd = arena_fd
+        # Whole units for what lies in whole chunks: only those can bring their page tables along.
+        unit = PAGE_BYTES if nbytes <= SLAB_MODEL_BYTES_MAX else UNIT
+        self._reserved = max(unit, -(-nbytes // unit) * unit)
+        self._tables = tables
         self.address = _shm.reserve(self._reserved)
         # Every view holds this object, so its end is the end of the last use of the range.
         self._range: ctypes.Array[ctypes.c_ubyte] | None = (ctypes.c_ubyte * nbytes).from_address(
@@ -99,15 +103,16 @@ class Mapping:
         assert self._range is not None, "open"
         self.generation = None
         at = 0
+        needed = -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
         try:
             for offset, length in extents:
                 length = min(length, self._reserved - at)
                 if length <= 0:
                     break
-                _shm.map_fixed(self.address + at, self._arena_fd, offset, length, False, populate)
+                self._tables.place(self.address + at, offset, length, populate)
                 at += length
-            if at < self._reserved:
-                raise ValueError(f"extents hold {at} bytes, the image has {self._reserved}")
+            if at < needed:
+                raise ValueError(f"extents hold {at} bytes, the image has {self.nbytes}")
         except BaseException:
             self.unmap()
             raise
@@ -117,6 +122,7 @@ class Mapping:
         """Give the chunks back; the address range stays."""
         assert self._range is not None, "open"
         self.generation = None
+        self._tables.forget(self.address, self._reserved)
         _shm.unmap_fixed(self.address, self._reserved)
 
     def view(self) -> memoryview:

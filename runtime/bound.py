@@ -39,6 +39,7 @@ from overcommit.runtime.arena import Mapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.messages import Placed, VersionInfo
+from overcommit.runtime.page_tables import PageTables
 from overcommit.runtime.signature import Signature
 
 if TYPE_CHECKING:  # engines are imported by the process that runs them
@@ -134,7 +135,7 @@ class Loader:
 class Versions:
     """Every version this worker has been told of, by slot."""
 
-    device_fd: int
+    tables: PageTables
     loader: Loader
     bound_max: int = BOUND_MODELS_MAX
     _versions: dict[int, Version] = field(default_factory=dict)
@@ -166,7 +167,7 @@ class Versions:
         if version is None:
             return None
         if version.mapping is None:
-            version.mapping = Mapping(self.device_fd, version.info.nbytes)
+            version.mapping = Mapping(self.tables, version.info.nbytes)
         version.generation = None
         populate = version.info.nbytes <= POPULATE_BYTES_MAX
         version.mapping.map(placed.extents, placed.generation, populate)

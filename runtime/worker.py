@@ -52,6 +52,7 @@ from overcommit.runtime.messages import (
     Stop,
     VersionInfo,
 )
+from overcommit.runtime.page_tables import PageTables
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
 
@@ -86,7 +87,9 @@ class Worker:
         self._spin_ns = _shm.default_spin_ns() if spin_ns is None else spin_ns
         self.batcher = Batcher()
         self.links = Links(start.epoch)
-        self.versions = Versions(fds["device"], Loader(open_program, self._ring_own_bell))
+        self.versions = Versions(
+            PageTables(fds["device"]), Loader(open_program, self._ring_own_bell)
+        )
         self._runner = Runner(
             *(self.links, self._table, self._leases, self._status, fds["supervisor_bell"])
         )

@@ -19,6 +19,7 @@ from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena, Mapping
 from overcommit.runtime.config import PAGE_BYTES
 from overcommit.runtime.errors import ProtocolError
+from overcommit.runtime.page_tables import PageTables
 
 # It is read-only on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -107,7 +108,7 @@ def test_closing_an_arena_gives_its_addresses_back() -> None:
 
 # --- mappings -----------------------------------------------------------------------------------
 def test_numpy_and_torch_views_see_the_new_bytes_at_the_old_address(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, 3 * PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), 3 * PAGE_BYTES)
     first, second = pages(5, 1, 9), pages(20, 21, 3)
     writer.fill(first, 1)
     writer.fill(second, 2)
@@ -127,7 +128,7 @@ def test_numpy_and_torch_views_see_the_new_bytes_at_the_old_address(writer: Writ
 
 
 def test_a_new_placement_replaces_the_old_one_without_an_unmap(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, 2 * PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), 2 * PAGE_BYTES)
     writer.fill(pages(7, 8), 9)
     mapping.map(pages(0, 1), 1)
     mapping.map([(7 * PAGE_BYTES, 2 * PAGE_BYTES)], 2)
@@ -145,7 +146,7 @@ def test_extents_appear_one_after_the_other(data: st.DataObject) -> None:
     writer = Writer(ARENA_PAGES * PAGE_BYTES)
     for number in range(ARENA_PAGES):
         writer.fill(pages(number), number)
-    mapping = Mapping(writer.arena.fd, nbytes)
+    mapping = Mapping(PageTables(writer.arena.fd), nbytes)
     mapping.map(pages(*order), 1, populate)
     seen = bytes(mapping.view())
     assert seen == b"".join(bytes([number]) * PAGE_BYTES for number in order)[:nbytes]
@@ -155,7 +156,7 @@ def test_extents_appear_one_after_the_other(data: st.DataObject) -> None:
 
 
 def test_extents_longer_than_the_image_are_mapped_as_far_as_it_goes(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, PAGE_BYTES + 1)
+    mapping = Mapping(PageTables(writer.arena.fd), PAGE_BYTES + 1)
     mapping.map([(0, 8 * PAGE_BYTES), (8 * PAGE_BYTES, PAGE_BYTES)], 1)
     assert len(mapping.view()) == PAGE_BYTES + 1
     assert permissions(mapping.address + PAGE_BYTES) == "r--s"
@@ -164,7 +165,7 @@ def test_extents_longer_than_the_image_are_mapped_as_far_as_it_goes(writer: Writ
 
 
 def test_short_extents_are_refused_and_nothing_stays_mapped(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, 3 * PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), 3 * PAGE_BYTES)
     mapping.map(pages(0, 1, 2), 1)
     with pytest.raises(ValueError, match="extents hold"):
         mapping.map(pages(4, 5), 2)
@@ -174,7 +175,7 @@ def test_short_extents_are_refused_and_nothing_stays_mapped(writer: Writer) -> N
 
 
 def test_populate_faults_every_page_in(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, 16 * PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), 16 * PAGE_BYTES)
     resident = {}
     for populate in (False, True):
         mapping.unmap()
@@ -198,7 +199,7 @@ def resident_bytes(address: int) -> int:
 
 # --- protection ---------------------------------------------------------------------------------
 def test_writing_to_a_mapping_kills_the_writer(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), PAGE_BYTES)
     mapping.map(pages(3), 1)
     view = mapping.view()
     assert view.readonly
@@ -210,7 +211,7 @@ def test_writing_to_a_mapping_kills_the_writer(writer: Writer) -> None:
 
 
 def test_reading_evicted_weights_kills_the_reader(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), PAGE_BYTES)
     mapping.map(pages(3), 1)
     mapping.unmap()
     assert mapping.generation is None
@@ -222,7 +223,7 @@ def test_reading_evicted_weights_kills_the_reader(writer: Writer) -> None:
 def test_the_address_range_outlives_its_mapping_until_the_last_view_is_gone(
     writer: Writer,
 ) -> None:
-    mapping = Mapping(writer.arena.fd, PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), PAGE_BYTES)
     mapping.map(pages(0), 1)
     address = mapping.address
     tensor = torch.frombuffer(mapping.view(), dtype=torch.float32)
@@ -234,7 +235,7 @@ def test_the_address_range_outlives_its_mapping_until_the_last_view_is_gone(
 
 
 def test_closing_twice_is_harmless_and_a_closed_mapping_cannot_be_used(writer: Writer) -> None:
-    mapping = Mapping(writer.arena.fd, PAGE_BYTES)
+    mapping = Mapping(PageTables(writer.arena.fd), PAGE_BYTES)
     mapping.close()
     mapping.close()
     with pytest.raises(AssertionError):

@@ -22,6 +22,7 @@ from overcommit.runtime.arena import Arena, Mapping
 from overcommit.runtime.config import PAGE_BYTES
 from overcommit.runtime.engines import hugging_face, manifest, torch_module
 from overcommit.runtime.errors import ImageError
+from overcommit.runtime.page_tables import PageTables
 
 IDS = np.array([[5, 17, 3, 99, 2], [7, 8, 9, 10, 11]])
 MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -240,7 +241,7 @@ def test_a_bound_model_outlives_eviction_into_other_chunks(
     opened = Opened(packed(tmp_path / "bert", tmp_path / "cache"))
     nbytes, half = opened.header.nbytes, PAGE_BYTES
     arena = Arena.create("weights", 4 * nbytes)
-    mapping = Mapping(arena.fd, nbytes)
+    mapping = Mapping(PageTables(arena.fd), nbytes)
     inputs = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
     want = bert_reference(tmp_path / "bert", IDS.tolist())
     model = None

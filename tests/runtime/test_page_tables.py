@@ -1,0 +1,158 @@
+"""Page tables that move with their chunks: right bytes wherever they went, and faults spared."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overcommit.runtime import _shm
+from overcommit.runtime.arena import Mapping
+from overcommit.runtime.config import PAGE_BYTES
+from overcommit.runtime.memory import create_memfd
+from overcommit.runtime.page_tables import UNIT, PageTables
+
+UNITS = 8
+MARKS = (0, UNIT // 2, UNIT - 1)  # where a unit says which one it is
+
+
+@pytest.fixture(scope="module")
+def arena() -> Iterator[int]:
+    fd = create_memfd("test", UNITS * UNIT)
+    with mmap.mmap(fd, UNITS * UNIT) as memory:
+        for unit in range(UNITS):
+            for mark in MARKS:
+                memory[unit * UNIT + mark] = unit + 1
+    yield fd
+    os.close(fd)
+
+
+def seen(mapping: Mapping) -> list[int]:
+    """Which units lie there, in order."""
+    view = mapping.view()
+    units = []
+    for start in range(0, mapping.nbytes, UNIT):
+        marks = {view[start + mark] for mark in MARKS if start + mark < mapping.nbytes}
+        (unit,) = marks
+        units.append(unit - 1)
+    view.release()
+    return units
+
+
+def extents(units: list[int]) -> list[tuple[int, int]]:
+    return [(unit * UNIT, UNIT) for unit in units]
+
+
+def flags(address: int) -> str:
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            span, found, *_ = line.split()
+            low, high = (int(part, 16) for part in span.split("-"))
+            if low <= address < high:
+                return found
+    return ""
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def test_a_chunk_brings_its_page_tables_to_the_next_version(arena: int) -> None:
+    tables = PageTables(arena)
+    first, second = Mapping(tables, 2 * UNIT), Mapping(tables, 2 * UNIT)
+    first.map([(0, 2 * UNIT)], 1)
+    second.map([(0, 2 * UNIT)], 1)
+    assert tables.moved_bytes == 2 * UNIT
+    before = faults()
+    assert seen(second) == [0, 1]
+    total = sum(second.view()[::PAGE_BYTES])
+    assert total > 0
+    assert faults() - before < 2 * UNIT // PAGE_BYTES // 16, "every page would have faulted"
+    assert flags(first.address) == "---p", "who lost its chunks must not read another's"
+    for mapping in (first, second):
+        mapping.close()
+    assert len(tables) == 0
+
+
+def test_a_version_that_changes_the_order_of_its_own_chunks_is_right(arena: int) -> None:
+    tables = PageTables(arena)
+    mapping = Mapping(tables, 4 * UNIT)
+    for order in ([0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 1, 0], [0, 2, 1, 3], [4, 0, 1, 2]):
+        mapping.map(extents(order), 1)
+        assert seen(mapping) == order
+    mapping.close()
+
+
+def test_the_last_unit_may_be_used_in_part_and_small_versions_share_units(arena: int) -> None:
+    tables = PageTables(arena)
+    large = Mapping(tables, UNIT + PAGE_BYTES)
+    large.map(extents([5, 6]), 1)
+    assert seen(large) == [5, 6]
+    small = Mapping(tables, PAGE_BYTES)
+    small.map([(6 * UNIT, PAGE_BYTES)], 1)
+    assert small.view()[0] == 7
+    assert seen(large) == [5, 6], "a slab does not take a unit away"
+    small.map([(5 * UNIT, PAGE_BYTES)], 2)
+    assert small.view()[0] == 6
+    for mapping in (large, small):
+        mapping.close()
+    assert len(tables) == 0
+
+
+def test_where_the_kernel_cannot_move_everything_is_mapped_anew(
+    arena: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: int, destination: int, nbytes: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(_shm, "move_fixed", refuse)
+    tables = PageTables(arena)
+    first, second = Mapping(tables, 3 * UNIT), Mapping(tables, 3 * UNIT)
+    first.map([(0, 3 * UNIT)], 1)
+    second.map([(UNIT, 3 * UNIT)], 1)
+    assert (seen(first), seen(second)) == ([0, 1, 2], [1, 2, 3])
+    assert tables.moved_bytes == 0
+    first.map([(UNIT, 3 * UNIT)], 2)
+    assert seen(first) == [1, 2, 3]
+    for mapping in (first, second):
+        mapping.close()
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.permutations(range(UNITS)), st.booleans()), max_size=40
+    )
+)
+@settings(deadline=None)
+def test_whatever_moves_where_each_version_reads_its_own(
+    arena: int, steps: list[tuple[int, list[int], bool]]
+) -> None:
+    tables = PageTables(arena)
+    sizes = (1, 2, 3, 5)
+    mappings = [Mapping(tables, size * UNIT - PAGE_BYTES) for size in sizes]
+    placed: list[list[int]] = [[] for _ in sizes]
+    for number, order, unmap in steps:
+        mapping, mine = mappings[number], order[: sizes[number]]
+        if unmap:
+            mapping.unmap()
+            mine = []
+        else:
+            mapping.map(extents(mine), 1, populate=False)
+        placed[number] = mine
+        for other in range(len(sizes)):
+            if other != number and set(placed[other]) & set(mine):
+                placed[
+                    other
+                ] = []  # its chunks are another's now: it is placed again before it runs
+            if placed[other]:
+                assert seen(mappings[other]) == placed[other]
+        held = list(tables._address_of.items())
+        assert {address: unit for unit, address in held} == tables._unit_at
+    for mapping in mappings:
+        mapping.close()
+    assert len(tables) == 0
