@@ -40,7 +40,7 @@ from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.messages import Placed, VersionInfo
 from overcommit.runtime.page_tables import PageTables
-from overcommit.runtime.signature import Signature
+from overcommit.runtime.signature import Signature, signature_of
 
 if TYPE_CHECKING:  # engines are imported by the process that runs them
     from overcommit.runtime.engines import BoundModel, Program
@@ -149,7 +149,7 @@ class Versions:
     def learn(self, info: VersionInfo) -> Version:
         """A version was announced."""
         self.forget(info.slot)
-        version = self._versions[info.slot] = Version(info, Signature(info.config))
+        version = self._versions[info.slot] = Version(info, signature_of(info.config))
         return version
 
     def forget(self, slot: int) -> None:

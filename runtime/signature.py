@@ -22,10 +22,12 @@ Pure.  Called by the worker when it takes a request, and by assembly.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from overcommit.runtime import payload
@@ -51,6 +53,23 @@ NUMPY_TYPES: Final[dict[str, np.dtype[np.generic]]] = {
     "BF16": np.dtype(np.uint16),  # numpy has no such type: the bits travel
     "BYTES": np.dtype(object),
 }
+
+
+_shared: weakref.WeakValueDictionary[bytes, Signature] = weakref.WeakValueDictionary()
+
+
+def signature_of(config: ModelConfig) -> Signature:
+    """Return the signature of a config: one object for all versions that take and give the same.
+
+    A fine-tune per customer is thousands of versions of one shape; what they share stays in the
+    processor's cache.
+    """
+    batches = config.batching.max_batch_size > 0
+    key = msgspec.msgpack.encode((config.inputs, config.outputs, batches))
+    signature = _shared.get(key)
+    if signature is None:
+        signature = _shared[key] = Signature(config)
+    return signature
 
 
 @dataclass(slots=True, frozen=True)

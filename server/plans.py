@@ -20,6 +20,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from overcommit.runtime import payload
 from overcommit.runtime.config import RANK_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, ProtocolError
@@ -70,13 +72,15 @@ class RoutePlans:
 
     __slots__ = ("_floats", "_header_words", "_inputs", "_outputs", "_specs", "route")
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: Route, inputs: dict[Key, InputPlan] | None = None) -> None:
         self.route = route
         self._specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
         self._floats = bool(route.inputs) and all(
             spec.datatype in ("FP32", "FP64") for spec in route.inputs
         )
-        self._inputs: dict[Key, InputPlan] = {}
+        # Shared with the routes that take and give the same: what thousands of fine-tunes have in
+        # common stays in the processor's cache.
+        self._inputs: dict[Key, InputPlan] = {} if inputs is None else inputs
         self._outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = {}
         self._header_words = 0  # of the answer seen last: the next one is most likely as long
 
@@ -192,6 +196,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._routes: dict[int, RoutePlans] = {}
+        self._shared: dict[bytes, dict[Key, InputPlan]] = {}
         # Who is asked by name and serves: kept until a route changes.
         self.serving: dict[tuple[str, str | None], RoutePlans] = {}
 
@@ -208,7 +213,10 @@ class Plans:
         if plans is None or plans.route is not route:
             if len(self._routes) >= PLANNED_ROUTES_MAX:
                 self._routes.clear()
-            plans = self._routes[route.slot] = RoutePlans(route)
+                self._shared.clear()
+            key = (route.inputs, route.outputs, route.max_batch_size)
+            shared = self._shared.setdefault(msgspec.msgpack.encode(key), {})
+            plans = self._routes[route.slot] = RoutePlans(route, shared)
         return plans
 
 
