@@ -95,7 +95,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host_memory_bytes: int | None = None
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     allow_code: bool = False
-    policy: str = "lru"
+    policy: str = "cost_aware"
     verify: Literal["first", "always", "never"] = "first"
     payload_bytes: int = PAYLOAD_BYTES
     body_bytes_max: int = BODY_BYTES_MAX

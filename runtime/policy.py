@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from overcommit.runtime.errors import ConfigurationError
+from overcommit.runtime.greedy_dual import CostAware, Gdsf, LfuDa
 
 Rank = tuple[float, ...]
 
@@ -142,7 +143,12 @@ class Lru:
         return known.priority, known.last_used_ns, known.uses
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": Lru}
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "cost_aware": CostAware,
+    "lru": Lru,
+    "lfu_da": LfuDa,
+    "gdsf": Gdsf,
+}
 
 
 def make_policy(name: str) -> Policy:

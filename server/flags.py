@@ -41,7 +41,8 @@ AllowCode = Annotated[
     ),
 ]
 Policy = Annotated[
-    str | None, Option(metavar="NAME", help="Which model leaves memory first (lru).")
+    str | None,
+    Option(metavar="NAME", help="Which model leaves memory first: cost_aware, lru, lfu_da, gdsf."),
 ]
 StartMethod = Annotated[
     str | None, Option(metavar="NAME", help="Start workers by forkserver or spawn (forkserver).")

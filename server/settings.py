@@ -91,7 +91,7 @@ class ServeSettings(BaseSettings):
     device_memory: Size | None = None
     host_memory: Size | None = None
     allow_code: bool = False
-    policy: Annotated[str, AfterValidator(_check_policy)] = "lru"
+    policy: Annotated[str, AfterValidator(_check_policy)] = "cost_aware"
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     verify: Literal["first", "always", "never"] = "first"
     payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from overcommit.bench import __main__ as command
-from overcommit.bench import chaos, variants
+from overcommit.bench import chaos, suite, variants
 from overcommit.bench.errors import BenchError
 from overcommit.bench.prepare import Fleet, Options, fleet_of
 from overcommit.bench.report import Report
@@ -87,7 +87,7 @@ def test_a_missed_condition_fails_the_command_only_when_it_checks(
     def scenario(options: Options, report: Report) -> None:
         report.expect("pigs fly", options.quick, "not yet")
 
-    monkeypatch.setitem(command.SCENARIOS, command.Scenario.variants, scenario)
+    monkeypatch.setitem(suite.SCENARIOS, "variants", scenario)
     file = tmp_path / "results" / "out.json"
     arguments = ["variants", "--work", str(tmp_path), "--json", str(file)]
     runner = CliRunner()
@@ -105,7 +105,7 @@ def test_a_run_that_cannot_be_made_says_why(
     def scenario(options: Options, report: Report) -> None:
         raise BenchError("the server [sic] did not start")
 
-    monkeypatch.setitem(command.SCENARIOS, command.Scenario.chaos, scenario)
+    monkeypatch.setitem(suite.SCENARIOS, "chaos", scenario)
     result = CliRunner().invoke(command.app, ["chaos", "--work", str(tmp_path)])
     assert result.exit_code == command.RUN_FAILED
     assert "the server [sic] did not start" in result.output
