@@ -26,6 +26,7 @@ class Scenario(enum.Enum):
     large_payload = "large_payload"
     embedding = "embedding"
     overcommit = "overcommit"
+    replay = "replay"
     variants = "variants"
     chaos = "chaos"
     all = suite.ALL

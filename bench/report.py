@@ -31,6 +31,8 @@ _DIGITS: Final = {
     "GFLOP/s": 1,
     "GB": 2,
     "MB": 1,
+    "x": 3,
+    "share": 3,
 }
 
 

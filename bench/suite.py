@@ -21,6 +21,7 @@ from overcommit.bench import (
     many_models,
     micro,
     overcommit,
+    replay,
     small_requests,
     variants,
 )
@@ -36,6 +37,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "large_payload": large_payload.run,
     "embedding": encoder.run,
     "overcommit": overcommit.run,
+    "replay": replay.run,
     "variants": variants.run,
     "chaos": chaos.run,
 }

@@ -1,0 +1,82 @@
+"""The trace, the simulated cache and the bounds beside it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overcommit.bench import catalogue_trace
+from overcommit.bench.catalogue_trace import Request, make_trace
+from overcommit.bench.replay import belady, cost_s, next_uses, pfoo_l, simulate
+from overcommit.runtime.policy import POLICIES
+
+SMALL = st.lists(st.integers(0, 4), min_size=1, max_size=12)
+SIZES = (1, 2, 3, 4, 5)
+
+
+def trace_of(*models: int) -> list[Request]:
+    return [Request(float(position), model) for position, model in enumerate(models)]
+
+
+def best_s(trace: list[Request], capacity: int) -> float:
+    """The least load time that any choice of what to keep can have."""
+    states: dict[frozenset[int], float] = {frozenset(): 0.0}
+    for request in trace:
+        after: dict[frozenset[int], float] = {}
+        for held, spent in states.items():
+            paid = spent + (0.0 if request.model in held else cost_s(SIZES[request.model]))
+            there = held | {request.model}
+            for count in range(len(there) + 1):
+                for kept in itertools.combinations(sorted(there), count):
+                    if sum(SIZES[model] for model in kept) <= capacity:
+                        state = frozenset(kept)
+                        after[state] = min(after.get(state, paid), paid)
+        states = after
+    return min(states.values())
+
+
+def test_the_trace_is_like_the_one_that_was_measured_and_seeded() -> None:
+    trace = make_trace(1)
+    for room, wanted in catalogue_trace.TABLE.items():
+        assert catalogue_trace.lru_misses(trace, room) == pytest.approx(wanted, abs=0.03)
+    for count, wanted in catalogue_trace.TOPS.items():
+        assert catalogue_trace.top_share(trace, count) == pytest.approx(wanted, abs=0.03)
+    assert trace == make_trace(1)
+    assert trace != make_trace(2)
+
+
+def test_the_simulated_lru_is_an_lru() -> None:
+    trace = make_trace(3, 3000)
+    for room in (1, 4, 16):
+        outcome = simulate("lru", trace, [1] * catalogue_trace.MODELS, room)
+        assert outcome.misses / len(trace) == catalogue_trace.lru_misses(trace, room)
+
+
+def test_one_large_victim_spares_the_small_ones_before_it() -> None:
+    # 0 and 1 are older than 3, but 3 alone is needed for 4: they must still be there.
+    trace = trace_of(0, 1, 3, 4, 0, 1)
+    assert simulate("lru", trace, SIZES, 8).misses == 4
+
+
+def test_next_uses_are_positions() -> None:
+    assert next_uses(trace_of(1, 2, 1, 1)) == [2, 4, 3, 4]
+
+
+@given(models=SMALL, capacity=st.integers(5, 9))
+def test_nothing_beats_the_best_and_the_bound_is_below_it(models: list[int], capacity: int) -> None:
+    trace = trace_of(*models)
+    best = best_s(trace, capacity)
+    assert pfoo_l(trace, SIZES, capacity) <= best + 1e-9
+    assert belady(trace, SIZES, capacity).load_s >= best - 1e-9
+    for name in POLICIES:
+        assert simulate(name, trace, SIZES, capacity).load_s >= best - 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_cache_for_all_misses_each_model_once(name: str) -> None:
+    trace = make_trace(1, 2000)
+    outcome = simulate(name, trace, [1] * catalogue_trace.MODELS, catalogue_trace.MODELS)
+    assert outcome.misses == len({request.model for request in trace})
