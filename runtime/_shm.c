@@ -1040,6 +1040,34 @@ static PyObject *py_unmap_fixed(PyObject *m, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+/* copy_pieces(into, stride, nbytes, addresses): `nbytes` from each address, `stride` apart. */
+static PyObject *py_copy_pieces(PyObject *m, PyObject *args) {
+  (void)m;
+  Py_buffer into;
+  Py_ssize_t stride, nbytes;
+  PyObject *addresses;
+  if (!PyArg_ParseTuple(args, "w*nnO", &into, &stride, &nbytes, &addresses)) return NULL;
+  PyObject *items = PySequence_Fast(addresses, "addresses must be a sequence");
+  PyObject *result = NULL;
+  if (!items) goto done;
+  Py_ssize_t count = PySequence_Fast_GET_SIZE(items);
+  if (nbytes < 0 || stride < nbytes || (count && stride > into.len / count)) {
+    PyErr_SetString(PyExc_ValueError, "the pieces do not fit");
+    goto done;
+  }
+  char *to = into.buf;
+  for (Py_ssize_t i = 0; i < count; i++, to += stride) {
+    unsigned long long from = PyLong_AsUnsignedLongLong(PySequence_Fast_GET_ITEM(items, i));
+    if (from == (unsigned long long)-1 && PyErr_Occurred()) goto done;
+    memcpy(to, (const void *)(uintptr_t)from, (size_t)nbytes);
+  }
+  result = Py_NewRef(Py_None);
+done:
+  Py_XDECREF(items);
+  PyBuffer_Release(&into);
+  return result;
+}
+
 static PyObject *py_move_fixed(PyObject *m, PyObject *args) {
   (void)m;
   unsigned long long source, destination;
@@ -1141,6 +1169,7 @@ static PyMethodDef functions[] = {
     {"reserve", py_reserve, METH_O, NULL},
     {"map_fixed", py_map_fixed, METH_VARARGS, NULL},
     {"unmap_fixed", py_unmap_fixed, METH_VARARGS, NULL},
+    {"copy_pieces", py_copy_pieces, METH_VARARGS, NULL},
     {"move_fixed", py_move_fixed, METH_VARARGS, NULL},
     {"release", py_release, METH_VARARGS, NULL},
     {"populate", py_populate, METH_VARARGS, NULL},

@@ -202,6 +202,12 @@ def map_fixed(
 def unmap_fixed(address: int, nbytes: int) -> None:
     """Put PROT_NONE back over a piece of a reserved range; the reservation stays."""
 
+def copy_pieces(into: WriteableBuffer, stride: int, nbytes: int, addresses: Sequence[int]) -> None:
+    """Copy `nbytes` from each of these addresses into a buffer, `stride` apart.
+
+    The addresses must be mapped.  Raises ValueError when the buffer is too short.
+    """
+
 def move_fixed(source: int, destination: int, nbytes: int) -> None:
     """Move a mapping, with its page tables, into a reserved range; PROT_NONE stays behind.
 

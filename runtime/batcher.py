@@ -7,16 +7,12 @@ A lane is due at once when the worker is free: whatever gathered while it ran th
 together, without artificial delay.  Only where a version's config sets a queue delay, its lane
 waits until it is full or its oldest job has waited that long.
 
-Between lanes: weighted deficit round robin, with the turn as short as it can be, one batch.  A
-lane's deficit is kept as the time at which its share is used up on a clock that runs only while
-lanes wait (start-time fair queueing): the lane whose clock is furthest behind goes next, and its
-clock is put forward by the cost of its batch over its weight.  The cost is the measured compute
-time, so a heavy model cannot take more than its share by having heavy batches.  Round robin by
-quanta was left because a batch of a second needs a thousand rounds of a quantum of a millisecond to
-pay for, and because a lane that empties would lose its deficit with every batch.
+The order between lanes is in `turns.py`.
 
-Between classes of priority: higher first, but while a lower class waits it gets one part in
-LOWER_SHARE of the compute time of those above it, so it is slowed and never starved.
+A batch may hold jobs of several lanes when their versions are of one family (`mixing.py`): the lane
+whose turn it is takes others along that are due too, in the order in which they became due, with
+requests of the same form.  Each is charged its share; that it runs earlier than its own turn delays
+nobody, since the batch is run anyway.
 
 A lane's states:
 
@@ -34,98 +30,58 @@ Invariants
  1. Every job that was added leaves exactly once: in a batch that is finished, as expired, or by
     cancel, drain, drop_link or remove.
  2. A lane that cannot run is not looked at by `next`: it delays no other, whatever waits in it.
- 3. A lane has at most one entry in its class's heap and one among the timers; an entry of a lane
-    that is no longer DUE (WAITING) is void and thrown away when it comes up.
+ 3. A lane has at most one entry among the timers; an entry of a lane that is no longer WAITING is
+    void and thrown away when it comes up.
  4. No expired job is in a batch.
+ 5. All jobs of a batch have one form when they are of several versions.
 
 Called by the worker's loop.
 """
 
 from __future__ import annotations
 
-import enum
 import heapq
 import itertools
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.lanes import NEVER_NS, Job, Lane, Limits
+from overcommit.runtime.signature import Form, shares_form
+from overcommit.runtime.turns import Ranks, Rooms, State, Turn
 
-LOWER_SHARE: Final = 8
+LANE_JOBS_MAX: Final = 4  # of one version in a mixed batch: who has more runs better alone
+PASSED_MAX: Final = 64  # lanes that are looked at and left, for one batch
 SWEEP_NS: Final = 2_000_000  # a job that waits may be answered EXPIRED this much late
-
-
-class State(enum.Enum):
-    """Where a lane stands."""
-
-    EMPTY = enum.auto()
-    PARKED = enum.auto()
-    WAITING = enum.auto()
-    DUE = enum.auto()
-    RUNNING = enum.auto()
-    GONE = enum.auto()
 
 
 @dataclass(slots=True, frozen=True)
 class Batch:
-    """Jobs of one version and shape that run together."""
+    """Jobs of one form that run together: of one version, or of some versions of one family."""
 
-    slot: int
+    slot: int  # of the lane whose turn it was
     jobs: list[Job]
-
-
-class _Turn:
-    """A lane with its place in the order."""
-
-    __slots__ = ("can_run", "in_heap", "in_timers", "lane", "start_ns", "state", "used_ns")
-
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
-        self.state = State.EMPTY
-        self.can_run = False
-        self.used_ns = 0.0  # its share is used up to here, on its class's clock
-        self.start_ns = 0.0  # its entry's key, on the same clock
-        self.in_heap = False
-        self.in_timers = False
-
-
-class _Class:
-    """The lanes of one priority."""
-
-    __slots__ = ("clock_ns", "due", "owed_ns", "priority", "used_ns")
-
-    def __init__(self, priority: int) -> None:
-        self.priority = priority
-        self.clock_ns = 0.0
-        self.used_ns = 0.0  # the furthest that any lane has come
-        self.owed_ns = 0.0  # by the classes above, for what they ran while this one waited
-        self.due: list[tuple[float, int, _Turn]] = []
-
-    def first(self) -> _Turn | None:
-        while self.due:
-            turn = self.due[0][2]
-            if turn.state is State.DUE:
-                return turn
-            heapq.heappop(self.due)
-            turn.in_heap = False
-        return None
+    others: tuple[tuple[int, list[Job]], ...] = ()  # further slots with their jobs
 
 
 class Batcher:
     """All lanes of one worker.  One batch is out at a time."""
 
     def __init__(self) -> None:
-        self._turns: dict[int, _Turn] = {}
+        self._turns: dict[int, Turn] = {}
         self._jobs: dict[int, Job] = {}
-        self._classes: list[_Class] = []  # highest priority first
-        self._timers: list[tuple[int, int, _Turn]] = []
-        self._waiting: set[_Turn] = set()  # lanes with jobs
-        self._running: _Turn | None = None
+        self._ranks = Ranks()
+        self._timers: list[tuple[int, int, Turn]] = []
+        self._waiting: set[Turn] = set()  # lanes with jobs
+        self._running: list[Turn] = []
+        # Lanes that may share batches; an entry goes with the last of them.
+        self._mates: weakref.WeakKeyDictionary[Rooms, dict[Turn, None]]
+        self._mates = weakref.WeakKeyDictionary()
         self._expired: list[Job] = []
         self._sweep_ns = NEVER_NS
         self._swept_ns = 0
-        self._order = itertools.count()
+        self._order = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -138,23 +94,33 @@ class Batcher:
         """Make a version's lane, in place of the one there was, which must be empty."""
         left = self.remove(slot)
         assert not left, "a lane is configured before it gets jobs"
-        self._turns[slot] = _Turn(Lane(slot, limits))
+        self._turns[slot] = Turn(Lane(slot, limits))
+
+    def set_family(self, slot: int, family: Rooms | None) -> None:
+        """Say with which other versions this one may share batches."""
+        turn = self._turn(slot)
+        turn.mates.pop(turn, None)
+        turn.rooms = family
+        if family is not None:
+            turn.mates = self._mates.setdefault(family, {})
+            if turn.state is State.DUE:
+                turn.mates[turn] = None
 
     def set_runnable(self, slot: int, can_run: bool, now_ns: int) -> None:
         """Say whether batches of this version can run now."""
         turn = self._turn(slot)
         turn.can_run = can_run
-        if turn is not self._running:
-            self._place(turn, now_ns)
+        self._settle(turn, now_ns)
 
     def remove(self, slot: int) -> list[Job]:
         """Forget a lane; return what was in it."""
         turn = self._turns.pop(slot, None)
         if turn is None:
             return []
-        assert turn is not self._running, "a version is not removed while its batch runs"
+        assert turn not in self._running, "a version is not removed while its batch runs"
         jobs = self._take_out(turn, turn.lane.remove(lambda _: True))
         turn.state = State.GONE
+        turn.mates.pop(turn, None)
         return jobs
 
     def waiting(self, slot: int) -> int:
@@ -213,7 +179,7 @@ class Batcher:
     # --- batches --------------------------------------------------------------------------------
     def next(self, now_ns: int) -> Batch | None:
         """Take the batch that runs next; `finish` or `put_back` must follow."""
-        assert self._running is None, "one batch is out at a time"
+        assert not self._running, "one batch is out at a time"
         if now_ns >= self._sweep_ns:
             self._sweep(now_ns)
         while self._timers and self._timers[0][0] <= now_ns:
@@ -221,44 +187,40 @@ class Batcher:
             turn.in_timers = False
             if turn.state is State.WAITING:
                 self._place(turn, now_ns)
-        while (chosen := self._choose()) is not None:
-            first, turn = chosen
-            heapq.heappop(first.due)
-            turn.in_heap = False
-            late: list[Job] = []
-            jobs = turn.lane.take(now_ns, late)
-            if late:
-                self._expired += self._take_out(turn, late)
+        while (chosen := self._ranks.pop()) is not None:
+            rank, turn = chosen
+            jobs = self._take(turn, now_ns)
             if jobs:
-                first.clock_ns = max(first.clock_ns, turn.start_ns)
-                turn.state = State.RUNNING
-                self._running = turn
-                return Batch(turn.lane.slot, jobs)
+                rank.clock_ns = max(rank.clock_ns, turn.start_ns)
+                others = () if turn.rooms is None else self._take_along(turn, jobs, now_ns)
+                return Batch(turn.lane.slot, jobs, others)
             self._place(turn, now_ns)
-        # Nothing waits that could run: clocks are put right, so that no lane pays later for
-        # compute that nobody else wanted.
-        for rank in self._classes:
-            rank.clock_ns = max(rank.clock_ns, rank.used_ns)
-            rank.owed_ns = 0.0
+        self._ranks.rest()
         return None
 
-    def finish(self, batch: Batch, cost_ns: int, now_ns: int) -> None:
-        """The batch has run; charge its lane."""
-        turn = self._back(batch)
-        for job in batch.jobs:
-            del self._jobs[job.request_id]
-        rank = self._rank(turn.lane.limits.priority)
-        turn.used_ns = turn.start_ns + cost_ns / turn.lane.limits.weight
-        rank.used_ns = max(rank.used_ns, turn.used_ns)
-        self._settle_classes(rank, cost_ns)
-        self._place(turn, now_ns)
+    def finish(self, batch: Batch, cost_ns: int, now_ns: int, lost: Collection[int] = ()) -> None:
+        """The batch has run; charge its lanes.  The jobs of the slots in `lost` wait again."""
+        parts = self._back(batch)
+        count = sum(len(jobs) for turn, jobs in parts if turn.lane.slot not in lost)
+        ran = self._ranks.of(parts[0][0])
+        for turn, jobs in parts:
+            if turn.lane.slot in lost:
+                for job in jobs:
+                    self._enter(turn, job)
+                continue
+            for job in jobs:
+                del self._jobs[job.request_id]
+            self._ranks.charge(turn, cost_ns * len(jobs) / count)
+        self._ranks.settle(ran, cost_ns)
+        for turn, _ in parts:
+            self._place(turn, now_ns)
 
     def put_back(self, batch: Batch, now_ns: int) -> None:
         """The batch could not run; its jobs wait again, in their old order, and cost nothing."""
-        turn = self._back(batch)
-        for job in batch.jobs:
-            self._enter(turn, job)
-        self._place(turn, now_ns)
+        for turn, jobs in self._back(batch):
+            for job in jobs:
+                self._enter(turn, job)
+            self._place(turn, now_ns)
 
     def wake_ns(self) -> int | None:
         """When `next` should be asked again although nothing was added; None: no need."""
@@ -268,46 +230,79 @@ class Batcher:
         return None if wake_ns == NEVER_NS else wake_ns
 
     # --- inside ---------------------------------------------------------------------------------
-    def _turn(self, slot: int) -> _Turn:
+    def _turn(self, slot: int) -> Turn:
         turn = self._turns.get(slot)
         if turn is None:
-            turn = self._turns[slot] = _Turn(Lane(slot, Limits()))
+            turn = self._turns[slot] = Turn(Lane(slot, Limits()))
         return turn
 
-    def _rank(self, priority: int) -> _Class:
-        for rank in self._classes:
-            if rank.priority == priority:
-                return rank
-        rank = _Class(priority)
-        self._classes.append(rank)
-        self._classes.sort(key=lambda rank: -rank.priority)
-        return rank
-
-    def _enter(self, turn: _Turn, job: Job) -> None:
+    def _enter(self, turn: Turn, job: Job) -> None:
         turn.lane.push(job)
         self._jobs[job.request_id] = job
         self._waiting.add(turn)
-        self._sweep_ns = min(self._sweep_ns, job.deadline_ns)
+        if job.deadline_ns < self._sweep_ns:
+            self._sweep_ns = job.deadline_ns
 
-    def _take_out(self, turn: _Turn, jobs: list[Job]) -> list[Job]:
+    def _take_out(self, turn: Turn, jobs: list[Job]) -> list[Job]:
         for job in jobs:
             del self._jobs[job.request_id]
         if not turn.lane.count:
             self._waiting.discard(turn)
         return jobs
 
-    def _settle(self, turn: _Turn, now_ns: int) -> None:
-        if turn is not self._running:
+    def _settle(self, turn: Turn, now_ns: int) -> None:
+        if turn not in self._running:
             self._place(turn, now_ns)
 
-    def _back(self, batch: Batch) -> _Turn:
-        turn = self._running
-        assert turn is not None, "no batch is out"
-        assert turn.lane.slot == batch.slot, "another batch is out"
-        self._running = None
-        return turn
+    def _take(self, turn: Turn, now_ns: int) -> list[Job]:
+        """Take a lane's next batch, or what there is of it: DUE -> RUNNING, if there is any."""
+        late: list[Job] = []
+        jobs = turn.lane.take(now_ns, late)
+        if late:
+            self._expired += self._take_out(turn, late)
+        if jobs:
+            turn.state = State.RUNNING
+            self._running.append(turn)
+        return jobs
 
-    def _place(self, turn: _Turn, now_ns: int) -> None:
+    def _take_along(
+        self, first: Turn, jobs: list[Job], now_ns: int
+    ) -> tuple[tuple[int, list[Job]], ...]:
+        """Take jobs like these from lanes that may share the batch and are due."""
+        form = _common_form(jobs)
+        if first.rooms is None or form is None:
+            return ()
+        left = first.rooms.room(form) - len(jobs)
+        others: list[tuple[int, list[Job]]] = []
+        passed: list[Turn] = []
+        while left > 0 and first.mates and len(passed) < PASSED_MAX:
+            turn = next(iter(first.mates))
+            del first.mates[turn]
+            if turn.state is not State.DUE:
+                continue
+            if not _may_join(turn.lane, first.lane, form, left):
+                passed.append(turn)
+                continue
+            taken = self._take(turn, now_ns)
+            if taken:
+                turn.entry = 0
+                others.append((turn.lane.slot, taken))
+                left -= len(taken)
+            else:
+                self._place(turn, now_ns)
+        first.mates.update(dict.fromkeys(passed))
+        return tuple(others)
+
+    def _back(self, batch: Batch) -> list[tuple[Turn, list[Job]]]:
+        turns, self._running = self._running, []
+        assert turns, "no batch is out"
+        parts = ((batch.slot, batch.jobs), *batch.others)
+        assert [turn.lane.slot for turn in turns] == [slot for slot, _ in parts], (
+            "another one is out"
+        )
+        return [(turn, jobs) for turn, (_, jobs) in zip(turns, parts, strict=True)]
+
+    def _place(self, turn: Turn, now_ns: int) -> None:
         """Put a lane where it belongs now."""
         lane = turn.lane
         if not lane.count:
@@ -315,10 +310,12 @@ class Batcher:
             turn.state = State.EMPTY
         elif not turn.can_run:
             turn.state = State.PARKED
+        elif not lane.limits.delay_ns:
+            self._ranks.make_due(turn)
         else:
             due_ns = self._due_ns(lane)
             if due_ns <= now_ns:
-                self._make_due(turn)
+                self._ranks.make_due(turn)
                 return
             turn.state = State.WAITING
             if not turn.in_timers:
@@ -327,47 +324,9 @@ class Batcher:
 
     @staticmethod
     def _due_ns(lane: Lane) -> int:
-        if not lane.limits.delay_ns or lane.rows >= lane.limits.rows_max:
+        if lane.rows >= lane.limits.rows_max:
             return 0
         return lane.oldest_ns() + lane.limits.delay_ns
-
-    def _make_due(self, turn: _Turn) -> None:
-        turn.state = State.DUE
-        if turn.in_heap:
-            return
-        rank = self._rank(turn.lane.limits.priority)
-        turn.start_ns = max(turn.used_ns, rank.clock_ns)
-        turn.in_heap = True
-        heapq.heappush(rank.due, (turn.start_ns, next(self._order), turn))
-
-    def _due_classes(self) -> Iterator[tuple[_Class, _Turn]]:
-        for rank in self._classes:
-            turn = rank.first()
-            if turn is not None:
-                yield rank, turn
-
-    def _choose(self) -> tuple[_Class, _Turn] | None:
-        """The highest class that waits, unless one below it is owed time."""
-        chosen: tuple[_Class, _Turn] | None = None
-        for rank, turn in self._due_classes():
-            if chosen is None or rank.owed_ns > max(0.0, chosen[0].owed_ns):
-                chosen = rank, turn
-        return chosen
-
-    def _settle_classes(self, ran: _Class, cost_ns: int) -> None:
-        """Owe the classes that waited below; what a class ran before its betters, it has had."""
-        if len(self._classes) == 1:
-            return
-        is_below = waited_above = False
-        for rank in self._classes:
-            if rank is ran:
-                is_below = True
-            elif rank.first() is not None:
-                if is_below:
-                    rank.owed_ns += cost_ns / LOWER_SHARE
-                else:
-                    waited_above = True
-        ran.owed_ns = ran.owed_ns - cost_ns if waited_above else 0.0
 
     def _sweep(self, now_ns: int) -> None:
         """Expire what waits in lanes that do not come up; at most once in SWEEP_NS."""
@@ -381,3 +340,20 @@ class Batcher:
             self._place(turn, now_ns)
         deadlines = (turn.lane.first_deadline_ns() for turn in self._waiting)
         self._sweep_ns = min(deadlines, default=NEVER_NS)
+
+
+def _common_form(jobs: Sequence[Job]) -> Form | None:
+    """The form of all these jobs, if they may share a batch with other versions'."""
+    form = jobs[0].form
+    if form is None or len(jobs) > LANE_JOBS_MAX:
+        return None
+    if any(job.alone or not shares_form(job.form, form) for job in jobs):
+        return None
+    return form
+
+
+def _may_join(lane: Lane, first: Lane, form: Form, left: int) -> bool:
+    """Whether all that waits in a lane may join a batch of this form."""
+    if lane.count > min(left, LANE_JOBS_MAX) or lane.limits.priority != first.limits.priority:
+        return False
+    return all(not job.alone and shares_form(job.form, form) for job in lane.jobs())

@@ -21,7 +21,6 @@ Invariants
  1. A program is bound once while its mapping lives: the address stays, wherever the chunks lie.
  2. Weights are touched only under a lease, binding included.
  3. A mapping is closed only after its model is let go of.
- 4. The helper thread touches nothing but its two queues and the bell.
 
 Called by the worker's loop.
 """
@@ -29,8 +28,6 @@ Called by the worker's loop.
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -38,7 +35,9 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime.arena import Mapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
+from overcommit.runtime.helper import Helper
 from overcommit.runtime.messages import Placed, VersionInfo
+from overcommit.runtime.mixing import Families, Family
 from overcommit.runtime.page_tables import PageTables
 from overcommit.runtime.signature import Signature, signature_of
 
@@ -76,6 +75,7 @@ class Version:
     opened: Opened | None = None  # loaded, not bound yet
     is_loading: bool = False
     model: BoundModel | None = None
+    family: Family | None = None  # that it may share batches with
     has_run: bool = False
     failure: Failure | None = None
     failures: int = 0
@@ -84,6 +84,12 @@ class Version:
     def is_runnable(self) -> bool:
         """Bound and placed: a batch may try for the lease."""
         return self.model is not None and self.generation is not None
+
+    @property
+    def address(self) -> int:
+        """Where its weights lie; a version that is runnable has them mapped."""
+        assert self.mapping is not None, "placed first"
+        return self.mapping.address
 
     @property
     def title(self) -> str:
@@ -98,37 +104,19 @@ class Version:
 
 
 class Loader:
-    """The helper thread: reads headers and imports programs, one after the other."""
+    """Reads headers and imports programs, in a helper thread."""
 
     def __init__(self, open_program: Opener, ring: Callable[[], None]) -> None:
         self._open = open_program
-        self._ring = ring
-        self._wanted: queue.SimpleQueue[VersionInfo] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[VersionInfo, Opened | Exception]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._helper: Helper[VersionInfo, Opened] = Helper("loader", ring)
 
     def load(self, info: VersionInfo) -> None:
         """Ask for a version's program; the doorbell rings when it is there."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-            self._thread.start()
-        self._wanted.put(info)
+        self._helper.ask(info, lambda: self._open(info))
 
     def try_take(self) -> tuple[VersionInfo, Opened | Exception] | None:
         """Return one finished load, or None."""
-        try:
-            return self._done.get_nowait()
-        except queue.Empty:
-            return None
-
-    def _run(self) -> None:
-        while True:
-            info = self._wanted.get()
-            try:
-                self._done.put((info, self._open(info)))
-            except Exception as error:  # foreign code is imported: what it raises fails its version
-                self._done.put((info, error))
-            self._ring()
+        return self._helper.try_take()
 
 
 @dataclass(slots=True)
@@ -137,6 +125,7 @@ class Versions:
 
     tables: PageTables
     loader: Loader
+    families: Families
     bound_max: int = BOUND_MODELS_MAX
     _versions: dict[int, Version] = field(default_factory=dict)
     _recent: dict[int, None] = field(default_factory=dict)  # slots with a mapping, by last run
@@ -201,6 +190,7 @@ class Versions:
         assert version.mapping is not None, "placed first"
         header, program = version.opened
         version.model = program.bind(header, version.mapping.view())
+        version.family = self.families.of(program.mixed(header), version.signature)
         version.opened = None  # the header's tables are of no use any more
         version.failures = 0
 
@@ -242,6 +232,7 @@ class Versions:
         version.generation = None
         version.opened = None
         version.model = None
+        version.family = None
         version.has_run = False
         if version.mapping is not None:
             version.mapping.close()

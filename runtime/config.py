@@ -132,6 +132,7 @@ class Batching(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = BATCH_SIZE_MAX
     max_queue_delay_us: int = QUEUE_DELAY_US
     max_queue_size: int = QUEUE_SIZE_MAX
+    across_versions: bool = True  # a batch may hold requests of other versions of the program
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -114,11 +114,15 @@ class Lane:
 
     def take(self, now_ns: int, expired: list[Job]) -> list[Job]:
         """Take one batch; what is found expired on the way goes to `expired`.  May be empty."""
-        while self._shapes:
-            heap = min(self._shapes.values(), key=_first)
-            jobs = self._take_from(heap, now_ns, expired)
-            if not heap:
-                self._drop_empty()
+        shapes = self._shapes
+        while shapes:
+            if len(shapes) == 1:
+                (key,) = shapes
+            else:
+                key = min(shapes, key=lambda each: _first(shapes[each]))
+            jobs = self._take_from(shapes[key], now_ns, expired)
+            if not shapes[key]:
+                del shapes[key]
             if jobs:
                 return jobs
         return []
@@ -144,6 +148,10 @@ class Lane:
         self._drop_empty()
         return removed
 
+    def jobs(self) -> list[Job]:
+        """All jobs that wait, in no order."""
+        return [entry[2] for heap in self._shapes.values() for entry in heap]
+
     def first_deadline_ns(self) -> int:
         """The earliest deadline; NEVER_NS when the lane is empty."""
         return min((heap[0][0] for heap in self._shapes.values()), default=NEVER_NS)
@@ -154,6 +162,12 @@ class Lane:
         return min(taken, default=NEVER_NS)
 
     def _take_from(self, heap: Heap, now_ns: int, expired: list[Job]) -> list[Job]:
+        first = heap[0][2]
+        if len(heap) == 1 and first.deadline_ns > now_ns:
+            heap.clear()
+            self.count -= 1
+            self.rows -= first.rows
+            return [first]
         jobs: list[Job] = []
         rows = widest = 0
         while heap and len(jobs) < BATCH_REQUESTS_MAX:

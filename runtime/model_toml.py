@@ -57,6 +57,7 @@ class _Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_batch_size: Annotated[int, Meta(ge=0, le=BATCH_SIZE_LIMIT)] = BATCH_SIZE_MAX
     max_queue_delay_us: Annotated[int, Meta(ge=0, le=10_000_000)] = QUEUE_DELAY_US
     max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = QUEUE_SIZE_MAX
+    across_versions: bool = True
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,6 +119,7 @@ def to_config(table: dict[str, object]) -> ModelConfig:
             max_batch_size=batching.max_batch_size,
             max_queue_delay_us=batching.max_queue_delay_us,
             max_queue_size=batching.max_queue_size,
+            across_versions=batching.across_versions,
         ),
         pin=file.pin,
         priority=file.priority,

@@ -10,6 +10,8 @@ Invariants
  2. The status page names the requests that run before any of them is touched, until all of them are
     computed: if the process dies in between, they are the suspects.
  3. Every job of a batch that ran gets exactly one completion.
+ 4. A batch across versions holds the lease of each; it names the first of them on the page, and who is
+    retried after a death runs alone, so in the end the page names the right one.
 
 Called by the worker's loop.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, ModelError
 from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job
 from overcommit.runtime.links import Links
+from overcommit.runtime.mixing import Arrays, Family, Sized
 from overcommit.runtime.signature import NUMPY_TYPES, Form
 
 log = logging.getLogger("overcommit.worker")
@@ -37,6 +40,9 @@ log = logging.getLogger("overcommit.worker")
 assert BATCH_REQUESTS_MAX <= _shm.STATUS_BATCH_MAX, "the status page names every request that runs"
 
 LOG_PERIOD_NS = 1_000_000_000  # a client can make a model fail as often as it likes
+
+
+Part = tuple[Version, list[Job]]  # of a batch
 
 
 class Runner:
@@ -78,6 +84,33 @@ class Runner:
         self._leases.add_uses(version.info.slot, len(jobs), time.monotonic_ns())
         return True
 
+    def run_mixed(self, parts: Sequence[Part]) -> list[Version]:
+        """Run jobs of several versions of one family and answer them.
+
+        Return the versions that are not resident; nothing was done with their jobs.
+        """
+        held: list[Part] = []
+        lost: list[Version] = []
+        try:
+            for version, jobs in parts:
+                slot, generation = version.info.slot, version.generation
+                if generation is None or not self._leases.take(self._table, slot, generation):
+                    lost.append(version)
+                else:
+                    held.append((version, jobs))
+            if held:
+                self._run_held(held)
+        finally:
+            for version, _ in held:
+                self._leases.drop(version.info.slot)
+            if self._table.hungry():
+                os.eventfd_write(self._supervisor_bell, 1)
+        now_ns = time.monotonic_ns()
+        for version, jobs in held:
+            version.has_run = True
+            self._leases.add_uses(version.info.slot, len(jobs), now_ns)
+        return lost
+
     def try_warm_up(self, version: Version) -> None:
         """Run one row of zeros, so that the first request finds everything in place."""
         slot = version.info.slot
@@ -94,6 +127,73 @@ class Runner:
 
         self.try_lease(version, warm_up)
         version.has_run = True
+
+    # --- a batch across versions ----------------------------------------------------------------
+    def _run_held(self, held: Sequence[Part]) -> None:
+        jobs = [job for _, jobs in held for job in jobs]
+        family, form = held[0][0].family, jobs[0].form
+        assert form is not None, "only a job that was checked runs"
+        sized = None if family is None else family.pick(form, len(jobs))
+        if family is not None and sized is not None:
+            if not sized.is_on:
+                self._try_out(family, sized, form, held, jobs)
+            elif self._is_mixed(family, sized, form, held, jobs):
+                return
+        for version, mine in held:
+            self._run(version, mine)
+
+    def _is_mixed(
+        self, family: Family, sized: Sized, form: Form, held: Sequence[Part], jobs: Sequence[Job]
+    ) -> bool:
+        """Run all of them in one call; False, and nothing done, when that went wrong."""
+        started_ns = time.monotonic_ns()
+        self._status.begin(
+            *(held[0][0].info.slot, _shm.PHASE_COPY_IN, started_ns),
+            [job.request_id for job in jobs],
+        )
+        try:
+            forms, ingress, egress = self._blocks(jobs)
+            inputs = gather(family.signature, forms, ingress)
+            self._status.phase(_shm.PHASE_COMPUTE)
+            outputs = sized.recording.run(_addresses(held), inputs)
+            self._status.phase(_shm.PHASE_COPY_OUT)
+            needs = split(family.signature, outputs, forms, egress)
+        except Exception as error:  # the batch boundary
+            family.turn_off(form, sized, _text(error))
+            return False
+        finally:
+            self._status.end()
+        self._answer(jobs, needs, started_ns)
+        return True
+
+    def _try_out(
+        self, family: Family, sized: Sized, form: Form, held: Sequence[Part], jobs: Sequence[Job]
+    ) -> None:
+        """Run both ways, answer nobody: whether it is used from now on is the family's decision."""
+        signature = family.signature
+
+        def run_mixed() -> Arrays:
+            forms, ingress, _ = self._blocks(jobs)
+            return sized.recording.run(_addresses(held), gather(signature, forms, ingress))
+
+        def run_alone() -> list[Arrays]:
+            results: list[Arrays] = []
+            for version, mine in held:
+                assert version.model is not None, "only a bound version runs"
+                forms, ingress, _ = self._blocks(mine)
+                results.append(version.model.run(gather(signature, forms, ingress)))
+            return results
+
+        self._status.begin(
+            *(held[0][0].info.slot, _shm.PHASE_COMPUTE, time.monotonic_ns()),
+            [job.request_id for job in jobs],
+        )
+        try:
+            family.try_out(form, sized, run_mixed, run_alone)
+        except Exception as error:  # a model's own: its requests get it when they are run
+            log.debug("a trial across versions failed: %s", _text(error))
+        finally:
+            self._status.end()
 
     # --- inside ---------------------------------------------------------------------------------
     def _run(self, version: Version, jobs: list[Job]) -> None:
@@ -112,6 +212,9 @@ class Runner:
                 self._run_alone(version, jobs, error)
             return
         self._status.end()
+        self._answer(jobs, needs, started_ns)
+
+    def _answer(self, jobs: Sequence[Job], needs: Sequence[int], started_ns: int) -> None:
         times_ns = (started_ns, time.monotonic_ns())
         size = len(jobs)
         complete = self._links.complete
@@ -124,21 +227,25 @@ class Runner:
     def _compute(self, version: Version, jobs: list[Job]) -> list[int]:
         """Gather, run and split; return the egress bytes that each job needs."""
         assert version.model is not None, "only a bound version runs"
-        links, signature = self._links, version.signature
-        forms: list[Form] = []
-        ingress: list[memoryview] = []
-        egress: list[memoryview] = []
-        for job in jobs:
-            assert job.form is not None, "only a job that was checked runs"
-            link = links.of(job)
-            forms.append(job.form)
-            ingress.append(link.ingress[job.in_offset : job.in_offset + job.in_length])
-            egress.append(link.egress[job.out_offset : job.out_offset + job.out_capacity])
+        signature = version.signature
+        forms, ingress, egress = self._blocks(jobs)
         inputs = gather(signature, forms, ingress)
         self._status.phase(_shm.PHASE_COMPUTE)
         outputs = version.model.run(inputs)
         self._status.phase(_shm.PHASE_COPY_OUT)
         return split(signature, outputs, forms, egress)
+
+    def _blocks(self, jobs: Sequence[Job]) -> tuple[list[Form], list[memoryview], list[memoryview]]:
+        forms: list[Form] = []
+        ingress: list[memoryview] = []
+        egress: list[memoryview] = []
+        for job in jobs:
+            assert job.form is not None, "only a job that was checked runs"
+            link = self._links.of(job)
+            forms.append(job.form)
+            ingress.append(link.ingress[job.in_offset : job.in_offset + job.in_length])
+            egress.append(link.egress[job.out_offset : job.out_offset + job.out_capacity])
+        return forms, ingress, egress
 
     def _run_alone(self, version: Version, jobs: list[Job], error: Exception) -> None:
         self._log(version, f"a batch of {len(jobs)} failed, each is run alone: {_text(error)}")
@@ -161,6 +268,11 @@ class Runner:
         if now_ns - self._logged_ns >= LOG_PERIOD_NS:
             self._logged_ns = now_ns
             log.warning("%s: %s", version.title, text)
+
+
+def _addresses(held: Sequence[Part]) -> list[int]:
+    """Where the weights of each job lie."""
+    return [version.address for version, jobs in held for _ in jobs]
 
 
 def _text(error: Exception) -> str:

@@ -84,6 +84,15 @@ class Form:
     end: int  # bytes of the block that hold it
 
 
+def shares_form(one: Form | None, other: Form | None) -> bool:
+    """Whether two requests of one signature have the same shapes throughout."""
+    if one is other:
+        return one is not None
+    if one is None or other is None:
+        return False
+    return (one.key, one.rows, one.sizes) == (other.key, other.rows, other.sizes)
+
+
 class Signature:
     """Inputs and outputs of one version, and whether it batches."""
 

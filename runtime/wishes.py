@@ -59,6 +59,7 @@ class Wishes:
         self._links = links
         self._leases = leases
         self._asked: set[int] = set()
+        self._noted: dict[int, int] = {}  # what the page says
         self.warm_ups: deque[Version] = deque()
 
     def want(self, slot: int) -> None:
@@ -83,7 +84,10 @@ class Wishes:
 
     def note_waiting(self, slot: int) -> None:
         """Tell the page how many jobs wait for this version."""
-        self._leases.set_waiting(slot, self._batcher.waiting(slot))
+        waiting = self._batcher.waiting(slot)
+        if self._noted.get(slot, 0) != waiting:
+            self._noted[slot] = waiting
+            self._leases.set_waiting(slot, waiting)
 
     # --- from the supervisor --------------------------------------------------------------------
     def on_info(self, info: VersionInfo, now_ns: int) -> list[Job]:
@@ -151,6 +155,7 @@ class Wishes:
             except Exception as error:  # the batch boundary: a model's own code may run here
                 self._break(version, error, now_ns)
                 return
+            self._batcher.set_family(slot, version.family)
             if version.info.config.warm_up:
                 self.warm_ups.append(version)
         self._batcher.set_runnable(slot, version.is_runnable, now_ns)

@@ -31,11 +31,12 @@ import mmap
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from overcommit.runtime import _shm
-from overcommit.runtime.batcher import Batcher
-from overcommit.runtime.bound import Loader, Opened, Opener, Versions
+from overcommit.runtime.batcher import Batch, Batcher
+from overcommit.runtime.bound import Loader, Opened, Opener, Version, Versions
 from overcommit.runtime.config import HEARTBEAT_NS, START_TIMEOUT_S, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.errors import BadRequest, ProtocolError
@@ -52,6 +53,7 @@ from overcommit.runtime.messages import (
     Stop,
     VersionInfo,
 )
+from overcommit.runtime.mixing import Families
 from overcommit.runtime.page_tables import PageTables
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
@@ -88,7 +90,9 @@ class Worker:
         self.batcher = Batcher()
         self.links = Links(start.epoch)
         self.versions = Versions(
-            PageTables(fds["device"]), Loader(open_program, self._ring_own_bell)
+            PageTables(fds["device"]),
+            Loader(open_program, self._ring_own_bell),
+            Families(self._ring_own_bell),
         )
         self._runner = Runner(
             *(self.links, self._table, self._leases, self._status, fds["supervisor_bell"])
@@ -96,6 +100,7 @@ class Worker:
         self.wishes = Wishes(
             *(control, self.batcher, self.versions, self._runner, self.links, self._leases)
         )
+        self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = self._collected_ns = 0
         self.is_stopping = False
 
@@ -126,6 +131,7 @@ class Worker:
             self._control_ns = now_ns
             self._take_control(now_ns)
             self.wishes.take_opened(now_ns)
+            self.versions.families.take_recorded()
         did = self._take_submissions(now_ns)
         for _ in range(BATCHES_MAX):
             if not self._run_batch(now_ns):
@@ -157,22 +163,21 @@ class Worker:
 
     # --- rings -> lanes -------------------------------------------------------------------------
     def _take_submissions(self, now_ns: int) -> bool:
-        touched: set[int] = set()
+        did = False
         for link in self.links.all():
             try:
                 jobs, cancelled = link.pop(now_ns)
                 for job in jobs:
                     self._admit(job, link, now_ns)
-                    touched.add(job.slot)
+                    self._unsaid.add(job.slot)
+                did = did or bool(jobs)
             except ProtocolError as error:
                 log.error("link %#x broke the protocol and is dropped: %s", link.key, error.message)
                 self._drop_link(link.key, now_ns)
                 continue
             for request_id in cancelled:
                 self._cancel(request_id, now_ns)
-        for slot in touched:
-            self.wishes.note_waiting(slot)
-        return bool(touched)
+        return did
 
     def _admit(self, job: Job, link: Link, now_ns: int) -> None:
         """Check a job and queue it, or answer it at once.  Raises ProtocolError."""
@@ -205,6 +210,7 @@ class Worker:
         """Check a job that came before its version was known."""
         try:
             self._admit(job, self.links.of(job), now_ns)
+            self._unsaid.add(job.slot)
         except ProtocolError as error:
             log.error("link %#x broke the protocol and is dropped: %s", job.link, error.message)
             self.links.broken.append(job.link)
@@ -223,10 +229,15 @@ class Worker:
             self.links.complete(job, _shm.EXPIRED, (now_ns, now_ns))
             self.wishes.note_waiting(job.slot)
         if batch is None:
+            self._say_waiting(())
             return False
+        # What this batch takes need not be said.
+        self._say_waiting((batch.slot, *(slot for slot, _ in batch.others)))
         self.links.ring_bells()  # who was refused or has expired need not wait for this batch
-        version = self.versions.get(batch.slot)
-        assert version is not None, "only runnable lanes are due"
+        if batch.others:
+            self._run_mixed(batch, now_ns)
+            return True
+        version = self._runnable(batch.slot)
         start_ns = time.monotonic_ns()
         if self._runner.try_run(version, batch.jobs):
             end_ns = time.monotonic_ns()
@@ -237,6 +248,34 @@ class Worker:
             self.wishes.lose(version, now_ns)
         self.wishes.note_waiting(batch.slot)
         return True
+
+    def _say_waiting(self, taken: Sequence[int]) -> None:
+        """Tell the page of the jobs that came and wait."""
+        if self._unsaid:
+            for slot in self._unsaid.difference(taken):
+                self.wishes.note_waiting(slot)
+            self._unsaid.clear()
+
+    def _run_mixed(self, batch: Batch, now_ns: int) -> None:
+        """Run a batch of several versions; those that are not resident any more run later."""
+        parts = [
+            (self._runnable(slot), jobs) for slot, jobs in ((batch.slot, batch.jobs), *batch.others)
+        ]
+        start_ns = time.monotonic_ns()
+        lost = self._runner.run_mixed(parts)
+        end_ns = time.monotonic_ns()
+        self.batcher.finish(batch, end_ns - start_ns, end_ns, {v.info.slot for v in lost})
+        for version, _ in parts:
+            if version in lost:
+                self.wishes.lose(version, now_ns)
+            else:
+                self.versions.on_run(version.info.slot)
+            self.wishes.note_waiting(version.info.slot)
+
+    def _runnable(self, slot: int) -> Version:
+        version = self.versions.get(slot)
+        assert version is not None, "only runnable lanes are due"
+        return version
 
     # --- control --------------------------------------------------------------------------------
     def _take_control(self, now_ns: int) -> None:

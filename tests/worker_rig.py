@@ -65,6 +65,9 @@ class FakeProgram:
         self.run = run
         self.bindings = 0
 
+    def mixed(self, header: object) -> None:
+        return None
+
     def bind(self, header: object, memory: memoryview) -> FakeModel:
         self.bindings += 1
         return FakeModel(memory, self.run)

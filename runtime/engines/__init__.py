@@ -20,6 +20,7 @@ import numpy as np
 
 from overcommit.runtime.errors import Forbidden, ImageError, OvercommitError
 from overcommit.runtime.image import ImageHeader
+from overcommit.runtime.mixing import Mixable
 
 if TYPE_CHECKING:  # torch is imported by the process that loads a program
     from overcommit.runtime.engines.torch_export import ExportProgram
@@ -47,6 +48,10 @@ class Program(Protocol):
 
     def bind(self, header: ImageHeader, memory: memoryview) -> BoundModel:
         """Bind a version whose image lies in `memory`.  Raises ImageError."""
+        ...
+
+    def mixed(self, header: ImageHeader) -> Mixable | None:
+        """Return what runs this version in one call with others of the program, if anything does."""
         ...
 
 

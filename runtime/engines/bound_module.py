@@ -38,19 +38,22 @@ class BoundModule:
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError with what the model raised."""
-        names = self._names
         try:
             with torch.inference_mode():
-                outputs = flatten_outputs(self._call(self._arguments(inputs)), names)
-                if not names:
-                    names = list(outputs)
-                if missing := [name for name in names if name not in outputs]:
-                    raise ModelError(f"the model gave no output {missing}")
-                return {name: _host_array(outputs[name]) for name in names}
+                outputs = self.compute(self._arguments(inputs))
+                return {name: _host_array(value) for name, value in outputs.items()}
         except ModelError:
             raise
         except Exception as error:  # the batch boundary: whatever the model's code raises
             raise _as_model_error(error) from error
+
+    def compute(self, arguments: Arguments) -> dict[str, Value]:
+        """Call it; return the outputs that the signature lists.  Raises what the model raises."""
+        names = self._names
+        outputs = flatten_outputs(self._call(arguments), names)
+        if missing := [name for name in names if name not in outputs]:
+            raise ModelError(f"the model gave no output {missing}")
+        return {name: outputs[name] for name in names} if names else outputs
 
     def run_typed(self, inputs: dict[str, Array]) -> tuple[dict[str, Array], dict[str, str]]:
         """Run one batch; also return the V2 datatype of every output."""

@@ -29,6 +29,7 @@ from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.engines import binding
 from overcommit.runtime.engines.bound_module import Arguments, BoundModule
 from overcommit.runtime.engines.dtypes import v2_of_torch
+from overcommit.runtime.engines.mixed import MixedProgram, MixedPrograms
 from overcommit.runtime.engines.store import save_once
 from overcommit.runtime.errors import ImageError, ModelError, RepositoryError
 from overcommit.runtime.image import ImageHeader, TensorFacts
@@ -217,10 +218,15 @@ class ExportProgram:
         self._tree = exported.call_spec.in_spec
         self._signature = signature_of(exported)
         self._skeleton = binding.Skeleton(exported.module(), header.tensors)
+        self._mixed = MixedPrograms(self.bind_tensors)
 
     def bind(self, header: ImageHeader, memory: memoryview) -> BoundModule:
         """Bind a version's weights.  Raises ImageError."""
         return self._bound(self._skeleton.bind(header.tensors, memory), header.config)
+
+    def mixed(self, header: ImageHeader) -> MixedProgram | None:
+        """Return what this version may share batches with others of the program through."""
+        return self._mixed.of(header)
 
     def bind_tensors(self, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> BoundModule:
         """Bind tensors that lie anywhere.  Raises ImageError."""

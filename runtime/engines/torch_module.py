@@ -23,6 +23,7 @@ from torch import nn
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.engines import binding, hugging_face, user_code
 from overcommit.runtime.engines.bound_module import Arguments, BoundModule
+from overcommit.runtime.engines.mixed import MixedProgram, MixedPrograms
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image import ImageHeader
 
@@ -58,11 +59,16 @@ class TorchProgram:
         with torch.device("meta") if is_meta else contextlib.nullcontext():
             module = build(header.program)
         self._skeleton = binding.Skeleton(module.requires_grad_(False), header.tensors)
+        self._mixed = MixedPrograms(self.bind_tensors)
 
     def bind(self, header: ImageHeader, memory: memoryview) -> BoundModule:
         """Bind a version's weights.  Raises ImageError."""
         module = self._skeleton.bind(header.tensors, memory)
         return BoundModule(Call(module), header.config)
+
+    def mixed(self, header: ImageHeader) -> MixedProgram | None:
+        """Return what this version may share batches with others of the program through."""
+        return self._mixed.of(header)
 
     def bind_tensors(self, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> BoundModule:
         """Bind tensors that lie anywhere.  Raises ImageError."""

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from overcommit.runtime.batcher import LOWER_SHARE, SWEEP_NS, Batcher
+from overcommit.runtime.batcher import SWEEP_NS, Batcher
 from overcommit.runtime.config import Batching, ModelConfig
 from overcommit.runtime.lanes import (
     BATCH_BYTES_MAX,
@@ -16,6 +16,7 @@ from overcommit.runtime.lanes import (
     Limits,
     limits_of,
 )
+from overcommit.runtime.turns import LOWER_SHARE
 
 MS = 1_000_000
 _ids = itertools.count(1)

@@ -1,0 +1,53 @@
+"""A thread for what is too slow for a worker's loop: reading headers, importing, recording.
+
+Invariants
+ 1. Work is done in the order in which it was asked for, one piece at a time.
+ 2. The thread touches nothing but its two queues and the bell; what work raises is its result.
+ 3. The thread is started with the first piece of work.
+
+Called by the rooms of a worker; `key` tells them what a result is for.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+class Helper(Generic[Key, Result]):
+    """One thread and its results."""
+
+    def __init__(self, name: str, ring: Callable[[], None]) -> None:
+        self._name = name
+        self._ring = ring
+        self._wanted: queue.SimpleQueue[tuple[Key, Callable[[], Result]]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[Key, Result | Exception]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, key: Key, work: Callable[[], Result]) -> None:
+        """Have this done; the bell rings when it is."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._wanted.put((key, work))
+
+    def try_take(self) -> tuple[Key, Result | Exception] | None:
+        """Return one result, or what its work raised; None when there is none."""
+        try:
+            return self._done.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _run(self) -> None:
+        while True:
+            key, work = self._wanted.get()
+            try:
+                self._done.put((key, work()))
+            except Exception as error:  # foreign code runs here: what it raises is its result
+                self._done.put((key, error))
+            self._ring()
