@@ -224,7 +224,7 @@ def view(address: int, nbytes: int, writable: bool) -> memoryview:
     """A view of raw memory; the caller keeps the mapping alive."""
 
 def copy(destination: int, source: int, nbytes: int) -> None:
-    """memcpy without the GIL."""
+    """memcpy without the GIL; long copies go past the cache."""
 
 def set_parent_death_signal(signal_number: int) -> None:
     """PR_SET_PDEATHSIG for the calling process."""

@@ -147,6 +147,11 @@ class Trace:
         self.names, self._module = _record(program.call, weights, self._inputs)
         self._arguments = tuple(self._inputs.values())
 
+    @property
+    def graph(self) -> fx.Graph:
+        """What is replayed."""
+        return self._module.graph
+
     def run(self, addresses: Sequence[int], inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run requests of versions whose weights lie at `addresses`, at most `size` of them.
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from overcommit.runtime.batcher import SWEEP_NS, Batcher
+from overcommit.runtime.batcher import LANE_JOBS_MAX, SWEEP_NS, Batch, Batcher
 from overcommit.runtime.config import Batching, ModelConfig
 from overcommit.runtime.lanes import (
     BATCH_BYTES_MAX,
@@ -16,6 +16,7 @@ from overcommit.runtime.lanes import (
     Limits,
     limits_of,
 )
+from overcommit.runtime.signature import Form
 from overcommit.runtime.turns import LOWER_SHARE
 
 MS = 1_000_000
@@ -283,3 +284,133 @@ def test_a_removed_lane_gives_its_jobs_back() -> None:
     assert batcher.remove(1) == [one]
     assert take(batcher) == []
     assert len(batcher) == 0
+
+
+# --- lanes that share batches -------------------------------------------------------------------
+class Rooms:
+    """Versions that may share batches of so many requests."""
+
+    def __init__(self, room: int) -> None:
+        self.size = room
+
+    def room(self, form: Form) -> int:
+        return self.size
+
+
+FORM = Form((), 1, 4, 1, (), 64)
+OTHER = Form((), 1, 4, 2, (), 64)
+
+
+def mixable(rooms: Rooms, *slots: int, **limits: int) -> Batcher:
+    batcher = runnable(*slots, **limits)
+    for slot in slots:
+        batcher.set_family(slot, rooms)
+    return batcher
+
+
+def like(slot: int, form: Form = FORM, **fields: object) -> Job:
+    return job(slot, form=form, shape_key=form.key, **fields)
+
+
+def parts(batch: Batch | None) -> dict[int, int]:
+    """How many jobs of which slots are in a batch."""
+    assert batch is not None
+    return {slot: len(jobs) for slot, jobs in ((batch.slot, batch.jobs), *batch.others)}
+
+
+def test_due_lanes_of_a_family_share_a_batch() -> None:
+    batcher = mixable(Rooms(8), 1, 2, 3)
+    add(batcher, like(1), like(2), like(2), like(3))
+    batch = batcher.next(0)
+    assert parts(batch) == {1: 1, 2: 2, 3: 1}
+    assert batch is not None
+    batcher.finish(batch, 4 * MS, 0)
+    assert len(batcher) == 0
+    assert batcher.next(0) is None
+
+
+def test_a_batch_has_no_more_than_there_is_room_for() -> None:
+    batcher = mixable(Rooms(3), 1, 2, 3, 4)
+    add(batcher, like(1), like(2), like(3), like(4))
+    first = batcher.next(0)
+    assert parts(first) == {1: 1, 2: 1, 3: 1}
+    assert first is not None
+    batcher.finish(first, MS, 0)
+    assert parts(batcher.next(0)) == {4: 1}
+
+
+def test_who_cannot_share_runs_alone() -> None:
+    batcher = mixable(Rooms(8), 1, 2, 3, 4)
+    batcher.set_family(4, Rooms(8))
+    batcher.set_runnable(3, False, 0)
+    add(batcher, like(1), like(2, alone=True), like(3), like(4))
+    seen = []
+    while (batch := batcher.next(0)) is not None:
+        seen.append(parts(batch))
+        batcher.finish(batch, MS, 0)
+    assert seen == [{1: 1}, {2: 1}, {4: 1}]
+
+
+def test_another_form_waits_for_its_own_turn() -> None:
+    batcher = mixable(Rooms(8), 1, 2, 3)
+    add(batcher, like(1), like(2, OTHER), like(3))
+    first = batcher.next(0)
+    assert parts(first) == {1: 1, 3: 1}
+    assert first is not None
+    batcher.finish(first, MS, 0)
+    assert parts(batcher.next(0)) == {2: 1}
+
+
+def test_a_lane_with_many_jobs_runs_alone() -> None:
+    batcher = mixable(Rooms(64), 1, 2, rows_max=64)
+    add(batcher, like(1), *(like(2) for _ in range(LANE_JOBS_MAX + 1)))
+    first = batcher.next(0)
+    assert parts(first) == {1: 1}
+    assert first is not None
+    batcher.finish(first, MS, 0)
+    assert parts(batcher.next(0)) == {2: LANE_JOBS_MAX + 1}
+
+
+def test_each_lane_is_charged_its_share() -> None:
+    batcher = mixable(Rooms(4), 1, 2)
+    batcher.configure(3, Limits(rows_max=4))
+    batcher.set_runnable(3, True, 0)
+    add(batcher, like(1), like(2), job(3))
+    mixed = batcher.next(0)
+    assert parts(mixed) == {1: 1, 2: 1}
+    assert mixed is not None
+    batcher.finish(mixed, 10 * MS, 0)
+    # Two half shares were used; who has used nothing comes first, then both others as before.
+    add(batcher, like(1))
+    assert take(batcher, cost_ns=6 * MS)[0].slot == 3
+    add(batcher, job(3))
+    assert [take(batcher)[0].slot, take(batcher)[0].slot] == [1, 3]
+
+
+def test_a_lane_that_ran_in_anothers_batch_gets_a_new_place() -> None:
+    batcher = mixable(Rooms(4), 1, 2)
+    for _ in range(50):
+        add(batcher, like(1), like(2))
+        batch = batcher.next(0)
+        assert sorted(parts(batch)) == [1, 2]
+        assert batch is not None
+        batcher.finish(batch, MS, 0)
+    assert batcher.next(0) is None
+
+
+def test_versions_that_were_lost_wait_again_and_pay_nothing() -> None:
+    batcher = mixable(Rooms(4), 1, 2)
+    add(batcher, like(1), like(2))
+    batch = batcher.next(0)
+    assert batch is not None
+    batcher.finish(batch, MS, 0, {2})
+    assert batcher.waiting(1) == 0
+    assert batcher.waiting(2) == 1
+    assert parts(batcher.next(0)) == {2: 1}
+
+
+def test_a_removed_lane_is_not_taken_along() -> None:
+    batcher = mixable(Rooms(4), 1, 2)
+    add(batcher, like(1), like(2))
+    assert len(batcher.remove(2)) == 1
+    assert parts(batcher.next(0)) == {1: 1}

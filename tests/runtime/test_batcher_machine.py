@@ -10,8 +10,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from overcommit.runtime.batcher import SWEEP_NS, Batch, Batcher
 from overcommit.runtime.lanes import Job, Limits
+from overcommit.runtime.signature import Form
 
 _ids = itertools.count(1)
+ROOM = 5
+
+
+class Rooms:
+    """Slots 0 and 2 may share batches, and so may 1 and 3."""
+
+    def room(self, form: Form) -> int:
+        return ROOM
 
 
 class BatcherMachine(RuleBasedStateMachine):
@@ -25,6 +34,7 @@ class BatcherMachine(RuleBasedStateMachine):
         self.can_run: set[int] = set()
         self.delays: dict[int, int] = {}
         self.out: Batch | None = None
+        families = Rooms(), Rooms()
         for slot in range(4):
             self.delays[slot] = 1000 * (slot == 3)
             limits = Limits(
@@ -35,6 +45,17 @@ class BatcherMachine(RuleBasedStateMachine):
                 weight=1 + slot,
             )
             self.batcher.configure(slot, limits)
+            self.batcher.set_family(slot, families[slot % 2])
+
+    def running(self, slot: int) -> int:
+        """How many jobs of a slot are in the batch that is out."""
+        return sum(one.slot == slot for one in self.jobs_out())
+
+    def jobs_out(self) -> list[Job]:
+        """The jobs of the batch that is out."""
+        if self.out is None:
+            return []
+        return [*self.out.jobs, *(one for _, jobs in self.out.others for one in jobs)]
 
     def wait_in(self, slot: int) -> list[Job]:
         return [one for one in self.waiting.values() if one.slot == slot]
@@ -51,11 +72,11 @@ class BatcherMachine(RuleBasedStateMachine):
         one = Job(
             *(next(_ids), slot, link, self.now_ns + timeout_ns, self.now_ns),
             shape_key=key,
+            form=Form((), rows, 4, ord(key), (), 0),
             rows=rows,
             alone=alone,
         )
-        running = len(self.out.jobs) if self.out is not None and self.out.slot == slot else 0
-        was_full = len(self.wait_in(slot)) - running >= 6
+        was_full = len(self.wait_in(slot)) - self.running(slot) >= 6
         assert self.batcher.add(one, self.now_ns) == (not was_full)
         if not was_full:
             self.waiting[one.request_id] = one
@@ -87,22 +108,30 @@ class BatcherMachine(RuleBasedStateMachine):
         self.out = batch
         assert batch.slot in self.can_run
         assert batch.jobs
-        assert all(self.waiting[one.request_id] is one for one in batch.jobs)
-        assert all(one.deadline_ns > self.now_ns for one in batch.jobs)
-        assert len({(one.slot, one.shape_key) for one in batch.jobs}) == 1
-        if len(batch.jobs) > 1:
-            assert sum(one.rows for one in batch.jobs) <= 4
-            assert not any(one.alone for one in batch.jobs)
+        jobs = self.jobs_out()
+        assert all(self.waiting[one.request_id] is one for one in jobs)
+        assert all(one.deadline_ns > self.now_ns for one in jobs)
+        assert len({one.shape_key for one in jobs}) == 1
+        assert len(jobs) == 1 or not any(one.alone for one in jobs)
+        for slot, mine in ((batch.slot, batch.jobs), *batch.others):
+            assert {one.slot for one in mine} == {slot}
+            assert slot in self.can_run
+            assert len(mine) == 1 or sum(one.rows for one in mine) <= 4
+        if batch.others:
+            assert len(jobs) <= ROOM
+            assert len({one.rows for one in jobs}) == 1
+            assert {slot % 2 for slot, _ in batch.others} == {batch.slot % 2}
         first = min(one.deadline_ns for one in self.wait_in(batch.slot))
         assert batch.jobs[0].deadline_ns == first
 
     @precondition(lambda self: self.out is not None)
-    @rule(cost_ns=st.integers(0, 10_000_000))
-    def finish(self, cost_ns: int) -> None:
+    @rule(cost_ns=st.integers(0, 10_000_000), lost=st.sets(st.integers(0, 3)))
+    def finish(self, cost_ns: int, lost: set[int]) -> None:
         assert self.out is not None
-        self.batcher.finish(self.out, cost_ns, self.now_ns)
-        for one in self.out.jobs:
-            del self.waiting[one.request_id]
+        self.batcher.finish(self.out, cost_ns, self.now_ns, lost)
+        for one in self.jobs_out():
+            if one.slot not in lost:
+                del self.waiting[one.request_id]
         self.out = None
 
     @precondition(lambda self: self.out is not None)
@@ -137,8 +166,7 @@ class BatcherMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         assert len(self.batcher) == len(self.waiting)
         for slot in range(4):
-            running = len(self.out.jobs) if self.out is not None and self.out.slot == slot else 0
-            assert self.batcher.waiting(slot) == len(self.wait_in(slot)) - running
+            assert self.batcher.waiting(slot) == len(self.wait_in(slot)) - self.running(slot)
 
     @invariant()
     def something_that_waits_wakes_the_worker(self) -> None:
