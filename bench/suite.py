@@ -41,7 +41,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "variants": variants.run,
     "chaos": chaos.run,
 }
-AGAINST: Final = {"small_requests": ("triton", "mosec"), "overcommit": ("ray",)}
+AGAINST: Final = {"small_requests": ("triton", "mosec"), "overcommit": ("ray", "ray-haproxy")}
 BEGIN: Final = "<!-- bench:begin -->"
 END: Final = "<!-- bench:end -->"
 

@@ -28,7 +28,11 @@ from overcommit.bench.processes import Row
 __all__ = ["PEERS", "CannotDo", "Job", "Kind", "Target", "serve"]
 
 PEERS: Final[dict[str, Peer]] = {
-    peer.name: peer for peer in (triton.PEER, mosec.PEER, litserve.PEER, ray.PEER, mlserver.PEER)
+    peer.name: peer
+    for peer in (
+        *(triton.PEER, mosec.PEER, litserve.PEER, ray.PEER, ray.WITH_HAPROXY),
+        mlserver.PEER,
+    )
 }
 PROBE_LIMIT_S: Final = 5.0
 
@@ -54,7 +58,7 @@ def serve(
     Raises CannotDo when the peer cannot do this job, BenchError when it does not start.
     """
     peer = PEERS[name]
-    environment = environments.ensure(work, name, peer.requirements, say)
+    environment = environments.ensure(work, peer.installed_as or name, peer.requirements, say)
     job.folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     launch = peer.launch(job, environment, port)

@@ -76,6 +76,7 @@ class Peer:
     name: str
     requirements: Requirements
     launch: Callable[[Job, Environment, int], Launch]  # raises CannotDo
+    installed_as: str = ""  # the peer whose environment it shares
 
 
 def only(peer: str, job: Job, *kinds: Kind, because: str) -> None:

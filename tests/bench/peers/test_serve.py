@@ -18,7 +18,7 @@ DONE = WORK.expanduser()
 
 
 def need(name: str) -> None:
-    if environments.find(DONE, name, PEERS[name].requirements) is None:
+    if environments.find(DONE, PEERS[name].installed_as or name, PEERS[name].requirements) is None:
         pytest.skip(f"the environment of {name} has not been made")
 
 
