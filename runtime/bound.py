@@ -212,6 +212,8 @@ class Versions:
     # --- the bound ------------------------------------------------------------------------------
     def on_run(self, slot: int) -> None:
         """A version ran: it is the last to go."""
+        if 2 * len(self._recent) < self.bound_max and slot in self._recent:
+            return  # nobody will have to go for long; the order is only kept when it may matter
         self._recent.pop(slot, None)
         self._recent[slot] = None
 

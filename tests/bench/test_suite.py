@@ -42,7 +42,7 @@ def test_one_that_cannot_run_is_missed_and_the_others_go_on(reports: list[Report
     failed, ran = reports
     assert [condition.detail for condition in failed.missed()] == ["no pigs"]
     assert not ran.missed()
-    assert ran.headlines == [("pigs", "1 fly", "the sky")], "compared with its usual peer"
+    assert ran.headlines == [("pigs", "2 fly", "the sky")], "compared with its usual peer"
 
 
 def test_results_are_one_file_with_one_description_of_the_machine(reports: list[Report]) -> None:
@@ -64,7 +64,7 @@ def test_the_table_goes_between_the_marks_and_nowhere_else(
         assert text.startswith("before\n")
         assert text.endswith("after\n")
         assert "stale" not in text
-        assert text.count("| `overcommit` | pigs | 1 fly | the sky |") == 1
+        assert text.count("| `overcommit` | pigs | 2 fly | the sky |") == 1
         assert "| `chaos` | 0 of 1 conditions hold | | |" in text
     file.write_text("nothing")
     with pytest.raises(BenchError, match="bench:begin"):
