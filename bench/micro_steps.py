@@ -22,7 +22,7 @@ from overcommit.runtime.lanes import NEVER_NS, Job, Limits
 from overcommit.runtime.messages import Route
 from overcommit.runtime.payload import decode, encode, plan
 from overcommit.runtime.policy import make_policy
-from overcommit.runtime.residency import Residency, StartLoad, Usage
+from overcommit.runtime.residency import Residency, StartLoad, Terms, Usage
 from overcommit.server import inference
 from overcommit.server.plans import RoutePlans
 
@@ -176,7 +176,7 @@ def _residency() -> Iterator[Step]:
     host = ChunkAllocator(2 * MODELS_ON_DEVICE * MODEL_BYTES)
     residency = Residency(device, host, make_policy("lru"), _NoLeases())
     for slot in range(MODELS):
-        residency.add(slot, f"model-{slot}", MODEL_BYTES)
+        residency.add(slot, f"model-{slot}", MODEL_BYTES, 0, Terms())
     clock = [0]
 
     def load(count: int) -> None:

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from overcommit.runtime.config import ACTIVATIONS_KEPT, SUSPECTS_KEPT, Settings
+from overcommit.runtime.config import ACTIVATIONS_KEPT, SUSPECTS_KEPT, ModelConfig, Settings
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
@@ -31,7 +31,7 @@ from overcommit.runtime.messages import (
 )
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Entry, Registry, to_info
-from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad
+from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Terms
 
 log = logging.getLogger("overcommit.activation")
 
@@ -159,13 +159,18 @@ class Activations:
     # --- from the registry ----------------------------------------------------------------------
     def add(self, entry: Entry, now_ns: int) -> None:
         """A version can be served from now on; a pinned one is loaded at once."""
-        self._residency.add(
-            *(entry.slot, entry.name, entry.nbytes),
-            pinned=entry.config.pin,
-            priority=entry.config.priority,
-        )
+        terms = self.terms(entry.config)
+        self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms)
         if entry.config.pin:
             self.apply(self._residency.want(entry.slot, -1, now_ns), now_ns)
+
+    def terms(self, config: ModelConfig) -> Terms:
+        """Return what a model's file says of its stay, and the settings where it says nothing."""
+        stay_s = self._settings.min_resident_s
+        if config.min_resident_s is not None:
+            stay_s = config.min_resident_s
+        ttl_s = self._settings.ttl_s if config.ttl_s is None else config.ttl_s
+        return Terms(config.pin, config.priority, int(stay_s * 1e9), int(ttl_s * 1e9))
 
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""

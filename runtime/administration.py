@@ -166,6 +166,7 @@ class Administration:
         view = self.house.residency.view(entry.slot) if known else None
         counted = counters.get(entry.slot)
         last_ns = usage.last_used_ns
+        terms = self.house.activations.terms(entry.config)
         return {
             "name": entry.name,
             "version": entry.version,
@@ -180,6 +181,9 @@ class Administration:
             "requests": counted.success + counted.failure if counted else 0,
             "last_used_s": (now_ns - last_ns) / 1e9 if last_ns else None,
             "pinned": entry.config.pin,
+            "priority": entry.config.priority,
+            "min_resident_s": terms.min_resident_ns / 1e9,
+            "ttl_s": terms.ttl_ns / 1e9,
             "loads_from_disk": view.loads_from_disk if view is not None else 0,
             "loads_from_host": view.loads_from_host if view is not None else 0,
             "evictions": view.evictions if view is not None else 0,

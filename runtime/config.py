@@ -56,6 +56,7 @@ BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
 QUARANTINE_DEATHS: Final = 3
 QUARANTINE_S: Final = 30.0
 SUSPECTS_KEPT: Final = 1024  # requests remembered from the batches of dead workers
+STAY_S_MAX: Final = 365 * 86_400.0  # the longest `min_resident` and `ttl`
 LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 
 # --- requests -----------------------------------------------------------------------------------
@@ -96,6 +97,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     allow_code: bool = False
     policy: str = "cost_aware"
+    min_resident_s: float = 0.0  # of models that do not say
+    ttl_s: float = 0.0  # 0: a model that is idle keeps its bytes until another needs them
     verify: Literal["first", "always", "never"] = "first"
     payload_bytes: int = PAYLOAD_BYTES
     body_bytes_max: int = BODY_BYTES_MAX
@@ -144,6 +147,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     batching: Batching = msgspec.field(default_factory=Batching)
     pin: bool = False
     priority: int = 0
+    min_resident_s: float | None = None  # None: what the server's settings say
+    ttl_s: float | None = None
     weight: int = 1  # share of a worker among the models that wait, 1..100
     warm_up: bool = True
     timeout_ms: int | None = None

@@ -28,6 +28,7 @@ from overcommit.runtime.config import (
     QUEUE_DELAY_US,
     QUEUE_SIZE_MAX,
     RANK_MAX,
+    STAY_S_MAX,
     TENSORS_MAX,
     Batching,
     ModelConfig,
@@ -64,6 +65,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: _Name | None = None
     pin: bool = False
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+    min_resident: Annotated[float, Meta(ge=0, le=STAY_S_MAX)] | None = None
+    ttl: Annotated[float, Meta(ge=0, le=STAY_S_MAX)] | None = None
     weight: Annotated[int, Meta(ge=1, le=100)] = 1
     warm_up: bool = True
     timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
@@ -123,6 +126,8 @@ def to_config(table: dict[str, object]) -> ModelConfig:
         ),
         pin=file.pin,
         priority=file.priority,
+        min_resident_s=file.min_resident,
+        ttl_s=file.ttl,
         weight=file.weight,
         warm_up=file.warm_up,
         timeout_ms=file.timeout_ms,

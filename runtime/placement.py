@@ -6,8 +6,9 @@ victim and in what evicting means; both are here.
 
 Invariants
  1. The allocator's used bytes are those of the holders' extents; no two holders share a byte.
- 2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that
-    requests wait for is one only for a desperate wish, and only STARVING_S after it was published.
+ 2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that was
+    published less than its `min_resident_ns`, or the room's, ago is one only for a desperate wish;
+    so is one that requests wait for, and that only STARVING_S after it was published.
     The last word is the port's `try_evict`: it asks the leases.
  3. On HOST a copy that a load reads or writes is never a victim, nor one that a queued wish will
     read.  Victims are first those that DEVICE also holds: losing that copy costs nothing now.
@@ -57,7 +58,7 @@ class Room:
         """Yield those that may leave now, the least precious first."""
         raise NotImplementedError
 
-    def _may_leave(self, version: Version, now_ns: int) -> bool:
+    def _may_leave(self, version: Version, now_ns: int, desperate: bool) -> bool:
         raise NotImplementedError
 
     def _try_evict(self, version: Version) -> bool:
@@ -111,7 +112,7 @@ class Room:
             for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
                 if victim.slot not in self.holders:
                     continue  # it left as another's mate
-                if not (is_checked or self._may_leave(victim, now_ns)):
+                if not (is_checked or self._may_leave(victim, now_ns, desperate)):
                     continue
                 if self._try_evict(victim):
                     extents = self.allocator.try_allocate(nbytes)
@@ -177,6 +178,8 @@ class DeviceRoom(Room):
     ) -> None:
         super().__init__(allocator, policy, totals)
         self._port = port
+        # Of every version, whatever its own is: raise it where evictions come too fast.
+        self.min_resident_ns = 0
 
     def extents(self, version: Version) -> Extents | None:
         """Return the version's bytes on DEVICE."""
@@ -192,6 +195,7 @@ class DeviceRoom(Room):
 
     def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
         refreshed: set[int] = set()
+        fresh: list[Version] = []
         queued_for: list[Version] = []
         with contextlib.closing(self._order.victims()) as slots:
             for slot in slots:
@@ -204,20 +208,35 @@ class DeviceRoom(Room):
                     refreshed.add(slot)
                     version.uses = usage.uses
                     self._policy.on_use(slot, usage.uses, usage.last_used_ns)
-                elif usage.waiting and not usage.leases:
+                elif usage.leases:
+                    continue
+                elif usage.waiting:
                     queued_for.append(version)
-                elif not usage.leases:
+                elif self._is_fresh(version, now_ns):
+                    fresh.append(version)
+                else:
                     yield version
         if desperate:
+            yield from fresh
             # What was published a moment ago has not had its turn: two models that want the same
             # bytes would evict each other before either runs.
             yield from (v for v in queued_for if now_ns - v.published_ns >= STARVING_NS)
 
-    def _may_leave(self, version: Version, now_ns: int) -> bool:
+    def _may_leave(self, version: Version, now_ns: int, desperate: bool) -> bool:
         if not _is_evictable(version, now_ns):
+            return False
+        if self._is_fresh(version, now_ns) and not desperate:
             return False
         usage = self._port.usage(version.slot)
         return not usage.leases and not usage.waiting
+
+    def _is_fresh(self, version: Version, now_ns: int) -> bool:
+        stay_ns = max(version.terms.min_resident_ns, self.min_resident_ns)
+        return now_ns - version.published_ns < stay_ns
+
+    def try_expire(self, version: Version, now_ns: int) -> bool:
+        """Evict a version that nobody has used for long, though nobody needs its bytes."""
+        return self._may_leave(version, now_ns, desperate=False) and self.try_let_go(version)
 
     def _try_evict(self, version: Version) -> bool:
         """DEVICE -> HOST or DISK: free of cost, weights are immutable and the host copy stays."""
@@ -271,10 +290,10 @@ class HostRoom(Room):
         with contextlib.closing(self._order.victims()) as slots:
             for slot in slots:
                 version = self.holders[slot]
-                if version.state is State.HOST and self._may_leave(version, now_ns):
+                if version.state is State.HOST and self._may_leave(version, now_ns, desperate):
                     yield version
 
-    def _may_leave(self, version: Version, now_ns: int) -> bool:
+    def _may_leave(self, version: Version, now_ns: int, desperate: bool) -> bool:
         return version.state is not State.LOADING and not version.waiters
 
     def _try_evict(self, version: Version) -> bool:

@@ -44,7 +44,7 @@ HOST -> LOADING [_try_start]
 LOADING -> DEVICE [on_load_done, ok]
 LOADING -> DISK [on_load_done, failed]
 DEVICE -> DISK [DeviceRoom.try_let_go, no host copy]
-DEVICE -> HOST [DeviceRoom.try_let_go, host copy]
+DEVICE -> HOST [DeviceRoom.try_let_go, host copy]; both by a victim's turn or by IdleClock.expire
 DEVICE -> DEVICE [HostRoom.drop: it loses its host copy]
 HOST -> DISK [HostRoom.drop]
 DISK -> (none) [remove]
@@ -68,6 +68,7 @@ from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
+from overcommit.runtime.idle import IdleClock
 from overcommit.runtime.placement import STARVING_NS, DeviceRoom, HostRoom
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.refusals import mib
@@ -80,6 +81,7 @@ from overcommit.runtime.residents import (
     Source,
     StartLoad,
     State,
+    Terms,
     Totals,
     Usage,
     Version,
@@ -88,7 +90,17 @@ from overcommit.runtime.residents import (
     view_of,
 )
 
-__all__ = ["Action", "Port", "Publish", "Refuse", "Residency", "StartLoad", "Usage", "View"]
+__all__ = [
+    "Action",
+    "Port",
+    "Publish",
+    "Refuse",
+    "Residency",
+    "StartLoad",
+    "Terms",
+    "Usage",
+    "View",
+]
 
 RETRY_NS: Final = 5_000_000  # for room, if no bell comes first
 WISH_WAIT_S: Final = REQUEST_TIMEOUT_MS / 1000  # nobody's request waits longer
@@ -108,6 +120,7 @@ class Residency:
         self._totals = Totals()
         self._on_device = DeviceRoom(device, policy, self._totals, port)
         self._on_host = None if host is None else HostRoom(host, policy, self._totals)
+        self._idle = IdleClock(self._on_device, self._totals, port)
         self._rooms = [r for r in (self._on_device, self._on_host) if r is not None]
         self._versions: dict[int, Version] = {}
         self._leaving: dict[int, Version] = {}
@@ -128,20 +141,19 @@ class Residency:
         return f"{text}{len(self._loads)} loading, {len(self._wishes)} waiting>"
 
     # --- events ---------------------------------------------------------------------------------
-    def add(
-        self, slot: int, name: str, nbytes: int, *, pinned: bool = False, priority: int = 0
-    ) -> None:
-        """A version can be asked for; for a known slot: it is pinned or ranked anew."""
-        self._policy.on_add(slot, nbytes, priority)
+    def add(self, slot: int, name: str, nbytes: int, now_ns: int, terms: Terms) -> None:
+        """A version can be asked for; for a known slot: its terms are these from now on."""
+        self._policy.on_add(slot, nbytes, terms.priority)
         version = self._versions.get(slot)
         if version is None:
-            version = Version(slot, name, nbytes, pinned, priority, self._generations.pop(slot, 0))
+            version = Version(slot, name, nbytes, terms, self._generations.pop(slot, 0))
             self._versions[slot] = version
         assert version.nbytes == nbytes, f"slot {slot} already has another image"
-        version.name, version.pinned, version.priority = name, pinned, priority
+        version.name, version.terms = name, terms
+        self._idle.watch(version, now_ns)
         for room in self._rooms:
             room.on_priority(version)
-        if pinned:
+        if terms.pinned:
             self._pinned[slot] = version
         else:
             self._pinned.pop(slot, None)
@@ -223,17 +235,24 @@ class Residency:
         self._settle_hunger()
 
     def tick(self, now_ns: int) -> list[Action]:
-        """Try again what waited for room, for a lease to drop, or for a back-off to end."""
+        """Try again what waited for room, a lease or a back-off; let go what was idle for long."""
         actions: list[Action] = []
+        self._idle.expire(now_ns)
         for slot in [slot for slot, at_ns in self._pins.items() if now_ns >= at_ns]:
             del self._pins[slot]
             actions += self.want(slot, NOBODY, now_ns)
         return actions + self._pump(now_ns)
 
+    def set_min_resident(self, min_resident_ns: int) -> None:
+        """From now on every version stays so long after its publish, at least; 0: as it asks."""
+        self._on_device.min_resident_ns = min_resident_ns
+
     # --- asking ---------------------------------------------------------------------------------
     def next_tick_ns(self) -> int | None:
         """Return when `tick` is due, None if only an event can change something."""
         times = list(self._pins.values())
+        if (expiry_ns := self._idle.next_ns()) is not None:
+            times.append(expiry_ns)
         if self._is_hungry:
             times.append(self._tried_ns + RETRY_NS)
         elif self._wishes:
@@ -307,6 +326,7 @@ class Residency:
         version.state = State.DEVICE
         version.generation += 1
         version.published_ns = now_ns
+        self._idle.watch(version, now_ns)
         version.is_host_complete = True
         version.failures, version.last_error = 0, ""
         self._totals.count_load(version, load.source)
@@ -352,7 +372,7 @@ class Residency:
     # --- answers --------------------------------------------------------------------------------
     def _answer(self, version: Version) -> Publish:
         assert version.device is not None
-        return Publish(version.slot, version.generation, version.device, _take_waiters(version))
+        return Publish(version.slot, version.generation, version.device, version.take_waiters())
 
     def _refuse(
         self, version: Version, code: str, message: str, retry_after_s: float | None, now_ns: int
@@ -362,7 +382,7 @@ class Residency:
         if version.pinned:
             delay_s = LOAD_BACKOFF_S[-1] if retry_after_s is None else retry_after_s
             self._pins[version.slot] = now_ns + int(delay_s * 1e9)
-        return Refuse(version.slot, code, message, retry_after_s, _take_waiters(version))
+        return Refuse(version.slot, code, message, retry_after_s, version.take_waiters())
 
     def _refuse_for_failure(self, version: Version, now_ns: int) -> Refuse:
         left_s = (version.retry_ns - now_ns) / 1e9
@@ -387,9 +407,3 @@ class Residency:
         if size <= self.device.capacity_bytes - pinned:
             return None
         return refusals.never_fits(version.name, size, self.device.capacity_bytes, pinned)
-
-
-def _take_waiters(version: Version) -> frozenset[int]:
-    waiters = frozenset(version.waiters - {NOBODY})
-    version.waiters.clear()
-    return waiters

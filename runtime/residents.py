@@ -34,6 +34,16 @@ class State(Enum):
     HOST = "host"
 
 
+@dataclass(slots=True, frozen=True)
+class Terms:
+    """What the operator says about a version's stay on DEVICE."""
+
+    pinned: bool = False  # never evicted
+    priority: int = 0  # who has more is evicted later, whatever else speaks for others
+    min_resident_ns: int = 0  # after its publish, in which only a desperate wish takes its bytes
+    ttl_ns: int = 0  # without a use, after which DEVICE is given back; 0: never
+
+
 @dataclass(slots=True, eq=False)
 class Version:
     """What residency knows of one version."""
@@ -41,8 +51,7 @@ class Version:
     slot: int
     name: str
     nbytes: int
-    pinned: bool
-    priority: int
+    terms: Terms
     generation: int  # of the latest publish in this slot
     state: State = State.DISK
     device: Extents | None = None  # set while LOADING or DEVICE
@@ -58,6 +67,17 @@ class Version:
     loads_from_disk: int = 0
     loads_from_host: int = 0
     evictions: int = 0  # from DEVICE
+
+    @property
+    def pinned(self) -> bool:
+        """It is never evicted."""
+        return self.terms.pinned
+
+    def take_waiters(self) -> frozenset[int]:
+        """Return who is to be answered; from now on nobody waits."""
+        waiters = frozenset(self.waiters - {NOBODY})
+        self.waiters.clear()
+        return waiters
 
 
 @dataclass(slots=True, frozen=True)
@@ -115,6 +135,7 @@ class Totals:
     loads_from_host: int = 0
     evictions_device: int = 0
     evictions_host: int = 0
+    expiries: int = 0  # versions that left DEVICE because they were idle for their ttl
     refusals: int = 0
     bytes_loaded: int = 0
     attaches: int = 0  # wishes answered at once, without a load

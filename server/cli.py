@@ -88,6 +88,8 @@ def serve(
     cache_dir: flags.CacheDir = None,
     allow_code: flags.AllowCode = None,
     policy: flags.Policy = None,
+    min_resident: flags.MinResident = None,
+    ttl: flags.Ttl = None,
     start_method: flags.StartMethod = None,
     verify: flags.Verify = None,
     payload_memory: flags.PayloadMemory = None,

@@ -44,6 +44,14 @@ Policy = Annotated[
     str | None,
     Option(metavar="NAME", help="Which model leaves memory first: cost_aware, lru, lfu_da, gdsf."),
 ]
+MinResident = Annotated[
+    str | None,
+    Option(metavar="SECONDS", help="That a loaded model stays at least, unless others starve (0)."),
+]
+Ttl = Annotated[
+    str | None,
+    Option(metavar="SECONDS", help="Without a use, then a model leaves memory; 0: never (0)."),
+]
 StartMethod = Annotated[
     str | None, Option(metavar="NAME", help="Start workers by forkserver or spawn (forkserver).")
 ]

@@ -25,6 +25,7 @@ from overcommit.runtime.config import (
     MIB,
     PAYLOAD_BYTES,
     REQUEST_TIMEOUT_MS,
+    STAY_S_MAX,
     WORKERS_MAX,
     Settings,
 )
@@ -92,6 +93,8 @@ class ServeSettings(BaseSettings):
     host_memory: Size | None = None
     allow_code: bool = False
     policy: Annotated[str, AfterValidator(_check_policy)] = "cost_aware"
+    min_resident: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
+    ttl: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     verify: Literal["first", "always", "never"] = "first"
     payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES
@@ -130,6 +133,8 @@ def load_settings(flags: dict[str, object]) -> Settings:
         start_method=chosen.start_method,
         allow_code=chosen.allow_code,
         policy=chosen.policy,
+        min_resident_s=chosen.min_resident,
+        ttl_s=chosen.ttl,
         verify=chosen.verify,
         payload_bytes=chosen.payload_memory,
         body_bytes_max=chosen.max_body,

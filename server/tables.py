@@ -36,7 +36,7 @@ def models_table(page: Page) -> RenderableType:
         table.add_column(title, justify="right", no_wrap=True)
     # Columns that are mostly empty would push the others off a narrow terminal.
     extras = {
-        "": ["pinned" if row["pinned"] else "" for row in rows],
+        "terms": [_terms(row) for row in rows],
         "reason": [str(row.get("reason", "")) for row in rows],
     }
     extras = {title: cells for title, cells in extras.items() if any(cells)}
@@ -145,6 +145,18 @@ def _tiers(row: dict[str, Any]) -> str:
 
 def _styled(text: str, style: str | None) -> str:
     return f"[{style}]{escape(text)}[/]" if style else escape(text)
+
+
+def _terms(row: dict[str, Any]) -> str:
+    """What keeps the model in memory, or ends its stay, other than its use."""
+    terms = ["pinned"] if row["pinned"] else []
+    if row["priority"]:
+        terms.append(f"priority {row['priority']}")
+    if row["min_resident_s"] and not row["pinned"]:
+        terms.append(f"stays {_idle(row['min_resident_s'])}")
+    if row["ttl_s"] and not row["pinned"]:
+        terms.append(f"ttl {_idle(row['ttl_s'])}")
+    return ", ".join(terms)
 
 
 def _idle(seconds: float | None) -> str:

@@ -10,7 +10,7 @@ from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import MIB
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Usage
-from overcommit.runtime.residents import State
+from overcommit.runtime.residents import State, Terms
 
 CHUNK = 2 * MIB
 MS = 1_000_000
@@ -73,9 +73,18 @@ class World:
         self.refused: list[Refuse] = []
 
     # --- events ---------------------------------------------------------------------------------
-    def add(self, slot: int, chunks: float = 1, *, pinned: bool = False, priority: int = 0) -> None:
-        nbytes = int(chunks * CHUNK)
-        self.residency.add(slot, f"model-{slot}", nbytes, pinned=pinned, priority=priority)
+    def add(
+        self,
+        slot: int,
+        chunks: float = 1,
+        *,
+        pinned: bool = False,
+        priority: int = 0,
+        min_resident_ns: int = 0,
+        ttl_ns: int = 0,
+    ) -> None:
+        terms = Terms(pinned, priority, min_resident_ns, ttl_ns)
+        self.residency.add(slot, f"model-{slot}", int(chunks * CHUNK), self.now_ns, terms)
 
     def want(self, slot: int, waiter: int = 0) -> list[Action]:
         return self.take(self.residency.want(slot, waiter, self.now_ns))

@@ -10,7 +10,7 @@ from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.placement import DeviceRoom, HostRoom
 from overcommit.runtime.policy import Lru
 from overcommit.runtime.residency import StartLoad
-from overcommit.runtime.residents import State, Tier, Totals, Version
+from overcommit.runtime.residents import State, Terms, Tier, Totals, Version
 
 
 def test_disk_loads_go_through_host_and_come_back_from_there() -> None:
@@ -159,7 +159,7 @@ def test_a_leased_mate_keeps_its_slab_and_the_other_one_goes() -> None:
 def _version(policy: Lru, slot: int, chunks: int, state: State) -> Version:
     policy.on_add(slot, chunks * CHUNK, 0)
     policy.on_use(slot, 1, slot)
-    return Version(slot, f"model-{slot}", chunks * CHUNK, False, 0, 1, state)
+    return Version(slot, f"model-{slot}", chunks * CHUNK, Terms(), 1, state)
 
 
 def _fill(room: DeviceRoom | HostRoom, policy: Lru, held: list[tuple[int, State]]) -> list[Version]:

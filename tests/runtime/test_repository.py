@@ -215,6 +215,8 @@ def test_every_key_of_model_toml_arrives(tmp_path: Path) -> None:
 engine = "torch"
 pin = true
 priority = 3
+min_resident = 30
+ttl = 0.5
 weight = 7
 warm_up = false
 timeout_ms = 500
@@ -245,6 +247,8 @@ b = "two"
         engine="torch",
         pin=True,
         priority=3,
+        min_resident_s=30.0,
+        ttl_s=0.5,
         weight=7,
         warm_up=False,
         timeout_ms=500,

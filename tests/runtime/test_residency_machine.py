@@ -25,6 +25,8 @@ SLOTS = st.integers(0, 6)
 WAITERS = st.integers(0, 2)
 CHUNKS = st.sampled_from([1 / 512, 1 / 8, 1 / 2, 1, 2, 3, 5])
 STEPS_NS = st.sampled_from([MS, 5 * MS, 400 * MS, 1_001 * MS, 20 * SECOND])
+STAYS_NS = st.sampled_from([0, 0, 400 * MS, 30 * SECOND, 3600 * SECOND])
+TTLS_NS = st.sampled_from([0, 0, 5 * MS, 10 * SECOND])
 DEVICE_CHUNKS = 6
 
 
@@ -44,18 +46,28 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.world = World(DEVICE_CHUNKS, host_chunks)
 
     # --- events ---------------------------------------------------------------------------------
-    @rule(slot=SLOTS, chunks=CHUNKS, pinned=st.sampled_from([False, False, False, True]))
-    def add(self, slot: int, chunks: float, pinned: bool) -> None:
+    @rule(
+        slot=SLOTS,
+        chunks=CHUNKS,
+        pinned=st.sampled_from([False, False, False, True]),
+        stay_ns=STAYS_NS,
+        ttl_ns=TTLS_NS,
+    )
+    def add(self, slot: int, chunks: float, pinned: bool, stay_ns: int, ttl_ns: int) -> None:
         if slot not in self.known:
             self.known[slot] = pinned
-            self.world.add(slot, chunks, pinned=pinned)
+            self.world.add(slot, chunks, pinned=pinned, min_resident_ns=stay_ns, ttl_ns=ttl_ns)
 
-    @rule(slot=SLOTS, pinned=st.booleans(), priority=st.integers(-1, 1))
-    def add_again(self, slot: int, pinned: bool, priority: int) -> None:
+    @rule(slot=SLOTS, pinned=st.booleans(), priority=st.integers(-1, 1), ttl_ns=TTLS_NS)
+    def add_again(self, slot: int, pinned: bool, priority: int, ttl_ns: int) -> None:
         if slot in self.known:
             nbytes = self.world.residency._versions[slot].nbytes
             self.known[slot] = pinned
-            self.world.add(slot, nbytes / CHUNK, pinned=pinned, priority=priority)
+            self.world.add(slot, nbytes / CHUNK, pinned=pinned, priority=priority, ttl_ns=ttl_ns)
+
+    @rule(stay_ns=STAYS_NS)
+    def damp(self, stay_ns: int) -> None:
+        self.world.residency.set_min_resident(stay_ns)
 
     @rule(slot=SLOTS)
     def remove(self, slot: int) -> None:

@@ -33,6 +33,9 @@ PAGE = {
             "requests": 7,
             "last_used_s": 3.25,
             "pinned": True,
+            "priority": 2,
+            "min_resident_s": 0.0,
+            "ttl_s": 0.0,
         },
         {
             "name": "bad[red]",
@@ -46,6 +49,9 @@ PAGE = {
             "requests": 0,
             "last_used_s": None,
             "pinned": False,
+            "priority": -1,
+            "min_resident_s": 1.5,
+            "ttl_s": 300.0,
         },
     ],
     "total": 12,
@@ -206,6 +212,12 @@ def test_models_shows_state_tier_and_reason(url: str) -> None:
         assert word in result.stdout
     assert "2 of 12 versions" in result.stdout
     assert "(25%)" in result.stdout
+
+
+def test_models_shows_what_else_decides_about_a_stay(url: str) -> None:
+    shown = run("models", "--url", url).stdout
+    assert "pinned, priority 2" in shown
+    assert "priority -1, stays 1.5 s, ttl 5 min" in shown
 
 
 def test_models_as_json_is_what_the_server_says(url: str) -> None:
