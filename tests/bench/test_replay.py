@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overcommit.bench import catalogue_trace
+from overcommit.bench.bounds import belady, next_uses, pfoo_l
 from overcommit.bench.catalogue_trace import Request, make_trace
-from overcommit.bench.replay import belady, cost_s, next_uses, pfoo_l, simulate
-from overcommit.runtime.policy import POLICIES
+from overcommit.bench.simulate import Cache, cost_s, simulate
+from overcommit.runtime.policy import POLICIES, make_policy
 
 SMALL = st.lists(st.integers(0, 4), min_size=1, max_size=12)
 SIZES = (1, 2, 3, 4, 5)
@@ -80,3 +82,63 @@ def test_a_cache_for_all_misses_each_model_once(name: str) -> None:
     trace = make_trace(1, 2000)
     outcome = simulate(name, trace, [1] * catalogue_trace.MODELS, catalogue_trace.MODELS)
     assert outcome.misses == len({request.model for request in trace})
+
+
+# --- prefetching --------------------------------------------------------------------------------
+class Timetable:
+    """Brings these models in at these times."""
+
+    def __init__(self, wishes: list[tuple[float, int]]) -> None:
+        self.left = sorted(wishes)
+        self.seen: list[tuple[int, float, bool]] = []
+
+    def on_request(self, model: int, time_s: float, was_held: bool) -> None:
+        self.seen.append((model, time_s, was_held))
+
+    def next_s(self) -> float | None:
+        return self.left[0][0] if self.left else None
+
+    def wishes(self, time_s: float, cache: Cache) -> Iterable[int]:
+        while self.left and self.left[0][0] <= time_s:
+            yield self.left.pop(0)[1]
+
+
+def test_what_was_prefetched_in_time_costs_no_request_anything() -> None:
+    trace = trace_of(0, 1, 2)
+    ahead = Timetable([(0.5, 1), (1.5, 2)])
+    outcome = simulate("lru", trace, SIZES, 15, ahead)
+    assert (outcome.misses, outcome.load_s) == (1, cost_s(SIZES[0]))
+    assert (outcome.prefetches, outcome.prefetches_used) == (2, 2)
+    assert outcome.prefetch_s == cost_s(SIZES[1]) + cost_s(SIZES[2])
+    assert ahead.seen == [(0, 0.0, False), (1, 1.0, True), (2, 2.0, True)]
+
+
+def test_a_request_waits_for_the_rest_of_a_prefetch_that_came_late() -> None:
+    ahead = Timetable([(0.99, 1)])
+    outcome = simulate("lru", trace_of(0, 1), SIZES, 15, ahead)
+    assert outcome.misses == 1
+    assert outcome.load_s == pytest.approx(cost_s(SIZES[0]) + cost_s(SIZES[1]) - 0.01)
+
+
+def test_prefetches_are_loaded_one_after_the_other_and_never_delay_more_than_a_load() -> None:
+    ahead = Timetable([(1.0, 3), (1.0, 2), (1.0, 1)])
+    outcome = simulate("lru", trace_of(0, 1), SIZES, 15, ahead)
+    assert outcome.load_s == pytest.approx(cost_s(SIZES[0]) + cost_s(SIZES[1]))
+
+
+def test_a_prefetch_that_is_evicted_before_its_use_is_wasted_and_what_is_held_is_not_loaded() -> (
+    None
+):
+    trace = trace_of(0, 2, 1)
+    ahead = Timetable([(0.5, 1), (0.6, 0), (0.7, 4)])
+    outcome = simulate("lru", trace, SIZES, 3, ahead)
+    assert (outcome.prefetches, outcome.prefetches_used) == (1, 0)
+    assert outcome.misses == 3
+
+
+def test_asking_for_victims_evicts_nobody() -> None:
+    cache = Cache(make_policy("lru"), SIZES, 5)
+    cache.load(4)
+    assert cache.victims_for(0) == [4]
+    assert 4 in cache
+    assert cache.free == 0
