@@ -28,6 +28,7 @@ class Scenario(enum.Enum):
     overcommit = "overcommit"
     replay = "replay"
     variants = "variants"
+    fleet = "fleet"
     chaos = "chaos"
     all = suite.ALL
 
@@ -68,6 +69,9 @@ def main(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=100, help="Turns of each server that is compared.")
     ] = None,
+    models: Annotated[
+        int | None, typer.Option(min=100, max=60_000, help="Models of the scenario fleet.")
+    ] = None,
 ) -> None:
     """Measure and check the real server."""
     # So that every `with` block ends its processes; the default action would end us alone.
@@ -83,6 +87,7 @@ def main(
         load_processes=min(load_processes, connections),
         against=_peers(against),
         rounds=rounds,
+        models=models,
     )
     try:
         if plot is not None:

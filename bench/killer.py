@@ -34,12 +34,19 @@ class Kill:
 class Killer:
     """Call `tick` often while a load runs."""
 
-    def __init__(self, server: Server, seats: Collection[SeatName], seed: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        seats: Collection[SeatName],
+        seed: int,
+        interval_s: tuple[float, float] = INTERVAL_S,
+    ) -> None:
         self.kills: list[Kill] = []
         self._server = server
         self._seats = frozenset(seats)
         self._random = random.Random(seed)
-        self._next_s = time.monotonic() + self._random.uniform(*INTERVAL_S)
+        self._interval_s = interval_s
+        self._next_s = time.monotonic() + self._random.uniform(*interval_s)
 
     def tick(self) -> None:
         """Kill one process if it is time."""
@@ -47,7 +54,7 @@ class Killer:
             return
         # Drawn before looking who lives, so that what is drawn depends on the seed alone.
         order = self._random.sample(sorted(self._seats), len(self._seats))
-        pause_s = self._random.uniform(*INTERVAL_S)
+        pause_s = self._random.uniform(*self._interval_s)
         rows = self._server.status()["processes"]
         live = {(row["kind"], row["seat"]): row["pid"] for row in rows if row["state"] == "LIVE"}
         for name in order:

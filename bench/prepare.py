@@ -33,6 +33,7 @@ class Options:
     load_processes: int = 1
     against: tuple[str, ...] = ()  # peers, for the scenarios that compare
     rounds: int | None = None
+    models: int | None = None  # how many, for the scenarios that may choose
 
 
 @dataclass(slots=True, frozen=True)

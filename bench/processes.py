@@ -121,11 +121,29 @@ def read_io(pid: int) -> Io | None:
 
 def pss_bytes(pid: int) -> int:
     """Memory of a process, what it shares counted in part; 0 for one that is gone."""
+    return _rollup(pid, ("Pss:",))
+
+
+def uss_bytes(pid: int) -> int:
+    """Memory that would be free without this process; 0 for one that is gone."""
+    return _rollup(pid, ("Private_Clean:", "Private_Dirty:"))
+
+
+def _rollup(pid: int, names: tuple[str, ...]) -> int:
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has used; 0 for one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for(

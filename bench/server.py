@@ -34,6 +34,7 @@ STALL_LIMIT_S: Final = 180.0  # packing that gets no further
 ASK_LIMIT_S: Final = 20.0
 STOP_LIMIT_S: Final = 60.0
 LOG_TAIL_CHARS: Final = 4000
+PAGE_ROWS: Final = 1000  # the server's own limit
 _SERVING: Final = re.compile(r"serving on http://[^\s]*?:(\d+)")
 
 
@@ -209,9 +210,13 @@ class Server:
         return self._json("/v2/overcommit/status")
 
     def models(self) -> dict[str, Any]:
-        """Return the rows of `/v2/overcommit/models`, by model name."""
-        rows = self._json("/v2/overcommit/models?limit=1000")["models"]
-        return {row["name"]: row for row in rows}
+        """Return the rows of `/v2/overcommit/models`, by model name; page by page."""
+        rows: list[dict[str, Any]] = []
+        while True:
+            page = self._json(f"/v2/overcommit/models?offset={len(rows)}&limit={PAGE_ROWS}")
+            rows += page["models"]
+            if not page["models"] or len(rows) >= page["total"]:
+                return {row["name"]: row for row in rows}
 
     def metrics(self) -> dict[str, float]:
         """Return the samples of `/metrics`; names as they stand there, labels included."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from overcommit.bench import (
     chaos,
     encoder,
+    fleet,
     large_payload,
     many_models,
     micro,
@@ -39,6 +40,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "overcommit": overcommit.run,
     "replay": replay.run,
     "variants": variants.run,
+    "fleet": fleet.run,
     "chaos": chaos.run,
 }
 AGAINST: Final = {"small_requests": ("triton", "mosec"), "overcommit": ("ray", "ray-haproxy")}

@@ -10,6 +10,7 @@ from overcommit.bench.echo import EchoPlan, EchoWorkload
 from overcommit.bench.embedding import EmbeddingPlan, EmbeddingWorkload
 from overcommit.bench.payloads import PayloadPlan, PayloadWorkload
 from overcommit.bench.request import Request, Workload
+from overcommit.bench.small_models import SmallModelsPlan, SmallModelsWorkload
 from overcommit.bench.tables import TablePlan, TableWorkload
 
 __all__ = [
@@ -17,13 +18,14 @@ __all__ = [
     "EmbeddingPlan",
     "PayloadPlan",
     "Request",
+    "SmallModelsPlan",
     "TablePlan",
     "Workload",
     "WorkloadPlan",
     "make_workload",
 ]
 
-WorkloadPlan = EmbeddingPlan | EchoPlan | TablePlan | PayloadPlan
+WorkloadPlan = EmbeddingPlan | EchoPlan | TablePlan | PayloadPlan | SmallModelsPlan
 
 
 def make_workload(plan: WorkloadPlan, seed: int, part: int = 0, parts: int = 1) -> Workload:
@@ -34,4 +36,6 @@ def make_workload(plan: WorkloadPlan, seed: int, part: int = 0, parts: int = 1) 
         return EchoWorkload(plan, seed, part, parts)
     if isinstance(plan, TablePlan):
         return TableWorkload(plan, seed, part, parts)
+    if isinstance(plan, SmallModelsPlan):
+        return SmallModelsWorkload(plan, seed, part, parts)
     return PayloadWorkload(plan, seed, part, parts)

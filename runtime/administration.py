@@ -1,6 +1,6 @@
 """What a front end asks on behalf of a client and only the supervisor knows.
 
-Operations: `index`, `load`, `unload`, `models`, `metrics`, `ensure`, `status`.  Every reply is bytes
+Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`.  Every reply is bytes
 that the front end passes on.
 
 Invariants
@@ -13,18 +13,21 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import time
 from collections.abc import Callable
 
 import msgspec
 
 from overcommit.runtime.catalogue import Catalogue
-from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES
+from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
 from overcommit.runtime.errors import BadRequest, OvercommitError
-from overcommit.runtime.exposition import exposition
+from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.house import House
-from overcommit.runtime.messages import Admin, AdminReply, Counters, ModelCounters
+from overcommit.runtime.ledger import FIELDS
+from overcommit.runtime.messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.registry import Entry, State
 
 MODELS_PAGE_MAX = 1000
@@ -40,20 +43,11 @@ _INDEX_STATE = {
 
 def add_counters(total: Counters, more: Counters) -> Counters:
     """Add two sets of totals; gauges (`in_flight`, `blocks_used`) are taken from neither."""
-    models = {counters.slot: counters for counters in total.models}
-    for counters in more.models:
-        old = models.get(counters.slot)
-        if old is not None:
-            names = [name for name in counters.__struct_fields__ if name != "slot"]
-            summed = {name: getattr(old, name) + getattr(counters, name) for name in names}
-            counters = ModelCounters(slot=old.slot, **summed)
-        models[counters.slot] = counters
     return Counters(
         requests=total.requests + more.requests,
         errors=total.errors + more.errors,
         late_completions=total.late_completions + more.late_completions,
         retries=total.retries + more.retries,
-        models=tuple(models.values()),
     )
 
 
@@ -69,6 +63,7 @@ class Administration:
             "load": self._load,
             "unload": self._unload,
             "models": self._models,
+            "model": self._model,
             "metrics": self._metrics,
             "ensure": self._ensure,
             "status": self._status,
@@ -90,6 +85,11 @@ class Administration:
             more = start + ADMIN_REPLY_PART_BYTES < len(body)
             front.post(AdminReply(id=request.id, status=status, body=part, more=more))
 
+    def on_counters(self, front: Child, counters: Counters) -> None:
+        """A front end tells its totals, and what it has counted for versions since the last time."""
+        self.house.ledger.add(counters.models)
+        front.counters = msgspec.structs.replace(counters, models=())
+
     def keep_counters(self, counters: Counters) -> None:
         """A front end died with these totals."""
         self._past = add_counters(self._past, counters)
@@ -104,6 +104,18 @@ class Administration:
     # --- operations -----------------------------------------------------------------------------
     def _index(self, request: Admin) -> bytes:
         only_ready = bool(request.arguments.get("ready", False))
+        offset = _number(request, "offset", 0)
+        limit = _number(request, "limit", VERSIONS_MAX)
+        registry = self.house.registry
+        # A filter has to be applied before its pages can be counted.
+        entries = (
+            itertools.islice(
+                (entry for entry in registry.entries() if entry.state is State.READY),
+                *(offset, offset + limit),
+            )
+            if only_ready
+            else registry.page(offset, limit)
+        )
         rows = [
             {
                 "name": entry.name,
@@ -111,8 +123,7 @@ class Administration:
                 "state": _INDEX_STATE[entry.state],
                 "reason": entry.reason or ("unloaded" if entry.state is State.UNLOADED else ""),
             }
-            for entry in self.house.registry.entries()
-            if entry.state is State.READY or not only_ready
+            for entry in entries
         ]
         return msgspec.json.encode(rows)
 
@@ -147,24 +158,43 @@ class Administration:
     def _models(self, request: Admin) -> bytes:
         offset = _number(request, "offset", 0)
         limit = min(_number(request, "limit", 100), MODELS_PAGE_MAX)
-        entries = self.house.registry.page(offset, limit)
-        counters = {counters.slot: counters for counters in self.totals().models}
+        registry, requests = self.house.registry, self.house.ledger.requests
+        if request.arguments.get("order") == "requests":
+            best = heapq.nlargest(
+                offset + limit, registry.entries(), key=lambda entry: requests(entry.slot)
+            )
+            entries = best[offset:]
+        else:
+            entries = registry.page(offset, limit)
         now_ns = time.monotonic_ns()
         return msgspec.json.encode(
             {
-                "models": [self._row(entry, counters, now_ns) for entry in entries],
+                "models": [self._row(entry, now_ns) for entry in entries],
                 "total": len(self.house.registry),
                 **self._tiers(),
             }
         )
 
-    def _row(
-        self, entry: Entry, counters: dict[int, ModelCounters], now_ns: int
-    ) -> dict[str, object]:
+    def _model(self, request: Admin) -> bytes:
+        """Everything about the versions of one model.  Raises NotFound."""
+        now_ns = time.monotonic_ns()
+        versions = [
+            {
+                **self._row(entry, now_ns),
+                **dict(zip(FIELDS, self.house.ledger.get(entry.slot), strict=True)),
+                "batches": self.house.ledger.get(entry.slot)[-1] / BATCH_UNIT,
+                "folder": entry.folder,
+                "image": entry.image_path,
+                "program": entry.program_key,
+            }
+            for entry in self.house.registry.versions(_text(request, "name"))
+        ]
+        return msgspec.json.encode({"versions": versions})
+
+    def _row(self, entry: Entry, now_ns: int) -> dict[str, object]:
         usage = self.house.gate.usage(entry.slot)
         known = entry.state is State.READY
         view = self.house.residency.view(entry.slot) if known else None
-        counted = counters.get(entry.slot)
         last_ns = usage.last_used_ns
         terms = self.house.activations.terms(entry.config)
         return {
@@ -178,7 +208,7 @@ class Administration:
             "device_bytes": view.device_bytes if view is not None else 0,
             "host_bytes": view.host_bytes if view is not None else 0,
             "bytes": entry.nbytes,
-            "requests": counted.success + counted.failure if counted else 0,
+            "requests": self.house.ledger.requests(entry.slot),
             "last_used_s": (now_ns - last_ns) / 1e9 if last_ns else None,
             "pinned": entry.config.pin,
             "priority": entry.config.priority,
@@ -206,7 +236,7 @@ class Administration:
     def _status(self, request: Admin) -> bytes:
         activations = self.house.activations
         fronts = [
-            {"seat": front.seat.index, **_without_models(front.counters)}
+            {"seat": front.seat.index, **_totals(front.counters)}
             for front in self.house.fleet.of_kind("front_end")
         ]
         return msgspec.json.encode(
@@ -221,15 +251,19 @@ class Administration:
                 "packing": len(self.catalogue.packing),
                 "activations": list(activations.records),
                 "front_ends": fronts,
-                "requests": _without_models(self.totals()),
+                "requests": _totals(self.totals()),
             }
         )
 
     def _metrics(self, request: Admin) -> bytes:
+        name = request.arguments.get("model")
+        if name:
+            versions = self.house.registry.versions(_text(request, "model"))
+            return exposition_of(self.house, versions)
         return exposition(self.house, self.totals())
 
 
-def _without_models(counters: Counters) -> dict[str, int]:
+def _totals(counters: Counters) -> dict[str, int]:
     names = [name for name in counters.__struct_fields__ if name != "models"]
     return {name: getattr(counters, name) for name in names}
 

@@ -246,6 +246,7 @@ class Catalogue:
                 del self._retiring[slot]
                 self.house.activations.remove(slot, now_ns)
                 self.house.gate.forget(slot)
+                self.house.ledger.forget(slot)
                 self.house.activations.quarantine.forget(slot)
                 self.registry.release(slot)
 

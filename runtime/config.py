@@ -79,6 +79,8 @@ BATCH_SIZE_MAX: Final = 32
 BATCH_SIZE_LIMIT: Final = 4096
 QUEUE_SIZE_MAX: Final = 1024
 QUEUE_DELAY_US: Final = 0
+METRICS_MODELS: Final = 100  # versions with metric series of their own
+METRICS_MODELS_MAX: Final = 10_000
 BOUND_MODELS_MAX: Final = 2048  # bound programs that a worker keeps
 
 
@@ -99,6 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "cost_aware"
     min_resident_s: float = 0.0  # of models that do not say
     ttl_s: float = 0.0  # 0: a model that is idle keeps its bytes until another needs them
+    metrics_models: int = METRICS_MODELS
     verify: Literal["first", "always", "never"] = "first"
     payload_bytes: int = PAYLOAD_BYTES
     body_bytes_max: int = BODY_BYTES_MAX

@@ -1,7 +1,8 @@
 """Metrics as Prometheus text, from the supervisor's own state and the front ends' totals.
 
-Names start with `overcommit_`.  Per-model series are limited to the models with the most requests;
-the rest is one series named `_other`, so that twenty thousand models do not flood a scraper.
+Names start with `overcommit_`.  Per-model series are limited to the versions with the most requests
+(`Settings.metrics_models`); what is counted for the others is one series named `_other`, so that
+twenty thousand models do not flood a scraper.  `exposition_of` tells everything of one model.
 """
 
 from __future__ import annotations
@@ -13,13 +14,24 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from overcommit.runtime.messages import BATCH_UNIT, Counters, ModelCounters
+from overcommit.runtime.ledger import FIELDS
+from overcommit.runtime.messages import BATCH_UNIT, Counters
 
 if TYPE_CHECKING:
     from overcommit.runtime.house import House
+    from overcommit.runtime.registry import Entry
 
-MODELS_SHOWN_MAX: Final = 100
 OTHER: Final = "_other"
+_TEXTS: Final = {
+    "success": "Requests answered",
+    "failure": "Requests failed",
+    "queue_ns": "Nanoseconds requests waited in a worker",
+    "compute_ns": "Nanoseconds requests were computed",
+    "request_ns": "Nanoseconds requests took in all",
+    "batches": "Batches that answered them",
+}
+_LABELS: Final = ("model", "version")
+Row = tuple[tuple[str, str], tuple[int, ...]]  # labels, counts in the order of FIELDS
 
 
 class _Snapshot(Collector):
@@ -52,26 +64,16 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily("overcommit_payload_blocks_used", "Payload blocks in use", blocks)
 
     def _models(self) -> Iterator[Metric]:
-        counted = sorted(self._totals.models, key=lambda c: c.success + c.failure, reverse=True)
-        shown, rest = counted[:MODELS_SHOWN_MAX], counted[MODELS_SHOWN_MAX:]
-        for field, text in (
-            ("success", "Requests answered"),
-            ("failure", "Requests failed"),
-            ("queue_ns", "Nanoseconds requests waited in a worker"),
-            ("compute_ns", "Nanoseconds requests were computed"),
-            ("request_ns", "Nanoseconds requests took in all"),
-            ("batches", "Batches that answered them"),
-        ):
-            family = CounterMetricFamily(
-                f"overcommit_model_{field}", text, labels=("model", "version")
-            )
-            for counters in shown:
-                entry = self._house.registry.by_slot(counters.slot)
-                if entry is not None:
-                    family.add_metric((entry.name, entry.version), _field(counters, field))
-            if rest:
-                family.add_metric((OTHER, ""), sum(_field(counters, field) for counters in rest))
-            yield family
+        house = self._house
+        rows: list[Row] = []
+        for slot in house.ledger.shown():
+            entry = house.registry.by_slot(slot)
+            if entry is not None:
+                rows.append(((entry.name, entry.version), house.ledger.get(slot)))
+        rest = house.ledger.rest()
+        if any(rest):
+            rows.append(((OTHER, ""), rest))
+        yield from _model_families(rows)
 
     def _residency(self) -> Iterator[Metric]:
         residency, activations = self._house.residency, self._house.activations
@@ -113,13 +115,60 @@ class _Snapshot(Collector):
         yield live
 
 
-def _field(counters: ModelCounters, name: str) -> float:
-    value = float(getattr(counters, name))
-    return value / BATCH_UNIT if name == "batches" else value
+class _Detail(Collector):
+    """The versions of one model."""
+
+    def __init__(self, house: House, entries: list[Entry]) -> None:
+        self._house = house
+        self._entries = entries
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family."""
+        entries = self._entries
+        yield from _model_families(
+            [((entry.name, entry.version), self._house.ledger.get(entry.slot)) for entry in entries]
+        )
+        for name, text in (
+            ("loads_from_disk", "Loads from disk"),
+            ("loads_from_host", "Loads from HOST"),
+            ("evictions", "Evictions from DEVICE"),
+        ):
+            family = CounterMetricFamily(f"overcommit_model_{name}", text, labels=_LABELS)
+            for entry in entries:
+                view = self._house.residency.view(entry.slot)
+                value = 0 if view is None else getattr(view, name)
+                family.add_metric((entry.name, entry.version), value)
+            yield family
+        held = GaugeMetricFamily(
+            "overcommit_model_bytes", "Bytes a tier holds of it", labels=(*_LABELS, "tier")
+        )
+        for entry in entries:
+            view = self._house.residency.view(entry.slot)
+            for tier in ("device", "host"):
+                value = 0 if view is None else getattr(view, f"{tier}_bytes")
+                held.add_metric((entry.name, entry.version, tier), value)
+        yield held
+
+
+def _model_families(rows: list[Row]) -> Iterator[Metric]:
+    for at, name in enumerate(FIELDS):
+        family = CounterMetricFamily(f"overcommit_model_{name}", _TEXTS[name], labels=_LABELS)
+        for labels, counts in rows:
+            family.add_metric(labels, counts[at] / BATCH_UNIT if name == "batches" else counts[at])
+        yield family
 
 
 def exposition(house: House, totals: Counters) -> bytes:
     """Return the Prometheus text of this instant."""
+    return _text(_Snapshot(house, totals))
+
+
+def exposition_of(house: House, entries: list[Entry]) -> bytes:
+    """Return the Prometheus text of the versions of one model."""
+    return _text(_Detail(house, entries))
+
+
+def _text(collector: Collector) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(house, totals))
+    registry.register(collector)
     return generate_latest(registry)

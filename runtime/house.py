@@ -13,6 +13,7 @@ from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import Settings
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.gate import SharedGate
+from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.memory import SharedMemory
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.process import Process
@@ -38,6 +39,7 @@ class House:
         device = ChunkAllocator(budget.device_bytes)
         host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
         self.registry = Registry(settings.cache_dir)
+        self.ledger = Ledger(settings.metrics_models)
         policy = make_policy(settings.policy)
         self.memory = SharedMemory(device.capacity_bytes, host.capacity_bytes if host else 0)
         self.fleet = Fleet(settings, self.memory, on_forked, on_gone)

@@ -168,7 +168,7 @@ class Routes(Message, frozen=True):
 class Admin(Message, frozen=True):
     """Front end: an operation that only the supervisor can do.
 
-    operations: index, load, unload, models, metrics, ensure (pack this slot now), status
+    operations: index, load, unload, models, model, metrics, ensure (pack this slot now), status
     """
 
     id: int
@@ -188,8 +188,8 @@ class AdminReply(Message, frozen=True):
     more: bool = False
 
 
-class ModelCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """Running totals of one front-end incarnation for one version."""
+class ModelCounters(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What a front end has counted for one version since it said so last; at most 64 bytes long."""
 
     slot: int
     success: int = 0
@@ -201,7 +201,9 @@ class ModelCounters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(Message, frozen=True):
-    """Totals so far of a front end; sent every second, and before each `metrics` operation."""
+    """Totals so far of a front end, and increments of versions; sent every second, and before each
+    operation that shows them.  Many versions come in several messages.
+    """
 
     requests: int = 0
     errors: int = 0

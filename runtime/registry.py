@@ -146,6 +146,11 @@ class Registry:
                 return entry
         return versions[-1]
 
+    def versions(self, name: str) -> list[Entry]:
+        """Return every version of a model, in numeric order.  Raises NotFound."""
+        self.find(name)
+        return list(self._by_name()[name])
+
     def _by_name(self) -> dict[str, list[Entry]]:
         if self._names is None:
             self._ordered = sorted(self._current.values(), key=_order)

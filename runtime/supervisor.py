@@ -263,7 +263,7 @@ class Supervisor:
         elif isinstance(message, Admin):
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):
-            child.counters = message
+            self.administration.on_counters(child, message)
         elif isinstance(message, BindFailed):
             self.catalogue.on_bind_failed(message.slot, message.message)
         elif isinstance(message, Populated):

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import overcommit
-from overcommit.runtime.config import TensorSpec
+from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.messages import Route
 from overcommit.server.limits import ADMIN_PAGE_MAX
@@ -137,9 +137,11 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
         return value
 
     @app.post("/v2/repository/index", tags=["repository"])
-    async def index(request: Request) -> Response:
+    async def index(request: Request, offset: int = 0, limit: int | None = None) -> Response:
         ready = bool((await body_of(request)).get("ready", False))
-        return await front.ask("index", ready=ready)
+        if offset < 0 or (limit is not None and limit < 1):
+            raise BadRequest("offset must be 0 or more, limit 1 or more (without: all)")
+        return await front.ask("index", ready=ready, offset=offset, limit=limit or VERSIONS_MAX)
 
     @app.post("/v2/repository/models/{name}/load", tags=["repository"])
     async def load(name: str, request: Request) -> Response:
@@ -152,14 +154,20 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
         return await front.ask("unload", name=name)
 
     @app.get("/metrics", tags=["operations"])
-    async def metrics() -> Response:
-        return await front.ask("metrics")
+    async def metrics(model: str = "") -> Response:
+        return await front.ask("metrics", model=model)
 
     @app.get("/v2/overcommit/models", tags=["operations"])
-    async def models(offset: int = 0, limit: int = 100) -> Response:
+    async def models(offset: int = 0, limit: int = 100, order: str = "name") -> Response:
         if offset < 0 or not 0 < limit <= ADMIN_PAGE_MAX:
             raise BadRequest(f"offset must be 0 or more, limit 1 to {ADMIN_PAGE_MAX}")
-        return await front.ask("models", offset=offset, limit=limit)
+        if order not in ("name", "requests"):
+            raise BadRequest("order must be name or requests")
+        return await front.ask("models", offset=offset, limit=limit, order=order)
+
+    @app.get("/v2/overcommit/models/{name}", tags=["operations"])
+    async def model_detail(name: str) -> Response:
+        return await front.ask("model", name=name)
 
     @app.get("/v2/overcommit/status", tags=["operations"])
     async def status() -> Response:

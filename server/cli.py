@@ -90,6 +90,7 @@ def serve(
     policy: flags.Policy = None,
     min_resident: flags.MinResident = None,
     ttl: flags.Ttl = None,
+    metrics_models: flags.MetricsModels = None,
     start_method: flags.StartMethod = None,
     verify: flags.Verify = None,
     payload_memory: flags.PayloadMemory = None,
@@ -144,13 +145,14 @@ def models(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every second.")] = False,
     offset: Annotated[int, typer.Option(min=0, help="Versions to skip.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Versions to show.")] = 100,
+    top: Annotated[bool, typer.Option("--top", help="Most asked first.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
     """Show the models of a running server, and in which tier they are."""
     from overcommit.server import client
 
     if as_json:
-        _print_json(client.get_models(url, offset, limit))
+        _print_json(client.get_models(url, offset, limit, top))
         return
     from rich.console import Console
 
@@ -158,9 +160,9 @@ def models(
 
     console = Console()
     if watch:
-        tables.watch(console, lambda rows: client.get_models(url, offset, rows), limit, 1.0)
+        tables.watch(console, lambda rows: client.get_models(url, offset, rows, top), limit, 1.0)
     else:
-        console.print(tables.models_table(client.get_models(url, offset, limit)))
+        console.print(tables.models_table(client.get_models(url, offset, limit, top)))
 
 
 @app.command()

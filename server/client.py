@@ -24,9 +24,10 @@ class ServerError(OvercommitError):
     code = "server_error"
 
 
-def get_models(url: str, offset: int, limit: int) -> dict[str, Any]:
-    """Return one page of the server's models, and its tiers."""
-    page = _call(url, "GET", f"/v2/overcommit/models?offset={offset}&limit={limit}")
+def get_models(url: str, offset: int, limit: int, top: bool = False) -> dict[str, Any]:
+    """Return one page of the server's models, by name or the most asked first, and its tiers."""
+    order = "&order=requests" if top else ""
+    page = _call(url, "GET", f"/v2/overcommit/models?offset={offset}&limit={limit}{order}")
     if not {"models", "total", "device", "host"} <= page.keys():
         raise ServerError(f"what answers at {url} is no overcommit server: it lists no models")
     return page

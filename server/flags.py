@@ -52,6 +52,9 @@ Ttl = Annotated[
     str | None,
     Option(metavar="SECONDS", help="Without a use, then a model leaves memory; 0: never (0)."),
 ]
+MetricsModels = Annotated[
+    str | None, Option(metavar="N", help="Models with metric series of their own (100).")
+]
 StartMethod = Annotated[
     str | None, Option(metavar="NAME", help="Start workers by forkserver or spawn (forkserver).")
 ]

@@ -63,7 +63,7 @@ from overcommit.server.routing import RouteTable, check_usable
 
 log = logging.getLogger("overcommit.front_end")
 
-_COUNTED = ("metrics", "models", "status")
+_COUNTED = ("metrics", "model", "models", "status")
 
 
 class FrontEnd:
@@ -156,19 +156,23 @@ class FrontEnd:
         return Response(body, status, media_type=kind)
 
     def send_counters(self) -> None:
-        """Tell the supervisor our totals, and those of the models with the most requests."""
+        """Tell the supervisor our totals, and what was counted for each model since the last time."""
         dispatch = self.dispatch
-        self._control.send(
-            Counters(
-                requests=dispatch.requests,
-                errors=dispatch.errors,
-                in_flight=len(dispatch.pending),
-                blocks_used=dispatch.ingress.blocks_used + dispatch.egress.blocks_used,
-                late_completions=dispatch.late,
-                retries=dispatch.retried,
-                models=dispatch.tallies.top(COUNTERS_MODELS_MAX),
+        while True:
+            models = dispatch.tallies.take(COUNTERS_MODELS_MAX)
+            self._control.send(
+                Counters(
+                    requests=dispatch.requests,
+                    errors=dispatch.errors,
+                    in_flight=len(dispatch.pending),
+                    blocks_used=dispatch.ingress.blocks_used + dispatch.egress.blocks_used,
+                    late_completions=dispatch.late,
+                    retries=dispatch.retried,
+                    models=models,
+                )
             )
-        )
+            if len(models) < COUNTERS_MODELS_MAX:
+                return
 
     def on_control(self) -> None:
         """Handle everything that the supervisor has said."""

@@ -36,5 +36,5 @@ ADMIN_TIMEOUT_S: Final = 60.0
 ADMIN_PENDING_MAX: Final = 256
 ADMIN_PAGE_MAX: Final = 1000  # rows of one page of a listing
 COUNTERS_PERIOD_S: Final = 1.0
-COUNTERS_MODELS_MAX: Final = 600  # of one message; a ModelCounters is at most 170 bytes long
+COUNTERS_MODELS_MAX: Final = 1500  # of one message; a ModelCounters is at most 64 bytes long
 POPULATE_STEP_BYTES: Final = 16 * MIB

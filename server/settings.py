@@ -22,6 +22,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from overcommit.runtime.config import (
     BODY_BYTES_MAX,
     FRONT_ENDS_MAX,
+    METRICS_MODELS,
+    METRICS_MODELS_MAX,
     MIB,
     PAYLOAD_BYTES,
     REQUEST_TIMEOUT_MS,
@@ -95,6 +97,7 @@ class ServeSettings(BaseSettings):
     policy: Annotated[str, AfterValidator(_check_policy)] = "cost_aware"
     min_resident: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
     ttl: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
+    metrics_models: Annotated[int, Field(ge=0, le=METRICS_MODELS_MAX)] = METRICS_MODELS
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     verify: Literal["first", "always", "never"] = "first"
     payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES
@@ -135,6 +138,7 @@ def load_settings(flags: dict[str, object]) -> Settings:
         policy=chosen.policy,
         min_resident_s=chosen.min_resident,
         ttl_s=chosen.ttl,
+        metrics_models=chosen.metrics_models,
         verify=chosen.verify,
         payload_bytes=chosen.payload_memory,
         body_bytes_max=chosen.max_body,

@@ -5,14 +5,14 @@ Called by the dispatch for every answer, and once a second for the supervisor.
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import time
 
 from overcommit.runtime.messages import BATCH_UNIT, ModelCounters
 
 
 class Tallies:
-    """Totals by slot."""
+    """Counts by slot, since they were taken last."""
 
     def __init__(self) -> None:
         # success, failure, queue, compute, request (ns), batches (1 / BATCH_UNIT)
@@ -35,11 +35,10 @@ class Tallies:
         row[1] += 1
         row[4] += time.monotonic_ns() - began_ns
 
-    def top(self, limit: int) -> tuple[ModelCounters, ...]:
-        """Return the totals of the versions with the most requests."""
-        rows = list(self._rows.items())
-        if len(rows) > limit:
-            rows = heapq.nlargest(limit, rows, key=lambda item: item[1][0] + item[1][1])
+    def take(self, limit: int) -> tuple[ModelCounters, ...]:
+        """Return what was counted for some versions, and forget it; empty: that was all."""
+        slots = list(itertools.islice(self._rows, limit))
+        rows = [(slot, self._rows.pop(slot)) for slot in slots]
         return tuple(
             ModelCounters(
                 slot=slot,

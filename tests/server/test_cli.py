@@ -220,6 +220,11 @@ def test_models_shows_what_else_decides_about_a_stay(url: str) -> None:
     assert "priority -1, stays 1.5 s, ttl 5 min" in shown
 
 
+def test_models_shows_the_most_asked_first_when_told(url: str) -> None:
+    assert run("models", "--url", url, "--top", "--limit", "5").exit_code == 0
+    assert FakeServer.asked[0][0] == "/v2/overcommit/models?offset=0&limit=5&order=requests"
+
+
 def test_models_as_json_is_what_the_server_says(url: str) -> None:
     assert json.loads(run("models", "--url", url, "--json").stdout) == PAGE
 

@@ -109,6 +109,13 @@ def test_metrics_and_status_count_what_happened(server: Server) -> None:
     text = server.get("/metrics").body.decode()
     assert "overcommit_requests_total" in text
     assert 'overcommit_model_success_total{model="bert-01",version="1"}' in text
+    detail = server.get("/metrics?model=bert-01").body.decode()
+    assert 'overcommit_model_loads_from_disk_total{model="bert-01",version="1"} 1.0' in detail
+    assert "bert-02" not in detail
+    (version,) = server.get("/v2/overcommit/models/bert-01").json()["versions"]
+    assert version["success"] == version["requests"] > 0
+    (top,) = server.get("/v2/overcommit/models?limit=1&order=requests").json()["models"]
+    assert top["requests"] >= version["requests"]
     status = server.status()
     assert status["totals"]["loads_from_disk"] > 0
     assert {row["kind"] for row in status["processes"]} == {"front_end", "worker", "mover"}

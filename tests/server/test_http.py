@@ -428,6 +428,10 @@ def test_clients_that_leave_in_the_middle_of_long_bodies_cost_nothing(server: Se
         ("GET", "/v2/models/echo-fp32/versions/x", 400),
         ("GET", "/v2/overcommit/models?limit=0", 400),
         ("GET", "/v2/overcommit/models?limit=x", 400),
+        ("GET", "/v2/overcommit/models?order=size", 400),
+        ("GET", "/v2/overcommit/models/nope", 404),
+        ("GET", "/metrics?model=nope", 404),
+        ("POST", "/v2/repository/index?limit=0", 400),
         ("POST", "/v2/repository/models/nope/load", 404),
     ],
 )
@@ -449,3 +453,16 @@ def test_health_metadata_and_docs(server: Server) -> None:
     page = server.get("/v2/overcommit/models?offset=0&limit=5").json()
     assert len(page["models"]) == 5
     assert page["total"] == len(DATATYPES) + 2
+
+
+def test_the_pages_of_the_index_are_the_index(server: Server) -> None:
+    whole = server.post("/v2/repository/index", {}).json()
+    assert len(whole) == len(DATATYPES) + 2
+    for ready in (False, True):
+        rows: list[Any] = []
+        while page := server.post(
+            f"/v2/repository/index?offset={len(rows)}&limit=4", {"ready": ready}
+        ).json():
+            assert len(page) <= 4
+            rows += page
+        assert rows == [row for row in whole if row["state"] == "READY" or not ready]

@@ -1,0 +1,77 @@
+"""What was counted for each version, summed over all front ends, and which of them metrics show.
+
+Front ends send increments, so a message holds what was asked for in the last second, however many
+versions there are.  Metrics show the versions with the most requests, each as series of its own; what is
+counted for a version while it is not shown goes into one aggregate, the rest.
+
+Invariants
+ 1. Every increment is counted once: in its version's series if it is shown, else in the rest.  So the
+    sum of all rates is right, whoever is shown.
+ 2. The rest never shrinks, and neither does a version's own count while it is shown or hidden; a
+    version that becomes shown starts with all that it ever counted.
+ 3. Nothing is kept of a version that was never asked for.
+
+Pure.  Called by administration and metrics.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Final
+
+from overcommit.runtime.messages import ModelCounters
+
+FIELDS: Final = ("success", "failure", "queue_ns", "compute_ns", "request_ns", "batches")
+
+
+class Ledger:
+    """Rows of counts in the order of FIELDS; at most `shown_max` versions are shown."""
+
+    def __init__(self, shown_max: int) -> None:
+        self._shown_max = shown_max
+        self._rows: dict[int, list[int]] = {}
+        self._shown: set[int] = set()
+        self._rest = [0] * len(FIELDS)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, increments: Iterable[ModelCounters]) -> None:
+        """Count what a front end has counted since it said so last."""
+        for more in increments:
+            row = self._rows.get(more.slot)
+            if row is None:
+                row = self._rows[more.slot] = [0] * len(FIELDS)
+                if len(self._shown) < self._shown_max:
+                    self._shown.add(more.slot)
+            is_hidden = more.slot not in self._shown
+            for at, name in enumerate(FIELDS):
+                value = getattr(more, name)
+                row[at] += value
+                if is_hidden:
+                    self._rest[at] += value
+
+    def forget(self, slot: int) -> None:
+        """The version is gone, and the slot is for another one."""
+        self._rows.pop(slot, None)
+        self._shown.discard(slot)
+
+    def get(self, slot: int) -> tuple[int, ...]:
+        """Return a version's counts."""
+        return tuple(self._rows.get(slot, (0,) * len(FIELDS)))
+
+    def requests(self, slot: int) -> int:
+        """How many requests for a version were answered, errors included."""
+        row = self._rows.get(slot)
+        return row[0] + row[1] if row is not None else 0
+
+    def shown(self) -> list[int]:
+        """Choose the versions with the most requests anew; return their slots, most asked first."""
+        best = heapq.nlargest(self._shown_max, self._rows, key=self.requests)
+        self._shown = set(best)
+        return best
+
+    def rest(self) -> tuple[int, ...]:
+        """What was counted for versions while they were not shown."""
+        return tuple(self._rest)
