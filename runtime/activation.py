@@ -19,19 +19,27 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from overcommit.runtime.config import ACTIVATIONS_KEPT, SUSPECTS_KEPT, ModelConfig, Settings
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
+    CANCELLED,
     ActivationFailed,
+    CancelLoad,
     Forget,
     Load,
     LoadDone,
+    LoadProgress,
+    Message,
     Placed,
+    PromoteLoad,
 )
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Entry, Registry, to_info
 from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Terms
+from overcommit.runtime.residents import CancelStarted, PromoteStarted
 
 log = logging.getLogger("overcommit.activation")
 
@@ -49,10 +57,19 @@ class Activation:
     direct: bool
 
 
-@dataclass(slots=True, frozen=True)
-class _Running:
+@dataclass(slots=True)
+class Running:
+    """A load that the mover has, or will get as soon as there is one."""
+
     message: Load
     asked_ns: int
+    done_bytes: int = 0  # as the mover reported last: every PROGRESS_NS at most
+    is_cancelled: bool = False
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes that are still to be moved."""
+        return self.message.nbytes - self.done_bytes
 
 
 class Activations:
@@ -65,7 +82,7 @@ class Activations:
         self._residency = residency
         self._registry = registry
         self._fleet = fleet
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._verified: set[str] = set()
         self.quarantine = Quarantine()
         self.records: collections.deque[Activation] = collections.deque(maxlen=ACTIVATIONS_KEPT)
@@ -132,7 +149,7 @@ class Activations:
         if done.ok:
             if load.source == "disk":
                 self._verified.add(load.path)
-            copies = load.source == "host" or load.host is not None
+            copies = load.device is not None and load.host is not None
             self.bytes_read += done.read_bytes
             self.bytes_copied += load.nbytes if copies else 0
             self.records.append(
@@ -146,15 +163,32 @@ class Activations:
                     direct=done.direct,
                 )
             )
-        else:
+        elif done.message != CANCELLED:
             log.error("load of %s failed: %s", load.path, done.message)
         actions = self._residency.on_load_done(done.job, done.ok, done.message, now_ns, total_ns)
         self.apply(actions, now_ns)
 
-    def on_mover_ready(self) -> None:
-        """A fresh mover: it gets every load that is in flight."""
+    def on_load_progress(self, progress: LoadProgress) -> None:
+        """A long load got on."""
+        running = self._running.get(progress.job)
+        if running is not None:
+            # Two threads of the mover may have sent them in the other order.
+            running.done_bytes = max(running.done_bytes, progress.done_bytes)
+
+    def on_mover_ready(self, now_ns: int) -> None:
+        """A fresh mover: it gets every load that is in flight, but what was cancelled has ended."""
         for load in self._residency.loads_in_flight():
-            self._send(self._running[load.job].message)
+            running = self._running[load.job]
+            if running.is_cancelled:
+                done = LoadDone(job=load.job, ok=False, message=CANCELLED)
+                self.on_load_done(done, now_ns)
+            else:
+                running.done_bytes = 0
+                self._send(running.message)
+
+    def running(self) -> tuple[Running, ...]:
+        """Return the loads in flight, in the order in which they were started."""
+        return tuple(self._running.values())
 
     # --- from the registry ----------------------------------------------------------------------
     def add(self, entry: Entry, now_ns: int) -> None:
@@ -190,8 +224,16 @@ class Activations:
         for action in actions:
             if isinstance(action, StartLoad):
                 message = self._to_load(action)
-                self._running[action.job] = _Running(message, now_ns)
+                self._running[action.job] = Running(message, now_ns)
                 self._send(message)
+            elif isinstance(action, CancelStarted):
+                if (running := self._running.get(action.job)) is not None:
+                    running.is_cancelled = True
+                    self._send(CancelLoad(job=action.job))
+            elif isinstance(action, PromoteStarted):
+                if (running := self._running.get(action.job)) is not None:
+                    running.message = replace(running.message, urgency="foreground")
+                    self._send(PromoteLoad(job=action.job))
             elif isinstance(action, Publish):
                 placed = Placed(
                     slot=action.slot,
@@ -226,11 +268,12 @@ class Activations:
             path=entry.image_path,
             nbytes=entry.nbytes,
             host=None if load.host is None else tuple((a, b) for a, b in load.host),
-            device=tuple((a, b) for a, b in load.device),
+            device=None if load.device is None else tuple((a, b) for a, b in load.device),
             verify=verify,
+            urgency=load.urgency,
         )
 
-    def _send(self, message: Load) -> None:
+    def _send(self, message: Message) -> None:
         # No mover now: the load stays in flight, and the next mover gets it when it is ready.
         for mover in self._fleet.of_kind("mover"):
             mover.post(message)

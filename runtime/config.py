@@ -24,7 +24,15 @@ SLAB_MODEL_BYTES_MAX: Final = 1 * MIB  # models up to here share 2 MiB slab chun
 TENSOR_ALIGN_BYTES: Final = 256
 IMAGE_ALIGN_BYTES: Final = 4 * KIB
 READ_BYTES: Final = 8 * MIB  # one O_DIRECT read; also the unit of a digest
-READS_IN_FLIGHT: Final = 4
+READS_IN_FLIGHT: Final = 8  # of one load
+# More than one load may have in flight: a load that begins finds a free one beside a long load.
+READ_THREADS: Final = 12
+PREFETCH_READS_IN_FLIGHT: Final = 2  # what a foreground load may find before it on the disk
+COPY_THREADS_MAX: Final = 4  # or one per core, where there are fewer
+COPY_BYTES_MIN: Final = 4 * MIB  # of one step of a copy between tiers, where so much is left
+COPY_BYTES_MAX: Final = 32 * MIB
+COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who receives its message
+PROGRESS_NS: Final = 20_000_000  # between two reports of one load
 LOADS_IN_FLIGHT_MAX: Final = 4
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
 DEVICE_SHARE: Final = 0.40  # of what is available, when no flag says otherwise (CPU only)

@@ -262,15 +262,21 @@ def read_header(path: str | Path) -> tuple[ImageHeader, int]:
     """
     try:
         with open(path, "rb") as file:
-            prefix = file.read(_PREFIX_BYTES)
-            start, length = _read_prefix(path, prefix)
-            encoded = file.read(length)
+            head = file.read(_PREFIX_BYTES)
+            _, length = _read_prefix(path, head)
+            head += file.read(length)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
-    (crc,) = _CRC.unpack_from(prefix, _FIELDS.size)
-    if len(encoded) != length or zlib.crc32(prefix[: _FIELDS.size] + encoded) != crc:
-        raise ImageError(f"the header of {path} is damaged; {_REMEDY}")
+    return parse_header(path, memoryview(head), size)
+
+
+def parse_header(path: str | Path, head: memoryview, size: int) -> tuple[ImageHeader, int]:
+    """Return the header that a file of `size` bytes begins with, and where its payload starts.
+
+    `head` may be longer than the header.  Raises ImageError as `read_header`.
+    """
+    start, encoded = check_head(path, head)
     try:
         header = _DECODER.decode(encoded)
     except msgspec.DecodeError as error:
@@ -289,7 +295,20 @@ def read_header(path: str | Path) -> tuple[ImageHeader, int]:
     return header, start
 
 
-def _read_prefix(path: str | Path, prefix: bytes) -> tuple[int, int]:
+def check_head(path: str | Path, head: memoryview) -> tuple[int, memoryview]:
+    """Check a header against its own digest; return where the payload starts, and the header.
+
+    Raises ImageError when these are not the first bytes of an image.
+    """
+    start, length = _read_prefix(path, head)
+    encoded = head[_PREFIX_BYTES : _PREFIX_BYTES + length]
+    (crc,) = _CRC.unpack_from(head, _FIELDS.size)
+    if len(encoded) != length or zlib.crc32(encoded, zlib.crc32(head[: _FIELDS.size])) != crc:
+        raise ImageError(f"the header of {path} is damaged; {_REMEDY}")
+    return start, encoded
+
+
+def _read_prefix(path: str | Path, prefix: bytes | memoryview) -> tuple[int, int]:
     """Return where the payload starts and how long the header is."""
     if len(prefix) < _PREFIX_BYTES:
         raise ImageError(f"{path} is too short for an image; {_REMEDY}")

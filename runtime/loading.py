@@ -1,48 +1,60 @@
 """One load: bytes of an image from disk into an arena, and on into another.
 
-A load is cut into steps: its image is opened, then pieces of READ_BYTES are moved.  A piece is read
-straight into the arena with O_DIRECT (no page cache, no bounce), checked against its digest, and
-copied on to DEVICE while other threads read later pieces.
+A load is cut into steps.  From disk: its file is opened, then pieces of READ_BYTES are read straight
+into the arena with O_DIRECT (no page cache, no bounce), and each piece that was read is settled by
+another thread, checked against its digest and copied on to DEVICE, while later ones are read.  An
+image of one piece takes one step: nothing could overlap, and every hand-over costs.  From HOST:
+ranges are copied, long ones first, so that all who copy end together.
 
 State machine of a load
 
-    QUEUED ---[take, disk]---> OPENING --[finish]--> RUNNING --[finish, the last piece]--> DONE
-    QUEUED ---[take, host]-------------------------> RUNNING
-    OPENING | RUNNING --[finish, with an error]--> FAILING --[finish, the last that ran]--> FAILED
+    QUEUED ---[take_read, long]-----> OPENING --[finish]--> RUNNING
+    QUEUED ---[take_read, short]----> RUNNING
+    QUEUED ---[take_copy, host]-----> RUNNING
+    RUNNING --[finish, nothing is left and none runs]-----> DONE
+    QUEUED | OPENING | RUNNING --[cancel | finish, with an error]--> FAILING
+    FAILING --[cancel | finish, the last that ran]--> FAILED
 
 Invariants
  1. A step is taken by one thread, once.  A load is DONE or FAILED only when no step of it runs:
     only then may its extents be used for anything else.
  2. A load that is DONE has had every byte read, checked if asked, and copied.
- 3. `take` and `finish` are called under the mover's lock; `run` is called without it, by several
-    threads at once, and changes nothing that another thread reads but the fall-back descriptor.
+ 3. `take_*`, `finish` and `cancel` are called under the mover's lock; `run` is called without it,
+    by several threads at once, and changes nothing but what its file guards itself.
  4. Extents are checked against the arenas before the first step: a wrong one fails its load, it
     does not kill the mover.
+ 5. At most READS_IN_FLIGHT reads of a load run, PREFETCH_READS_IN_FLIGHT of one nobody waits for.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import enum
-import errno
 import itertools
 import os
-import threading
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
 from overcommit.runtime import _shm
-from overcommit.runtime.config import READ_BYTES
+from overcommit.runtime.config import (
+    COPY_BYTES_MAX,
+    COPY_BYTES_MIN,
+    COPY_THREADS_MAX,
+    PAGE_BYTES,
+    PREFETCH_READS_IN_FLIGHT,
+    READ_BYTES,
+    READS_IN_FLIGHT,
+)
 from overcommit.runtime.errors import ImageError
-from overcommit.runtime.image import read_header
-from overcommit.runtime.messages import Extents, Load, LoadDone
+from overcommit.runtime.image_file import ImageFile, Span
+from overcommit.runtime.messages import CANCELLED, Extents, Load, LoadDone, LoadProgress
 
-OPEN: Final = -1  # the step before piece 0
-Span = tuple[int, int]  # address or offset, length
+# A copy between tiers of host memory: the first core moves nine tenths of what two do (bench/LOG.md).
+COPY_THREADS: Final = min(COPY_THREADS_MAX, len(os.sched_getaffinity(0)))
 
 
 class State(enum.Enum):
@@ -54,6 +66,28 @@ class State(enum.Enum):
     FAILING = enum.auto()
     DONE = enum.auto()
     FAILED = enum.auto()
+
+
+class Work(enum.Enum):
+    """What a step does."""
+
+    OPEN = enum.auto()  # the file
+    WHOLE = enum.auto()  # open, read and settle an image of one piece
+    READ = enum.auto()  # a piece
+    SETTLE = enum.auto()  # check a piece that was read, copy it on
+    COPY = enum.auto()  # a range of the host copy
+
+
+READING = frozenset((Work.OPEN, Work.WHOLE, Work.READ))
+
+
+@dataclass(slots=True, frozen=True)
+class Step:
+    """A piece of work on bytes [start, start + nbytes) of the image."""
+
+    work: Work
+    start: int = 0
+    nbytes: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -86,14 +120,21 @@ class Places:
             raise ImageError(f"the {base.name} extents are too short for {nbytes} bytes")
 
     def spans(self, start: int, nbytes: int) -> list[Span]:
-        """Return (address, length) of what holds bytes [start, start + nbytes) of the image."""
-        spans = []
+        """Return (address, length) of what holds bytes [start, start + nbytes) of the image.
+
+        What lies side by side comes as one: chunks mostly do.
+        """
+        spans: list[Span] = []
         index = bisect.bisect_right(self._ends, start)
         while nbytes:
             offset, length = self._extents[index]
             inside = start - (self._ends[index] - length)
             part = min(nbytes, length - inside)
-            spans.append((self._base + offset + inside, part))
+            at = self._base + offset + inside
+            if spans and sum(spans[-1]) == at:
+                spans[-1] = (spans[-1][0], spans[-1][1] + part)
+            else:
+                spans.append((at, part))
             start, nbytes, index = start + part, nbytes - part, index + 1
         return spans
 
@@ -127,6 +168,7 @@ class Outcome:
     read_bytes: int = 0
     read: Wall = field(default_factory=Wall)
     copy: Wall = field(default_factory=Wall)
+    all: Wall = field(default_factory=Wall)
 
 
 class LoadState:
@@ -136,8 +178,11 @@ class LoadState:
         """Raise ImageError when the message cannot be served."""
         self.load = load
         self.state = State.QUEUED
+        self.urgency = load.urgency
         self.total = Outcome()
-        self.pieces = -(-load.nbytes // READ_BYTES)
+        self.done_bytes = 0
+        self.reported_ns = time.monotonic_ns()  # when LoadProgress was sent last
+        self._received_ns = self.reported_ns
         if load.nbytes <= 0:
             raise ImageError(f"a load of {load.nbytes} bytes")
         self._host = None if load.host is None else Places(host, load.host, load.nbytes)
@@ -146,55 +191,112 @@ class LoadState:
             raise ImageError(f"a load from {load.source} to nowhere")
         if self._host is None and load.source == "host":
             raise ImageError("a load from host that does not say where there")
-        self._next_piece = 0
+        self._file = ImageFile(load.path, load.nbytes)
+        self._next = 0  # the first byte that nobody has taken yet
+        self._read: collections.deque[Step] = collections.deque()  # SETTLE steps to take
         self._running = 0
-        self._digests: tuple[int, ...] = ()
-        self._payload_offset = 0
-        self._fds_lock = threading.Lock()
-        self._direct_fd = -1
-        self._buffered_fd = -1
+        self._reads = 0  # of those that run
 
     def __repr__(self) -> str:
-        return f"<LoadState job {self.load.job} {self.state.name} {self._next_piece}/{self.pieces}>"
+        return (
+            f"<LoadState job {self.load.job} {self.urgency} {self.state.name} "
+            f"{self.done_bytes}/{self.load.nbytes}>"
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """DONE or FAILED."""
+        return self.state in (State.DONE, State.FAILED)
+
+    @property
+    def wants_disk(self) -> bool:
+        """Whether reads run or are left to take, now or later."""
+        if self.load.source != "disk" or self.state is State.FAILING:
+            return self._reads > 0
+        return self._reads > 0 or self._next < self.load.nbytes
 
     # --- under the mover's lock -----------------------------------------------------------------
-    def take(self) -> int | None:
-        """Take the next step, OPEN or a piece; None when there is none to take now."""
-        if self.state is State.QUEUED and self.load.source == "disk":
-            self.state = State.OPENING
-            self._running += 1
-            return OPEN
-        if self.state is State.QUEUED:
-            self.state = State.RUNNING
-        if self.state is not State.RUNNING or self._next_piece == self.pieces:
+    def take_read(self) -> Step | None:
+        """Take the next step that reads the disk; None when there is none to take now."""
+        if self.load.source != "disk":
             return None
-        self._next_piece += 1
-        self._running += 1
-        return self._next_piece - 1
+        if self.state is State.QUEUED:
+            if self.load.nbytes <= READ_BYTES:
+                self.state = State.RUNNING
+                return self._take(Work.WHOLE, self.load.nbytes)
+            self.state = State.OPENING
+            return self._take(Work.OPEN, 0)
+        is_prefetch = self.urgency == "prefetch"
+        limit = PREFETCH_READS_IN_FLIGHT if is_prefetch else READS_IN_FLIGHT
+        left = self.load.nbytes - self._next
+        if self.state is not State.RUNNING or not left or self._reads >= limit:
+            return None
+        return self._take(Work.READ, min(READ_BYTES, left))
 
-    def finish(self, outcome: Outcome) -> bool:
+    def take_copy(self) -> Step | None:
+        """Take the next step that needs no disk; None when there is none to take now."""
+        if self._read and self.state is State.RUNNING:
+            self._running += 1
+            return self._read.popleft()
+        if self.load.source != "host" or self.state not in (State.QUEUED, State.RUNNING):
+            return None
+        self.state = State.RUNNING
+        left = self.load.nbytes - self._next
+        if not left:
+            return None
+        # Guided self-scheduling: a share of what is left, so that nobody waits long for the last.
+        share = -(-left // (2 * COPY_THREADS) // PAGE_BYTES) * PAGE_BYTES
+        return self._take(Work.COPY, min(left, max(COPY_BYTES_MIN, min(COPY_BYTES_MAX, share))))
+
+    def _take(self, work: Work, nbytes: int) -> Step:
+        step = Step(work, self._next, nbytes)
+        self._next += nbytes
+        self._running += 1
+        self._reads += work in READING
+        return step
+
+    def finish(self, step: Step, outcome: Outcome) -> bool:
         """A step ended; True when the whole load has."""
         self._running -= 1
+        self._reads -= step.work in READING
         self.total.error = self.total.error or outcome.error
         self.total.read_bytes += outcome.read_bytes
         self.total.read.add(outcome.read)
         self.total.copy.add(outcome.copy)
+        self.total.all.add(outcome.all)
         if self.total.error:
-            self.state = State.FAILING if self._running else State.FAILED
-        elif self.state is State.OPENING:
+            self._fail()
+            return self.is_over
+        if step.work is Work.READ and self._has_to_settle:
+            self._read.append(Step(Work.SETTLE, step.start, step.nbytes))
+        else:
+            self.done_bytes += step.nbytes
+        if self.state is State.OPENING:
             self.state = State.RUNNING
-        elif self._next_piece == self.pieces and not self._running:
+        elif self.done_bytes == self.load.nbytes:
+            assert not self._running
             self.state = State.DONE
-        return self.state in (State.DONE, State.FAILED)
+        return self.is_over
+
+    def cancel(self) -> bool:
+        """Take no more steps; True when the whole load has ended by that."""
+        self.total.error = self.total.error or CANCELLED
+        self._fail()
+        return self.is_over
+
+    def _fail(self) -> None:
+        self.state = State.FAILING if self._running else State.FAILED
+
+    def progress(self, now_ns: int) -> LoadProgress:
+        """Say how far it is."""
+        self.reported_ns = now_ns
+        return LoadProgress(job=self.load.job, done_bytes=self.done_bytes)
 
     def close(self) -> LoadDone:
         """Release the file; say how it went."""
         assert not self._running
-        is_direct = self._direct_fd >= 0 and self._buffered_fd < 0
-        for fd in (self._direct_fd, self._buffered_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._direct_fd = self._buffered_fd = -1
+        is_direct = self._file.is_direct
+        self._file.close()
         return LoadDone(
             job=self.load.job,
             ok=self.state is State.DONE,
@@ -203,91 +305,63 @@ class LoadState:
             read_ns=self.total.read.ended_ns - self.total.read.began_ns,
             copy_ns=self.total.copy.ended_ns - self.total.copy.began_ns,
             direct=is_direct,
+            received_ns=self._received_ns,
+            began_ns=self.total.all.began_ns,
+            ended_ns=self.total.all.ended_ns,
         )
 
-    # --- in an I/O thread -----------------------------------------------------------------------
-    def run(self, step: int) -> Outcome:
+    # --- in a thread of the mover ---------------------------------------------------------------
+    def run(self, step: Step) -> Outcome:
         """Do one step."""
         outcome = Outcome()
-        try:
-            if step == OPEN:
-                self._open()
-            else:
-                self._run_piece(step, outcome)
-        except ImageError as error:
-            outcome.error = error.message
-        except OSError as error:
-            outcome.error = f"{self.load.path} cannot be read: {error.strerror}"
+        with outcome.all.measure():
+            try:
+                self._run(step, outcome)
+            except ImageError as error:
+                outcome.error = error.message
+            except OSError as error:
+                outcome.error = f"{self.load.path} cannot be read: {error.strerror}"
         return outcome
 
-    def _open(self) -> None:
-        path = self.load.path
-        header, self._payload_offset = read_header(path)
-        if header.nbytes != self.load.nbytes:
-            raise ImageError(
-                f"{path} holds {header.nbytes} bytes, {self.load.nbytes} were expected; "
-                f"the image was replaced while the server ran"
-            )
-        self._digests = header.piece_digests
-        try:
-            self._direct_fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._fall_back()
-
-    def _fall_back(self) -> int:
-        """Read through the page cache from here on: this file system refuses O_DIRECT."""
-        with self._fds_lock:
-            if self._buffered_fd < 0:
-                self._buffered_fd = os.open(self.load.path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._buffered_fd
-
-    def _run_piece(self, piece: int, outcome: Outcome) -> None:
-        load = self.load
-        start = piece * READ_BYTES
-        nbytes = min(READ_BYTES, load.nbytes - start)
-        if load.source == "disk":
-            places = self._host or self._device
-            assert places is not None
-            spans = places.spans(start, nbytes)
+    def _run(self, step: Step, outcome: Outcome) -> None:
+        verify = self.load.verify
+        if step.work is Work.OPEN:
             with outcome.read.measure():
-                self._read(spans, start)
-            outcome.read_bytes = nbytes
-            if load.verify:
-                self._check(spans, piece)
-        if self._host is not None and self._device is not None:
+                self._file.open(verify)
+        elif step.work in READING:
+            spans = self._target.spans(step.start, step.nbytes)
+            with outcome.read.measure():
+                if step.work is Work.WHOLE:
+                    self._file.open(verify, spans)
+                else:
+                    self._file.read(spans, step.start)
+            outcome.read_bytes = step.nbytes
+        if step.work in (Work.WHOLE, Work.SETTLE) and verify:
+            self._file.check(self._target.spans(step.start, step.nbytes), step.start // READ_BYTES)
+        if step.work in (Work.WHOLE, Work.SETTLE, Work.COPY) and self._goes_on:
+            assert self._host is not None
+            assert self._device is not None
             with outcome.copy.measure():
-                copy(self._host.spans(start, nbytes), self._device.spans(start, nbytes))
+                copy(
+                    self._host.spans(step.start, step.nbytes),
+                    self._device.spans(step.start, step.nbytes),
+                )
 
-    def _read(self, spans: list[Span], start: int) -> None:
-        views = [_shm.view(address, length, True) for address, length in spans]
-        at = self._payload_offset + start
-        fd = self._direct_fd if self._buffered_fd < 0 else self._buffered_fd
-        while views:
-            try:
-                got = os.preadv(fd, views, at)
-            except OSError as error:
-                # Some file systems take the flag at open and refuse at the first read; and a read
-                # that stopped inside a page cannot be continued with O_DIRECT.
-                if error.errno != errno.EINVAL or fd != self._direct_fd:
-                    raise
-                fd = self._fall_back()
-                continue
-            if got == 0:
-                raise ImageError(f"{self.load.path} is cut off at byte {at}")
-            at += got
-            views = _after(views, got)
+    @property
+    def _target(self) -> Places:
+        """Where reads go."""
+        places = self._host or self._device
+        assert places is not None
+        return places
 
-    def _check(self, spans: list[Span], piece: int) -> None:
-        crc = 0
-        for address, length in spans:
-            crc = zlib.crc32(_shm.view(address, length, False), crc)
-        if crc != self._digests[piece]:
-            raise ImageError(
-                f"{self.load.path} is damaged: piece {piece} (bytes {piece * READ_BYTES} and on) "
-                f"fails its digest; delete the file to pack it again"
-            )
+    @property
+    def _goes_on(self) -> bool:
+        """Whether bytes go from HOST to DEVICE."""
+        return self._host is not None and self._device is not None
+
+    @property
+    def _has_to_settle(self) -> bool:
+        return self.load.verify or self._goes_on
 
 
 def copy(sources: list[Span], targets: list[Span]) -> None:
@@ -302,12 +376,3 @@ def copy(sources: list[Span], targets: list[Span]) -> None:
             _shm.copy(to_at, from_at, part)
             from_at, from_left = from_at + part, from_left - part
             to_at, to_left = to_at + part, to_left - part
-
-
-def _after(views: list[memoryview], nbytes: int) -> list[memoryview]:
-    """Return what is left of the views when their first `nbytes` are done."""
-    for index, view in enumerate(views):
-        if nbytes < len(view):
-            return [view[nbytes:], *views[index + 1 :]]
-        nbytes -= len(view)
-    return []

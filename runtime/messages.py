@@ -9,12 +9,12 @@ Who sends what:
     supervisor -> all        Start, Drain, Stop
     supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, ActivationFailed, Forget
     supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply
-    supervisor -> mover      Load
+    supervisor -> mover      Load, CancelLoad, PromoteLoad
     supervisor -> packer     Pack
     all -> supervisor        Ready
     worker -> supervisor     Activate, BindFailed
     front end -> supervisor  Admin, Counters
-    mover -> supervisor      LoadDone, Populated
+    mover -> supervisor      LoadDone, LoadProgress, Populated
     packer -> supervisor     PackProgress, PackDone
     supervisor -> fork server   Fork, Preload, Stop
     fork server -> supervisor   Ready, Unfit, Forked, Exited
@@ -29,7 +29,10 @@ import msgspec
 from overcommit.runtime.config import ModelConfig, Settings, TensorSpec
 
 Kind = Literal["front_end", "worker", "mover", "packer"]
+# Foreground: requests wait for it.  Prefetch: nobody does yet; it gives way to every foreground load.
+Urgency = Literal["foreground", "prefetch"]
 BATCH_UNIT: Final = 1_000_000
+CANCELLED: Final = "cancelled"  # what LoadDone says of a load that CancelLoad ended
 Extents = tuple[tuple[int, int], ...]
 
 
@@ -229,10 +232,41 @@ class Load(Message, frozen=True):
     host: Extents | None = None
     device: Extents | None = None
     verify: bool = True
+    urgency: Urgency = "foreground"
+
+
+class CancelLoad(Message, frozen=True):
+    """Mover: take no further step of this load.
+
+    Its LoadDone comes when the last running step has ended: not ok, CANCELLED; or as it would have,
+    if it was over.  A job that is not known is ignored: its LoadDone is on its way.
+    """
+
+    job: int
+
+
+class PromoteLoad(Message, frozen=True):
+    """Mover: requests wait for this load now, it is a foreground load from here on."""
+
+    job: int
+
+
+class LoadProgress(Message, frozen=True):
+    """So many bytes of a long load are where they belong.
+
+    Now and then; one may come after a later one, or after the LoadDone.
+    """
+
+    job: int
+    done_bytes: int
 
 
 class LoadDone(Message, frozen=True):
-    """The job ended.  `read_ns` and `copy_ns` are wall time in each stage."""
+    """The job ended.  `read_ns` and `copy_ns` are wall time in each stage.
+
+    The other times are instants of CLOCK_MONOTONIC, which all processes share: when the mover had
+    the message, began the first step, and ended the last one.
+    """
 
     job: int
     ok: bool
@@ -241,6 +275,9 @@ class LoadDone(Message, frozen=True):
     read_ns: int = 0
     copy_ns: int = 0
     direct: bool = False  # O_DIRECT was used
+    received_ns: int = 0
+    began_ns: int = 0
+    ended_ns: int = 0
 
 
 class Populated(Message, frozen=True):
@@ -339,6 +376,9 @@ AnyMessage = (
     | AdminReply
     | Counters
     | Load
+    | CancelLoad
+    | PromoteLoad
+    | LoadProgress
     | LoadDone
     | Populated
     | Pack

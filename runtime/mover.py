@@ -1,16 +1,20 @@
 """The mover: the process that does all bulk I/O between the tiers.
 
-One control thread blocks in one place; READS_IN_FLIGHT threads take pieces of the loads that are
-under way, round robin, so that two loads share the disk and neither starves a third.  In the
-background one more thread touches every page of the arenas, in steps, so that no request pays for
-page faults; loads go first.
+The control thread blocks in one place, its socket.  READ_THREADS threads take the steps of loads that
+read the disk, COPY_THREADS those that do not, so that no copy keeps a read from being asked for;
+whose turn it is, `load_queue` decides.  In the background one more thread touches every page of the
+arenas, in steps, so that no request pays for page faults; loads go first.
+
+A load from HOST needs no thread to wake up first: the control thread begins it itself, and looks at
+its socket between steps.  Whoever ends a load sends its LoadDone.
 
 Invariants
  1. LoadDone is sent once for every Load, after the last byte is in place or after its last running
     piece has ended in failure.
  2. Nothing here decides: where bytes go is in the message, and a load may be repeated after this
     process was killed, into the same extents.
- 3. The control thread touches no file: a slow disk delays loads, not the answer to Stop.
+ 3. The control thread touches no file: a slow disk delays loads, not the answer to Stop.  It copies
+    a piece at most between two looks at its socket.
  4. A thread that dies of our own bug takes the process with it: its load would never end, and the
     supervisor repeats the loads of a mover that died.
 
@@ -19,116 +23,173 @@ The supervisor starts it; `main` returns on Stop.
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
-import queue
+import select
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena
-from overcommit.runtime.config import LARGE_CHUNK_BYTES, READS_IN_FLIGHT
+from overcommit.runtime.config import (
+    COPY_HERE_BYTES,
+    LARGE_CHUNK_BYTES,
+    PREFETCH_READS_IN_FLIGHT,
+    PROGRESS_NS,
+    READ_THREADS,
+    READS_IN_FLIGHT,
+)
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.errors import ImageError, ProtocolError
-from overcommit.runtime.loading import Base, LoadState, Outcome
-from overcommit.runtime.messages import Load, LoadDone, Message, Populated, Ready, Start, Stop
+from overcommit.runtime.load_queue import LoadQueue, Taken
+from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
+from overcommit.runtime.messages import (
+    CancelLoad,
+    Load,
+    LoadDone,
+    Message,
+    Populated,
+    PromoteLoad,
+    Ready,
+    Start,
+    Stop,
+)
 
 log = logging.getLogger("overcommit.mover")
 
 
-class LoadQueue:
-    """The loads under way, in turn.  Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._loads: collections.deque[LoadState] = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._loads)
-
-    def add(self, state: LoadState) -> None:
-        """A load joins at the end of the round."""
-        self._loads.append(state)
-
-    def try_take(self) -> tuple[LoadState, int] | None:
-        """Take a step of the load whose turn it is; None when no load has one to take now."""
-        for _ in range(len(self._loads)):
-            state = self._loads[0]
-            self._loads.rotate(-1)
-            step = state.take()
-            if step is not None:
-                return state, step
-        return None
-
-    def finish(self, state: LoadState, outcome: Outcome) -> bool:
-        """A step of this load ended; True when the whole load has, and has left the round."""
-        is_over = state.finish(outcome)
-        if is_over:
-            self._loads.remove(state)
-        return is_over
-
-
 class Mover:
-    """The threads that serve the loads.
+    """The threads that serve the loads.  `send` is called by any of them, by one at a time."""
 
-    `outbox` collects the messages for the supervisor; `bell` is rung when there is one.
-    """
-
-    def __init__(self, device: Arena, host: Arena | None) -> None:
+    def __init__(self, device: Arena, host: Arena | None, send: Callable[[Message], None]) -> None:
         self._device = Base("device", device.map_all(True), device.nbytes)
         self._host = None if host is None else Base("host", host.map_all(True), host.nbytes)
         self._loads = LoadQueue()
-        self._changed = threading.Condition()  # guards _loads and _is_closing
+        self._lock = threading.Lock()  # guards _loads and _is_closing
+        # Those who wait for a step that reads, for one that does not, for nothing to be under way.
+        self._may_read = threading.Condition(self._lock)
+        self._may_copy = threading.Condition(self._lock)
+        self._is_idle = threading.Condition(self._lock)
         self._is_closing = False
-        self.outbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._send_now = send
+        self._send_lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._serve, name=f"io-{number}", daemon=True)
-            for number in range(READS_IN_FLIGHT)
+            threading.Thread(target=self._read, name=f"read-{n}", daemon=True)
+            for n in range(READ_THREADS)
+        ]
+        self._threads += [
+            threading.Thread(target=self._copy, name=f"copy-{n}", daemon=True)
+            for n in range(COPY_THREADS)
         ]
         self._threads.append(threading.Thread(target=self._populate, name="populate", daemon=True))
         for thread in self._threads:
             thread.start()
 
+    # --- the control thread's -------------------------------------------------------------------
     def add(self, load: Load) -> None:
-        """Begin a load."""
+        """Begin a load; one from HOST in this very thread."""
         try:
             state = LoadState(load, self._device, self._host)
         except ImageError as error:
             self._send(LoadDone(job=load.job, ok=False, message=f"{load.path}: {error.message}"))
             return
-        with self._changed:
+        with self._lock:
             self._loads.add(state)
-            self._changed.notify_all()
+            if load.source == "disk":
+                self._may_read.notify()
+            elif load.nbytes > COPY_HERE_BYTES:
+                self._may_copy.notify(COPY_THREADS - 1)
+        if load.source == "host":
+            self.try_copy()
+
+    def try_copy(self) -> bool:
+        """Take and do one step that needs no disk; False when there is none."""
+        with self._lock:
+            taken = self._loads.try_take_copy()
+        if taken is None:
+            return False
+        self._do(taken)
+        return True
+
+    def cancel(self, job: int) -> None:
+        """Stop a load."""
+        with self._lock:
+            state = self._loads.cancel(job)
+            self._wake_prefetch()
+        if state is not None:
+            self._end(state)
+
+    def promote(self, job: int) -> None:
+        """Requests wait for this load now."""
+        with self._lock:
+            self._loads.promote(job)
+            self._may_read.notify_all()
+            self._may_copy.notify_all()
 
     def close(self) -> None:
         """End the threads, each after its present step; loads that are under way are forgotten."""
-        with self._changed:
+        with self._lock:
             self._is_closing = True
-            self._changed.notify_all()
+            for condition in (self._may_read, self._may_copy, self._is_idle):
+                condition.notify_all()
         for thread in self._threads:
             thread.join()
-        os.close(self.bell)
 
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while (taken := self._loads.try_take()) is None and not self._is_closing:
-                    self._changed.wait()
-                if taken is None or self._is_closing:
-                    return
-            state, step = taken
-            outcome = state.run(step)
-            with self._changed:
-                is_over = self._loads.finish(state, outcome)
-                self._changed.notify_all()
-            if is_over:
-                self._send(state.close())
+    # --- any thread's ---------------------------------------------------------------------------
+    def _do(self, taken: Taken) -> None:
+        state, step = taken
+        outcome = state.run(step)
+        now_ns = time.monotonic_ns()
+        progress = None
+        with self._lock:
+            is_over = self._loads.finish(state, step, outcome)
+            # Who ends a step takes the next one; here are those who must wake up beside.
+            if step.work is Work.OPEN:
+                self._may_read.notify(READS_IN_FLIGHT - 1)
+            elif step.work is Work.READ:
+                self._may_copy.notify()
+            self._wake_prefetch()
+            if not is_over and now_ns - state.reported_ns >= PROGRESS_NS:
+                progress = state.progress(now_ns)
+        if is_over:
+            self._end(state)
+        elif progress is not None:
+            self._send(progress)
+
+    def _end(self, state: LoadState) -> None:
+        self._send(state.close())
+        with self._lock:
+            if not len(self._loads):
+                self._is_idle.notify_all()
+
+    def _wake_prefetch(self) -> None:
+        if self._loads.may_prefetch_read:
+            self._may_read.notify(PREFETCH_READS_IN_FLIGHT)
 
     def _send(self, message: Message) -> None:
-        self.outbox.put(message)
-        os.eventfd_write(self.bell, 1)
+        with self._send_lock:
+            self._send_now(message)
+
+    def _read(self) -> None:
+        while (taken := self._wait(self._may_read, self._loads.try_take_read)) is not None:
+            self._do(taken)
+
+    def _copy(self) -> None:
+        while (taken := self._wait(self._may_copy, self._loads.try_take_copy)) is not None:
+            self._do(taken)
+
+    def _wait(
+        self, condition: threading.Condition, take: Callable[[], Taken | None]
+    ) -> Taken | None:
+        """Wait for a step; None when this mover closes."""
+        with self._lock:
+            while not self._is_closing:
+                if (taken := take()) is not None:
+                    return taken
+                condition.wait()
+        return None
 
     def _populate(self) -> None:
         began_ns = time.monotonic_ns()
@@ -136,9 +197,9 @@ class Mover:
             if base is None:
                 continue
             for at in range(0, base.nbytes, LARGE_CHUNK_BYTES):
-                with self._changed:
-                    while self._loads and not self._is_closing:
-                        self._changed.wait()
+                with self._lock:
+                    while len(self._loads) and not self._is_closing:
+                        self._is_idle.wait()
                     if self._is_closing:
                         return
                 nbytes = min(LARGE_CHUNK_BYTES, base.nbytes - at)
@@ -152,7 +213,10 @@ class Mover:
 
 
 def _die(args: threading.ExceptHookArgs) -> None:
-    traceback.print_exception(args.exc_value)
+    if not isinstance(
+        args.exc_value, ConnectionError
+    ):  # else the supervisor is gone, as we are now
+        traceback.print_exception(args.exc_value)
     os._exit(1)
 
 
@@ -167,15 +231,25 @@ def main(control_fd: int) -> None:
         raise ProtocolError(f"the mover's first message was {type(start).__name__}")
     device = Arena.from_fd(fds["device"], start.device_bytes)
     host = Arena.from_fd(fds["host"], start.host_bytes) if "host" in fds else None
-    mover = Mover(device, host)
     control.send(Ready(pid=os.getpid()))
-    while True:
-        _shm.wait(mover.bell, control.fileno(), -1)
-        while not mover.outbox.empty():
-            control.send(mover.outbox.get())
-        while (received := control.try_receive()) is not None:
-            message, _ = received
-            if isinstance(message, Stop):
-                return
-            if isinstance(message, Load):
-                mover.add(message)
+    mover = Mover(device, host, control.send)
+    while _serve(mover, control):
+        # Copies that are left: these go on here between looks, until nobody has a step to take.
+        while not select.select((control,), (), (), 0)[0] and mover.try_copy():
+            pass
+        select.select((control,), (), ())
+
+
+def _serve(mover: Mover, control: ControlSocket) -> bool:
+    """Take every message that is there; False for Stop."""
+    while (received := control.try_receive()) is not None:
+        message, _ = received
+        if isinstance(message, Stop):
+            return False
+        if isinstance(message, Load):
+            mover.add(message)
+        elif isinstance(message, CancelLoad):
+            mover.cancel(message.job)
+        elif isinstance(message, PromoteLoad):
+            mover.promote(message.job)
+    return True

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Final, Literal, Protocol
 
 from overcommit.runtime.allocator import Extent
+from overcommit.runtime.messages import Urgency
 
 Extents = tuple[Extent, ...]
 Source = Literal["disk", "host"]
@@ -153,13 +154,34 @@ class Totals:
 
 @dataclass(slots=True, frozen=True)
 class StartLoad:
-    """Bring the image to these places; `host` is read from if the source is "host"."""
+    """Bring the image to these places; `host` is read from if the source is "host".
+
+    Without `device` it is read into HOST and stays there.
+    """
 
     job: int
     slot: int
     source: Source
     host: Extents | None
-    device: Extents
+    device: Extents | None
+    urgency: Urgency = "foreground"
+
+
+@dataclass(slots=True, frozen=True)
+class CancelStarted:
+    """Stop a load that was started; its end is an `on_load_done` like any other, with CANCELLED.
+
+    It may have been over: then it says so.
+    """
+
+    job: int
+
+
+@dataclass(slots=True, frozen=True)
+class PromoteStarted:
+    """Requests wait now for a load that was started as a prefetch."""
+
+    job: int
 
 
 @dataclass(slots=True, frozen=True)
@@ -183,7 +205,7 @@ class Refuse:
     waiters: frozenset[int]
 
 
-Action = StartLoad | Publish | Refuse
+Action = StartLoad | CancelStarted | PromoteStarted | Publish | Refuse
 
 
 @dataclass(slots=True, frozen=True)

@@ -42,6 +42,7 @@ from overcommit.runtime.messages import (
     Counters,
     Drain,
     LoadDone,
+    LoadProgress,
     Populated,
     Ready,
     Stop,
@@ -260,6 +261,8 @@ class Supervisor:
             house.activations.on_activate(child, message.slot, now_ns)
         elif isinstance(message, LoadDone):
             house.activations.on_load_done(message, now_ns)
+        elif isinstance(message, LoadProgress):
+            house.activations.on_load_progress(message)
         elif isinstance(message, Admin):
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):
@@ -273,7 +276,7 @@ class Supervisor:
         house = self.house
         house.fleet.on_ready(child, message.pid, now_ns)
         if child.seat.kind == "mover":
-            house.activations.on_mover_ready()
+            house.activations.on_mover_ready(now_ns)
         if self.phase is Phase.STARTING and all(
             any(house.fleet.of_kind(kind)) for kind in ("front_end", "worker", "mover")
         ):

@@ -110,7 +110,7 @@ class MoverProcess:
         )
         os.close(theirs)
         self.control = ControlSocket(ours)
-        self._unread: list[Message] = []
+        self.unread: list[Message] = []
         memories = [device] if host is None else [device, host]
         start = Start(
             kind="mover",
@@ -126,9 +126,9 @@ class MoverProcess:
 
     def receive(self, kind: type[Kind]) -> Kind:
         """Wait for the next message of this kind; others are kept."""
-        for message in self._unread:
+        for message in self.unread:
             if isinstance(message, kind):
-                self._unread.remove(message)
+                self.unread.remove(message)
                 return message
         while True:
             received = self.control.receive(WATCHDOG_S)
@@ -136,7 +136,7 @@ class MoverProcess:
             message = received[0]
             if isinstance(message, kind):
                 return message
-            self._unread.append(message)
+            self.unread.append(message)
 
     def load(self, load: Load) -> LoadDone:
         """Send one load and wait for its end."""

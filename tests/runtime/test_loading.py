@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mover_rig import WATCHDOG_S, Memory, flip_byte, make_image
 
-from overcommit.runtime import _shm, image, loading
+from overcommit.runtime import _shm, image, image_file, loading
 from overcommit.runtime.arena import Arena
-from overcommit.runtime.config import KIB, MIB, PAGE_BYTES, READ_BYTES
+from overcommit.runtime.config import (
+    COPY_BYTES_MAX,
+    KIB,
+    MIB,
+    PAGE_BYTES,
+    PREFETCH_READS_IN_FLIGHT,
+    READ_BYTES,
+    READS_IN_FLIGHT,
+)
 from overcommit.runtime.errors import ImageError
-from overcommit.runtime.loading import OPEN, Base, LoadState, Outcome, Places
-from overcommit.runtime.messages import Extents, Load, LoadDone, Message, Populated
-from overcommit.runtime.mover import LoadQueue, Mover
+from overcommit.runtime.loading import Base, LoadState, Outcome, Places, State, Step, Work
+from overcommit.runtime.messages import (
+    CANCELLED,
+    Extents,
+    Load,
+    LoadDone,
+    Message,
+    Populated,
+    Urgency,
+)
+from overcommit.runtime.mover import Mover
 
 ARENA_BYTES = 32 * MIB
 
@@ -36,7 +53,9 @@ def base(memory: Memory, name: str = "device") -> Base:
     return Base(name, memory.address, memory.arena.nbytes)
 
 
-def state_of(memory: Memory, path: Path, payload: bytes, job: int = 1) -> LoadState:
+def state_of(
+    memory: Memory, path: Path, payload: bytes, job: int = 1, urgency: Urgency = "foreground"
+) -> LoadState:
     load = Load(
         job=job,
         slot=0,
@@ -44,14 +63,26 @@ def state_of(memory: Memory, path: Path, payload: bytes, job: int = 1) -> LoadSt
         path=str(path),
         nbytes=len(payload),
         device=((0, ARENA_BYTES),),
+        urgency=urgency,
     )
     return LoadState(load, base(memory), None)
 
 
+def take(state: LoadState) -> Step | None:
+    """Take a read, else what needs no disk."""
+    return state.take_read() or state.take_copy()
+
+
+def do(state: LoadState, step: Step | None) -> bool:
+    """Do one step; True when the load is over."""
+    assert step is not None
+    return state.finish(step, state.run(step))
+
+
 def run_all(state: LoadState) -> LoadDone:
     """Do every step, one after the other."""
-    while (step := state.take()) is not None:
-        state.finish(state.run(step))
+    while (step := take(state)) is not None:
+        do(state, step)
     return state.close()
 
 
@@ -77,7 +108,7 @@ def scatter(pages: list[int], cuts: list[int]) -> Extents:
 def test_any_extents_get_the_image_and_nothing_else_changes(
     data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (image, loading):  # many pieces from few bytes
+    for module in (image, image_file, loading):  # many pieces from few bytes
         monkeypatch.setattr(module, "READ_BYTES", 16 * KIB)
     arena_pages = 48
     nbytes = data.draw(st.integers(1, arena_pages * PAGE_BYTES))
@@ -155,9 +186,8 @@ def test_where_the_first_direct_read_is_refused_all_threads_fall_back(
 ) -> None:
     payload = make_image(tmp_path / "an.image", 3 * READ_BYTES)
     state = state_of(memory, tmp_path / "an.image", payload)
-    assert state.take() == OPEN
-    state.finish(state.run(OPEN))
-    direct_fd = state._direct_fd
+    do(state, state.take_read())
+    direct_fd = state._file._direct_fd
     refused = threading.Barrier(3, timeout=WATCHDOG_S)
 
     def preadv(fd: int, views: Sequence[memoryview], at: int) -> int:
@@ -168,20 +198,20 @@ def test_where_the_first_direct_read_is_refused_all_threads_fall_back(
 
     monkeypatch.setattr(os, "preadv", preadv)
     before = len(os.listdir("/proc/self/fd"))
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[Step, Outcome] = {}
 
-    def run(piece: int) -> None:
-        outcomes[piece] = state.run(piece)
+    def run(step: Step) -> None:
+        outcomes[step] = state.run(step)
 
-    pieces = [state.take() for _ in range(3)]
-    threads = [threading.Thread(target=run, args=(piece,)) for piece in pieces]
+    reads = [step for _ in range(3) if (step := state.take_read()) is not None]
+    threads = [threading.Thread(target=run, args=(step,)) for step in reads]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(WATCHDOG_S)
     assert len(os.listdir("/proc/self/fd")) == before + 1, "opened once"
-    assert [state.finish(outcomes[piece]) for piece in range(3)] == [False, False, True]
-    done = state.close()
+    assert [state.finish(step, outcomes[step]) for step in reads] == [False, False, False]
+    done = run_all(state)
     assert (done.ok, done.message, done.direct) == (True, "", False)
     assert memory.view[: len(payload)] == payload
 
@@ -204,8 +234,7 @@ def test_a_file_cut_off_after_it_was_opened_fails_its_load(memory: Memory, tmp_p
     path = tmp_path / "an.image"
     payload = make_image(path, 2 * READ_BYTES)
     state = state_of(memory, path, payload)
-    assert state.take() == OPEN
-    state.finish(state.run(OPEN))
+    do(state, state.take_read())
     os.truncate(path, path.stat().st_size - PAGE_BYTES)
     done = run_all(state)
     assert not done.ok
@@ -227,16 +256,108 @@ def test_a_disk_error_names_the_file(
 
 
 # --- states -------------------------------------------------------------------------------------
-def test_no_piece_is_taken_before_the_image_is_open(memory: Memory, tmp_path: Path) -> None:
-    payload = make_image(tmp_path / "an.image", 10)
+def test_no_piece_is_read_before_the_image_is_open(memory: Memory, tmp_path: Path) -> None:
+    payload = make_image(tmp_path / "an.image", 2 * READ_BYTES)
     state = state_of(memory, tmp_path / "an.image", payload)
-    assert state.take() == OPEN
-    assert state.take() is None
-    assert not state.finish(state.run(OPEN))
-    assert state.take() == 0
-    assert state.take() is None
-    assert state.finish(state.run(0))
+    opening = state.take_read()
+    assert opening == Step(Work.OPEN)
+    assert take(state) is None
+    assert not do(state, opening)
+    assert take(state) == Step(Work.READ, 0, READ_BYTES)
+
+
+def test_an_image_of_one_piece_is_loaded_in_one_step_with_one_read(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = make_image(tmp_path / "an.image", 10_000)
+    reads: list[tuple[int, int]] = []
+
+    def preadv(fd: int, views: Sequence[memoryview], at: int) -> int:
+        reads.append((at, len(views)))
+        return REAL_PREADV(fd, views, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    state = state_of(memory, tmp_path / "an.image", payload)
+    step = state.take_read()
+    assert step is not None
+    assert step.work is Work.WHOLE
+    assert take(state) is None
+    assert do(state, step)
     assert state.close().ok
+    assert reads == [(0, 2)]
+    assert memory.view[: len(payload)] == payload
+
+
+def test_a_piece_is_copied_on_while_later_ones_are_read(memory: Memory, tmp_path: Path) -> None:
+    host = Memory("host", ARENA_BYTES)
+    payload = make_image(tmp_path / "an.image", 3 * READ_BYTES)
+    load = Load(
+        job=1,
+        slot=0,
+        source="disk",
+        path=str(tmp_path / "an.image"),
+        nbytes=len(payload),
+        host=((0, ARENA_BYTES),),
+        device=((0, ARENA_BYTES),),
+    )
+    state = LoadState(load, base(memory), base(host, "host"))
+    do(state, state.take_read())
+    first, second = state.take_read(), state.take_read()
+    assert second is not None
+    do(state, first)
+    settle = state.take_copy()
+    assert settle == Step(Work.SETTLE, 0, READ_BYTES)
+    assert not do(state, settle)  # while `second` is under way, and the third is not yet asked for
+    assert memory.view[:READ_BYTES] == payload[:READ_BYTES]
+    assert state.take_copy() is None
+    do(state, second)
+    assert run_all(state).ok
+    assert memory.view[: len(payload)] == payload
+    host.close()
+
+
+def test_a_load_has_no_more_reads_in_flight_than_its_urgency_allows(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (image, image_file, loading):
+        monkeypatch.setattr(module, "READ_BYTES", 16 * KIB)
+    path = tmp_path / "an.image"
+    payload = make_image(path, 20 * 16 * KIB)
+
+    def reads_of(state: LoadState) -> int:
+        count = 0
+        while state.take_read() is not None:
+            count += 1
+        return count
+
+    for urgency, limit in (("foreground", READS_IN_FLIGHT), ("prefetch", PREFETCH_READS_IN_FLIGHT)):
+        state = state_of(memory, path, payload, 1, urgency)  # type: ignore[arg-type]
+        do(state, state.take_read())
+        assert reads_of(state) == limit
+
+
+def test_ranges_of_a_copy_shrink_towards_the_end_and_cover_the_image(memory: Memory) -> None:
+    host = Memory("host", ARENA_BYTES)
+    load = Load(
+        job=1,
+        slot=0,
+        source="host",
+        path="/nowhere",
+        nbytes=30 * MIB,
+        host=((0, ARENA_BYTES),),
+        device=((0, ARENA_BYTES),),
+    )
+    state = LoadState(load, base(memory), base(host, "host"))
+    steps = []
+    while (step := take(state)) is not None:
+        steps.append(step)
+    assert [step.start for step in steps] == [
+        sum(step.nbytes for step in steps[:n]) for n in range(len(steps))
+    ]
+    assert sum(step.nbytes for step in steps) == 30 * MIB
+    assert [step.nbytes for step in steps] == sorted((s.nbytes for s in steps), reverse=True)
+    assert max(step.nbytes for step in steps) <= COPY_BYTES_MAX
+    host.close()
 
 
 def test_a_failed_load_is_over_only_when_its_running_pieces_are(
@@ -246,14 +367,14 @@ def test_a_failed_load_is_over_only_when_its_running_pieces_are(
     payload = make_image(path, 4 * READ_BYTES - PAGE_BYTES)
     flip_byte(path, 1)
     state = state_of(memory, path, payload)
-    assert state.take() == OPEN
-    state.finish(state.run(OPEN))
-    first, second, third = state.take(), state.take(), state.take()
-    assert (first, second, third) == (0, 1, 2)
-    assert not state.finish(state.run(0))
-    assert state.take() is None, "no new piece of a load that has failed"
-    assert not state.finish(state.run(1))
-    assert state.finish(state.run(2))
+    do(state, state.take_read())
+    first, second, third = (state.take_read() for _ in range(3))
+    assert not do(state, first)
+    settle = state.take_copy()
+    assert not do(state, settle), "the digest is wrong, but two reads still run"
+    assert take(state) is None, "no new piece of a load that has failed"
+    assert not do(state, second)
+    assert do(state, third)
     fds = len(os.listdir("/proc/self/fd"))
     done = state.close()
     assert not done.ok
@@ -261,26 +382,25 @@ def test_a_failed_load_is_over_only_when_its_running_pieces_are(
     assert len(os.listdir("/proc/self/fd")) == fds - 1
 
 
-def test_loads_take_turns_piece_by_piece(memory: Memory, tmp_path: Path) -> None:
-    loads = LoadQueue()
-    assert loads.try_take() is None
-    for job in range(3):
-        path = tmp_path / f"{job}.image"
-        loads.add(state_of(memory, path, make_image(path, (1 + job % 2) * READ_BYTES), job))
-    turns = []
-    while (taken := loads.try_take()) is not None:
-        state, step = taken
-        turns.append((state.load.job, step))
-        if loads.finish(state, state.run(step)):
-            assert state.close().ok
-    opened = [(job, OPEN) for job in range(3)]
-    assert turns == [*opened, (0, 0), (1, 0), (2, 0), (1, 1)]
-    assert len(loads) == 0
+def test_a_cancelled_load_ends_with_its_last_running_step(memory: Memory, tmp_path: Path) -> None:
+    path = tmp_path / "an.image"
+    payload = make_image(path, 3 * READ_BYTES)
+    untouched, running = state_of(memory, path, payload), state_of(memory, path, payload)
+    assert untouched.cancel()
+    assert take(untouched) is None
+    assert (untouched.close().ok, untouched.close().message) == (False, CANCELLED)
+    do(running, running.take_read())
+    read = running.take_read()
+    assert not running.cancel()
+    assert take(running) is None
+    assert do(running, read)
+    assert running.state is State.FAILED
+    assert running.close().message == CANCELLED
 
 
 # --- threads ------------------------------------------------------------------------------------
-def wait_for(mover: Mover, kind: type[Message]) -> None:
-    while not isinstance(mover.outbox.get(timeout=WATCHDOG_S), kind):
+def wait_for(sent: queue.SimpleQueue[Message], kind: type[Message]) -> None:
+    while not isinstance(sent.get(timeout=WATCHDOG_S), kind):
         pass
 
 
@@ -308,13 +428,14 @@ def test_background_population_waits_while_a_load_runs(
     monkeypatch.setattr(_shm, "populate", populate)
     monkeypatch.setattr(os, "preadv", preadv)
     arena = Arena.from_fd(os.dup(device.arena.fd), device.arena.nbytes)
-    mover = Mover(arena, None)
+    sent: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    mover = Mover(arena, None, sent.put)
     assert in_step.wait(WATCHDOG_S)
     mover.add(state_of(device, path, payload).load)
     assert in_read.wait(WATCHDOG_S), "a load does not wait for the population"
     step_may_end.set()
     read_may_end.set()
-    wait_for(mover, Populated)
+    wait_for(sent, Populated)
     mover.close()
     arena.close()
     assert log == ["populate", "read", "populate", "populate"]

@@ -11,7 +11,16 @@ import pytest
 from mover_rig import LAUNCH, WATCHDOG_S, Memory, MoverProcess, flip_byte, make_image
 
 from overcommit.runtime.config import MIB, PAGE_BYTES, READ_BYTES, SMALL_CHUNK_BYTES
-from overcommit.runtime.messages import Extents, Load, LoadDone, Stop
+from overcommit.runtime.messages import (
+    CANCELLED,
+    CancelLoad,
+    Extents,
+    Load,
+    LoadDone,
+    LoadProgress,
+    PromoteLoad,
+    Stop,
+)
 
 ARENA_BYTES = 144 * MIB
 
@@ -163,6 +172,98 @@ def test_several_loads_at_once_all_end_once(
     for load, payload in loads.values():
         assert load.device is not None
         assert device.read(load.device, load.nbytes) == payload
+
+
+def test_a_load_without_device_fills_the_host_tier_alone(
+    mover: MoverProcess, memories: tuple[Memory, Memory], images: dict[str, tuple[Path, bytes]]
+) -> None:
+    device, host = memories
+    device.fill(1)
+    host.fill(2)
+    path, payload = images["64 MiB and a tail"]
+    in_host = PLACEMENTS["64 MiB and a tail"][1]
+    done = mover.load(load_of(5, path, payload, host=in_host, urgency="prefetch"))
+    assert (done.ok, done.read_bytes, done.copy_ns) == (True, len(payload), 0)
+    assert done.received_ns <= done.began_ns < done.ended_ns
+    assert host.read(in_host, len(payload)) == payload
+    assert bytes(device.view) == b"\1" * ARENA_BYTES
+
+
+# --- urgency ------------------------------------------------------------------------------------
+class Pipe:
+    """An image that is a named pipe: the load's open waits until the test lets it go on."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = path
+
+    def release(self) -> None:
+        """Let whoever opens it go on, and see that it is no image."""
+        self.fd = os.open(self.path, os.O_RDWR)
+        os.write(self.fd, bytes(4096))
+
+    def close(self) -> None:
+        """The load is over."""
+        os.close(self.fd)
+
+
+def test_a_cancelled_load_ends_as_cancelled_once_its_running_step_has(
+    mover: MoverProcess, tmp_path: Path
+) -> None:
+    pipe = Pipe(tmp_path / "a.pipe")
+    places: Extents = ((0, 64 * MIB),)
+    mover.control.send(load_of(30, pipe.path, bytes(64 * MIB), device=places))
+    mover.control.send(CancelLoad(job=30))
+    mover.control.send(CancelLoad(job=77))  # nobody's
+    # Messages are taken in order: when this one has ended, the others were seen.
+    at: Extents = ((0, PAGE_BYTES),)
+    by_host = load_of(31, pipe.path, bytes(PAGE_BYTES), source="host", host=at, device=at)
+    mover.control.send(by_host)
+    first = mover.receive(LoadDone)
+    pipe.release()
+    ends = {done.job: done for done in (first, mover.receive(LoadDone))}
+    assert (ends[30].ok, ends[30].message) == (False, CANCELLED)
+    assert ends[31].ok
+    pipe.close()
+
+
+def test_a_prefetch_waits_for_the_foreground_unless_it_is_promoted_or_cancelled(
+    mover: MoverProcess, memories: tuple[Memory, Memory], images: dict[str, tuple[Path, bytes]]
+) -> None:
+    pipe = Pipe(images["slab"][0].with_name("foreground.pipe"))
+    path, payload = images["64 MiB and a tail"]
+    _, in_host, in_device = PLACEMENTS["64 MiB and a tail"]
+    foreground = load_of(40, pipe.path, bytes(64 * MIB), device=((80 * MIB, 64 * MIB),))
+    mover.control.send(foreground)  # wants the disk until the pipe is released
+    for job in (41, 42):
+        mover.control.send(load_of(job, path, payload, device=in_device, urgency="prefetch"))
+    mover.control.send(CancelLoad(job=41))
+    mover.control.send(PromoteLoad(job=42))
+    cancelled = mover.receive(LoadDone)
+    assert (cancelled.job, cancelled.ok, cancelled.read_bytes) == (41, False, 0)
+    promoted = mover.receive(LoadDone)
+    assert (promoted.job, promoted.ok) == (42, True)
+    mover.control.send(load_of(43, path, payload, host=in_host, urgency="prefetch"))
+    pipe.release()
+    order = [mover.receive(LoadDone) for _ in range(2)]
+    pipe.close()
+    assert [(done.job, done.ok) for done in order] == [(40, False), (43, True)]
+    assert order[1].began_ns >= order[0].ended_ns
+    assert memories[0].read(in_device, len(payload)) == payload
+
+
+def test_a_long_load_says_how_far_it_is(small: Memory, tmp_path: Path) -> None:
+    path = tmp_path / "an.image"
+    payload = make_image(path, 60 * MIB)
+    always = "import overcommit.runtime.mover as m; m.PROGRESS_NS = 0;"
+    mover = MoverProcess(small, None, always + LAUNCH)
+    mover.control.send(load_of(1, path, payload, device=((0, 60 * MIB),)))
+    done = mover.receive(LoadDone)
+    said = [message for message in mover.unread if isinstance(message, LoadProgress)]
+    mover.close()
+    assert done.ok
+    assert said
+    assert all(each.job == 1 and 0 <= each.done_bytes < len(payload) for each in said)
 
 
 # --- failures -----------------------------------------------------------------------------------
