@@ -115,7 +115,7 @@ def _codec() -> Iterator[Step]:
         json_bytes = None
         if binary:
             json_bytes = int(head.lower().partition(wire.JSON_LENGTH_HEADER + b": ")[2])
-        prepared = inference.prepare(plans, body, json_bytes)
+        prepared, _ = inference.prepare(plans, body, json_bytes)
         answer = bytearray(total)
         payload.encode(memoryview(answer), places)
         answer[places[0].offset : places[0].offset + x.nbytes] = x.tobytes()

@@ -39,30 +39,37 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+class _Load:
+    """What is outstanding at one worker."""
+
+    __slots__ = ("requests", "slots")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.slots: dict[int, int] = {}  # requests by version; only what is outstanding
+
+
 class Router:
     """The workers that a front end is linked with, and what is outstanding at each."""
 
     def __init__(self) -> None:
-        self._outstanding: dict[int, int] = {}
-        self._of_slot: dict[int, dict[int, int]] = {}  # worker -> slot -> requests
+        self._loads: dict[int, _Load] = {}
         self._homes: dict[int, int] = {}
 
     @property
     def workers(self) -> tuple[int, ...]:
         """The workers there are, in the order in which they came."""
-        return tuple(self._outstanding)
+        return tuple(self._loads)
 
     def add(self, worker: int) -> None:
         """A worker was linked; nothing is outstanding there."""
-        assert worker not in self._outstanding, "a worker is linked once"
-        self._outstanding[worker] = 0
-        self._of_slot[worker] = {}
+        assert worker not in self._loads, "a worker is linked once"
+        self._loads[worker] = _Load()
         self._homes.clear()
 
     def remove(self, worker: int) -> None:
         """A worker is gone, and with it what was outstanding there."""
-        self._outstanding.pop(worker, None)
-        self._of_slot.pop(worker, None)
+        self._loads.pop(worker, None)
         self._homes.clear()
 
     def choose(self, slot: int, short: int, avoid: Collection[int] = ()) -> int | None:
@@ -72,43 +79,46 @@ class Router:
         """
         home = self._homes.get(slot)
         if home is None:
-            if not self._outstanding:
+            if not self._loads:
                 return None
             home = self._home(slot)
-        if home not in avoid and self._of_slot[home].get(slot, 0) < short:
+        if home not in avoid and self._loads[home].slots.get(slot, 0) < short:
             return home
-        others = [worker for worker in self._outstanding if worker not in avoid]
+        others = [worker for worker in self._loads if worker not in avoid]
         if not others:
             return None
         # The home wins a tie: its weights are mapped and its program is bound.
-        return min(others, key=lambda worker: (self._outstanding[worker], worker != home))
+        return min(others, key=lambda worker: (self._loads[worker].requests, worker != home))
 
     def on_submit(self, worker: int, slot: int) -> None:
         """A request for `slot` was pushed to this worker."""
-        self._outstanding[worker] += 1
-        slots = self._of_slot[worker]
+        load = self._loads[worker]
+        load.requests += 1
+        slots = load.slots
         slots[slot] = slots.get(slot, 0) + 1
 
     def on_done(self, worker: int, slot: int) -> None:
         """It has been completed; nothing happens when the worker has been removed meanwhile."""
-        slots = self._of_slot.get(worker)
-        if slots is None:
+        load = self._loads.get(worker)
+        if load is None:
             return
+        slots = load.slots
         left = slots.get(slot, 0) - 1
         assert left >= 0, "a request is completed once"
-        self._outstanding[worker] -= 1
+        load.requests -= 1
         if left:
             slots[slot] = left
         else:
-            del slots[slot]  # the dict holds what is outstanding, not every slot there ever was
+            del slots[slot]
 
     def outstanding(self, worker: int, slot: int | None = None) -> int:
         """How many requests are outstanding at a worker, of one version or of all."""
-        if slot is None:
-            return self._outstanding.get(worker, 0)
-        return self._of_slot.get(worker, {}).get(slot, 0)
+        load = self._loads.get(worker)
+        if load is None:
+            return 0
+        return load.requests if slot is None else load.slots.get(slot, 0)
 
     def _home(self, slot: int) -> int:
-        home = max(self._outstanding, key=lambda worker: _mix(worker * VERSIONS_MAX + slot))
+        home = max(self._loads, key=lambda worker: _mix(worker * VERSIONS_MAX + slot))
         self._homes[slot] = home
         return home

@@ -74,27 +74,7 @@ class InferRequest(msgspec.Struct, gc=False):
     parameters: Parameters | None = None
 
 
-class FloatInput(msgspec.Struct, gc=False):
-    """One input tensor with a flat list of numbers."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    data: list[float]
-    parameters: msgspec.UnsetType = msgspec.UNSET  # with any, the request is read the long way
-
-
-class FloatRequest(msgspec.Struct, gc=False):
-    """An inference request as nearly all are: numbers, and perhaps an id."""
-
-    inputs: tuple[FloatInput, ...]
-    id: str | None = None
-    outputs: tuple[RequestOutput, ...] | None = None
-    parameters: Parameters | None = None
-
-
 _REQUEST: Final = msgspec.json.Decoder(InferRequest)
-_FLOATS: Final = msgspec.json.Decoder(FloatRequest)
 _INT: Final = msgspec.json.Decoder(int)
 _BOOL: Final = msgspec.json.Decoder(bool)
 _ENCODER: Final = msgspec.json.Encoder()
@@ -111,14 +91,6 @@ def decode_request(data: bytes | memoryview) -> InferRequest:
         raise BadRequest(f"the request is not JSON: {error}") from error
     except RecursionError as error:
         raise BadRequest("the request's JSON is nested too deeply") from error
-
-
-def decode_floats(data: bytes | memoryview) -> FloatRequest | None:
-    """Read a request whose inputs are all flat lists of numbers; None when it is anything else."""
-    try:
-        return _FLOATS.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 def flag(parameters: Parameters | None, name: str) -> bool | None:

@@ -20,18 +20,16 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+import time
+from collections.abc import Callable
+from typing import Final
 
 from overcommit.runtime import _shm
-from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX
 from overcommit.runtime.errors import (
     DeadlineExceeded,
     OvercommitError,
     Overloaded,
-    PayloadTooLarge,
     ProtocolError,
     WorkerLost,
 )
@@ -40,44 +38,14 @@ from overcommit.runtime.messages import LinkUp, Route
 from overcommit.runtime.router import Router, short_queue
 from overcommit.server.failures import error_of
 from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX, WAKE_REQUESTS
+from overcommit.server.parcels import NEVER_NS, Parcels, Pending, Reply
 from overcommit.server.plans import InputPlan
 from overcommit.server.tallies import Tallies
 from overcommit.server.worker_link import WorkerLink, link_key
 
 log = logging.getLogger("overcommit.dispatch")
 
-OUT_BYTES_MIN: Final = 1024
-NEVER_NS: Final = (1 << 63) - 1
-
-
-class Reply(Protocol):
-    """Who waits for an answer; exactly one of the two is called, once."""
-
-    def succeed(self, view: memoryview) -> None:
-        """The model answered: its block, which is somebody else's after the call."""
-
-    def fail(self, error: OvercommitError) -> None:
-        """There will be no answer."""
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """One request from `open` to the return of its blocks.  `reply` None: answered."""
-
-    request_id: int
-    route: Route
-    in_offset: int
-    in_length: int
-    out_offset: int
-    out_capacity: int
-    reply: Reply | None
-    began_ns: int
-    deadline_ns: int = NEVER_NS  # until it is sent
-    link: WorkerLink | None = None
-    position: int = 0  # in the link's submission ring
-    retries: int = 0
-    regrown: int = 0
-    flags: int = 0
+_COUNT_MASK: Final = (1 << 40) - 1
 
 
 class Dispatch:
@@ -97,14 +65,12 @@ class Dispatch:
         self._base = seat << 56 | epoch << 40
         self._epoch = epoch
         self._count = 0
-        self._in_view, self._out_view = memoryview(ingress), memoryview(egress)
-        self.ingress, self.egress = BlockArena(len(self._in_view)), BlockArena(len(self._out_view))
+        self.parcels = Parcels(ingress, egress)
         self.links: dict[int, WorkerLink] = {}
         self._router = Router()
         self._avoid: set[int] = set()  # links that take no more at the moment
         self.pending: dict[int, Pending] = {}
         self._held: dict[int, Pending] = {}
-        self._hints: dict[int, int] = {}  # slot -> bytes that an answer of it needed
         self.requests = self.errors = self.late = self.retried = 0
         self.tallies = Tallies()
 
@@ -164,48 +130,12 @@ class Dispatch:
         Raises PayloadTooLarge and Overloaded before anything is reserved; later errors go to
         `reply`.
         """
-        nbytes = plan.nbytes
-        if nbytes > BLOCK_BYTES_MAX:
-            raise PayloadTooLarge(
-                f"model '{route.name}': the tensors need {nbytes} bytes, the limit is "
-                f"{BLOCK_BYTES_MAX}; send fewer rows"
-            )
-        guess = max(plan.out_bytes, self._hints.get(route.slot, 0), OUT_BYTES_MIN)
-        block = self.ingress.try_reserve(nbytes)
-        out = self.egress.try_reserve(min(guess, BLOCK_BYTES_MAX))
-        if block is None or out is None:
-            if block is not None:
-                self.ingress.release(block[0])
-            if out is not None:
-                self.egress.release(out[0])
-            raise Overloaded(
-                f"model '{route.name}': payload memory is full; try again, or raise "
-                f"--payload-memory",
-                retry_after_s=1,
-            )
-        at = block[0]
-        self._in_view[at : at + len(plan.header)] = plan.header
-        self._count = (self._count + 1) & ((1 << 40) - 1)
+        self._count = (self._count + 1) & _COUNT_MASK
         request_id = self._base | self._count
-        pending = Pending(request_id, route, at, nbytes, out[0], out[1], reply, now_ns)
+        pending = self.parcels.open(request_id, route, plan, reply, now_ns)
         self.pending[request_id] = pending
         self.requests += 1
         return pending
-
-    def fill(self, pending: Pending, plan: InputPlan, data: Sequence[bytes | memoryview]) -> None:
-        """Copy the tensors of an open request in."""
-        view, at = self._in_view, pending.in_offset
-        for place, each in zip(plan.places, data, strict=True):
-            start = at + place.offset
-            view[start : start + place.nbytes] = each
-
-    def space(self, pending: Pending, plan: InputPlan) -> list[memoryview]:
-        """Where the tensors of an open request go, for somebody who receives them there."""
-        at = pending.in_offset
-        return [
-            self._in_view[at + place.offset : at + place.offset + place.nbytes]
-            for place in plan.places
-        ]
 
     def send(self, pending: Pending, deadline_ns: int) -> None:
         """Send a filled request to a worker."""
@@ -231,13 +161,7 @@ class Dispatch:
         slot = pending.route.slot
         key = self._router.choose(slot, short_queue(pending.route.max_batch_size), self._avoid)
         if key is None or key in self._avoid:
-            is_full = any(link.lent >= link.lent_max for link in self.links.values())
-            if is_full and not any(link.is_broken for link in self.links.values()):
-                self._fail(pending, Overloaded("every worker's ring is full", retry_after_s=1))
-            elif len(self._held) >= HELD_REQUESTS_MAX:
-                self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
-            else:
-                self._held[pending.request_id] = pending
+            self._hold(pending)
             return
         link = self.links[key]
         # Recorded as lent before it can be seen: there is no instant at which a block is nobody's.
@@ -270,6 +194,15 @@ class Dispatch:
             self._call_soon(self._wake)
         elif self._unheard >= WAKE_REQUESTS:
             self._wake()
+
+    def _hold(self, pending: Pending) -> None:
+        is_full = any(link.lent >= link.lent_max for link in self.links.values())
+        if is_full and not any(link.is_broken for link in self.links.values()):
+            self._fail(pending, Overloaded("every worker's ring is full", retry_after_s=1))
+        elif len(self._held) >= HELD_REQUESTS_MAX:
+            self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
+        else:
+            self._held[pending.request_id] = pending
 
     def _wake(self) -> None:
         """Wake the workers that sleep over what was pushed."""
@@ -317,15 +250,16 @@ class Dispatch:
 
     def _drain_link(self, link: WorkerLink) -> None:
         while completions := link.completions.pop(256):
+            now_ns = time.monotonic_ns()
             for completion in completions:
                 pending = self.pending.get(completion[0])
                 if pending is None or pending.link is not link:
                     self.late += 1
                     continue
                 self._take_back(link, pending)
-                self._complete(pending, completion)
+                self._complete(pending, completion, now_ns)
 
-    def _complete(self, pending: Pending, completion: _shm.Completion) -> None:
+    def _complete(self, pending: Pending, completion: _shm.Completion, now_ns: int) -> None:
         _, taken_ns, started_ns, finished_ns, length, status, batch, detail = completion
         if pending.reply is None:
             self.late += 1
@@ -334,11 +268,12 @@ class Dispatch:
         if length > pending.out_capacity:
             self._fail(pending, ProtocolError("a worker's answer is longer than its block"))
             raise ProtocolError(f"a worker answered {length} bytes into {pending.out_capacity}")
-        view = self._out_view[pending.out_offset : pending.out_offset + length]
-        name = pending.route.name
+        view = self.parcels.answer(pending, length)
         if status == _shm.OK:
-            waited_ns, ran_ns = started_ns - taken_ns, finished_ns - started_ns
-            self.tallies.count(pending.route.slot, pending.began_ns, waited_ns, ran_ns, batch)
+            self.tallies.count(
+                *(pending.route.slot, now_ns - pending.began_ns),
+                *(started_ns - taken_ns, finished_ns - started_ns, batch),
+            )
             reply, pending.reply = pending.reply, None
             try:
                 reply.succeed(view)
@@ -347,18 +282,13 @@ class Dispatch:
         elif (
             status == _shm.TOO_LARGE and detail <= BLOCK_BYTES_MAX and pending.regrown < REGROWS_MAX
         ):
-            pending.regrown += 1
-            self._hints[pending.route.slot] = detail
-            block = self.egress.try_reserve(detail)
-            if block is None:
+            if not self.parcels.try_regrow(pending, detail):
                 self._fail(pending, Overloaded("payload memory is full", retry_after_s=1))
                 return
-            self.egress.release(pending.out_offset)
-            pending.out_offset, pending.out_capacity = block
             self._push(pending)
         else:
             text = bytes(view).decode(errors="replace")
-            self._fail(pending, error_of(name, status, text, detail))
+            self._fail(pending, error_of(pending.route.name, status, text, detail))
 
     def _fail(self, pending: Pending, error: OvercommitError) -> None:
         self.errors += 1
@@ -370,12 +300,11 @@ class Dispatch:
 
     def _release(self, pending: Pending) -> None:
         """Give both blocks back: nobody else can write to them any more."""
-        pending.reply = None
-        self._held.pop(pending.request_id, None)
+        if self._held:
+            self._held.pop(pending.request_id, None)
         del self.pending[pending.request_id]
-        self.ingress.release(pending.in_offset)
-        self.egress.release(pending.out_offset)
+        self.parcels.close(pending)
 
     def check(self) -> None:
-        """Assert that every block belongs to exactly one request."""
-        assert self.ingress.blocks_used == len(self.pending) == self.egress.blocks_used
+        """Assert that every block belongs to exactly one request, or to an idle pair."""
+        self.parcels.check(len(self.pending))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -30,8 +31,8 @@ from overcommit.server.limits import JOIN_BYTES_MAX
 
 if TYPE_CHECKING:
     from overcommit.server.connection import Connection
-    from overcommit.server.dispatch import Pending
-    from overcommit.server.inference import Prepared
+    from overcommit.server.inference import Data, Prepared
+    from overcommit.server.parcels import Pending
 
 log = logging.getLogger("overcommit.http")
 
@@ -104,7 +105,7 @@ class Exchange:
                     self.protocol.loop.create_task(self._begin_later())
                     return
                 plans = front.plans.serve(self.name, self.version, route)
-            self._submit(prepare(plans, bytes(self.body), self.json_bytes))
+            self._submit(*prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary
@@ -116,13 +117,14 @@ class Exchange:
         try:
             route = await front.wait_for_route(self.name, self.version)
             if not self.disconnected:
-                self._submit(prepare(front.plans.of(route), bytes(self.body), self.json_bytes))
+                plans = front.plans.of(route)
+                self._submit(*prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary
             self._fail_badly()
 
-    def _submit(self, prepared: Prepared) -> None:
+    def _submit(self, prepared: Prepared, data: Sequence[Data]) -> None:
         """Hand the request to a worker."""
         self.prepared = prepared
         front = self.protocol.front
@@ -130,9 +132,10 @@ class Exchange:
         now_ns = time.monotonic_ns()
         plan = prepared.plan
         self.pending = pending = dispatch.open(prepared.plans.route, plan, self, now_ns)
-        dispatch.fill(pending, plan, prepared.data)
-        self.drop_body()
-        prepared.data = ()
+        dispatch.parcels.fill(pending, plan, data)
+        self.body = b""
+        if self.held_bytes:
+            self.drop_body()
         dispatch.send(pending, now_ns + front.timeout_ns(prepared))
 
     def try_begin_bulk(self) -> list[memoryview] | None:
@@ -156,7 +159,7 @@ class Exchange:
             log.debug("model '%s': not received in place: %s", self.name, error.message)
             return None
         self.prepared = prepared
-        return front.dispatch.space(self.pending, prepared.plan)
+        return front.dispatch.parcels.space(self.pending, prepared.plan)
 
     def end_bulk(self) -> None:
         """The last byte is in its place."""
@@ -197,10 +200,10 @@ class Exchange:
             return
         close = self._close_header()
         pieces = answer.pieces
+        length = sum(map(len, pieces))
         if answer.json_bytes is None:
-            head = _OK_JSON % (len(pieces[0]), close)
+            head = _OK_JSON % (length, close)
         else:
-            length = sum(map(len, pieces))
             head = _OK_BINARY % (answer.json_bytes, length, close)
             if length > JOIN_BYTES_MAX:
                 self._finish([head + pieces[0], *pieces[1:]])

@@ -71,6 +71,7 @@ class FrontEnd:
 
     def __init__(self, control: ControlSocket, start: Start, fds: dict[str, int]) -> None:
         self.settings = start.settings
+        self._timeout_ns = start.settings.request_timeout_ms * 1_000_000
         self.table = RouteTable()
         self.heads = Heads()
         self.plans = Plans()
@@ -125,13 +126,13 @@ class FrontEnd:
 
     def timeout_ns(self, prepared: Prepared) -> int:
         """Time that a request has: its own `timeout`, the model's, the server's; the least."""
-        timeout_ms = self.settings.request_timeout_ms
-        route = prepared.plans.route
-        if route.timeout_ms:
-            timeout_ms = min(timeout_ms, route.timeout_ms)
-        if prepared.timeout_us:
-            return min(timeout_ms * 1_000_000, prepared.timeout_us * 1000)
-        return timeout_ms * 1_000_000
+        timeout_ns = self._timeout_ns
+        route_ms, own_us = prepared.plans.route.timeout_ms, prepared.timeout_us
+        if route_ms:
+            timeout_ns = min(timeout_ns, route_ms * 1_000_000)
+        if own_us:
+            timeout_ns = min(timeout_ns, own_us * 1000)
+        return timeout_ns
 
     # --- the supervisor -------------------------------------------------------------------------
     async def ask(self, operation: str, **arguments: str | int | bool) -> Response:
@@ -165,7 +166,7 @@ class FrontEnd:
                     requests=dispatch.requests,
                     errors=dispatch.errors,
                     in_flight=len(dispatch.pending),
-                    blocks_used=dispatch.ingress.blocks_used + dispatch.egress.blocks_used,
+                    blocks_used=dispatch.parcels.blocks_used,
                     late_completions=dispatch.late,
                     retries=dispatch.retried,
                     models=models,

@@ -11,7 +11,6 @@ Pure; called by the exchange.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,13 +24,12 @@ from overcommit.server.plans import InputPlan, Key, RoutePlans, Selection
 Data = bytes | memoryview
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class Prepared:
-    """A request that fits its route; `data` are its tensors, in the order of `plan.places`."""
+    """A request that fits its route, without its numbers; requests that differ in these share it."""
 
     plans: RoutePlans
     plan: InputPlan
-    data: Sequence[Data]
     id: str | None
     selection: Selection
     all_binary: bool
@@ -52,13 +50,53 @@ class Answer:
 
 
 # --- requests -----------------------------------------------------------------------------------
-def prepare(plans: RoutePlans, body: bytes, json_bytes: int | None) -> Prepared:
-    """Decode and check a request.  Raises BadRequest that names the model."""
+def prepare(
+    plans: RoutePlans, body: bytes, json_bytes: int | None
+) -> tuple[Prepared, Sequence[Data]]:
+    """Decode and check a request; return it and its tensors, in the order of `plan.places`.
+
+    Raises BadRequest that names the model.
+    """
+    if json_bytes is not None:
+        return _prepare_named(plans, body, json_bytes)
+    template = plans.templates.find(body)
+    if template is not None:
+        prepared = plans.prepared.get(template)
+        tensors = template.read(body)
+        if prepared is not None and tensors is not None:
+            return prepared, tensors
+    prepared, data = _prepare_named(plans, body, None)
+    if prepared.id is None and prepared.timeout_us is None:
+        if template is None:
+            datatypes = [place.datatype for place in prepared.plan.places]
+            plans.templates.learn(
+                body, datatypes, prepared.plan.counts, lambda text: _read_again(prepared, text)
+            )
+        elif data == template.read(body):
+            plans.remember(template, prepared)
+    return prepared, data
+
+
+def _read_again(first: Prepared, body: bytes) -> Sequence[Data] | None:
+    """Read a body that should be as the first one but for its numbers; None when it is not."""
     try:
-        if json_bytes is None and plans.are_floats:
-            prepared = _prepare_floats(plans, body)
-            if prepared is not None:
-                return prepared
+        prepared, data = _prepare(first.plans, body, memoryview(b""))
+    except BadRequest:
+        return None
+    is_same = (
+        prepared.plan is first.plan
+        and prepared.selection == first.selection
+        and prepared.all_binary == first.all_binary
+        and prepared.id is None
+        and prepared.timeout_us is None
+    )
+    return data if is_same else None
+
+
+def _prepare_named(
+    plans: RoutePlans, body: bytes, json_bytes: int | None
+) -> tuple[Prepared, Sequence[Data]]:
+    try:
         text, tail = binary.split(body, json_bytes)
         return _prepare(plans, text, tail)
     except OvercommitError as error:
@@ -66,7 +104,7 @@ def prepare(plans: RoutePlans, body: bytes, json_bytes: int | None) -> Prepared:
 
 
 def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | None:
-    """Check a request whose binary tensors are still to come; its `data` is empty.
+    """Check a request whose binary tensors are still to come.
 
     None when they must be there to be checked.  Raises BadRequest that names the model.
     """
@@ -86,7 +124,7 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
                 f"{tail_bytes} bytes follow the JSON, the inputs' binary_data_size add up to "
                 f"{sum(place.nbytes for place in plan.places)}"
             )
-        return _finish(plans, plan, (), request)
+        return _finish(plans, plan, request)
     except OvercommitError as error:
         raise _named(error, plans.route) from error
 
@@ -98,24 +136,7 @@ def _named(error: OvercommitError, route: Route) -> OvercommitError:
     return type(error)(prefix + error.message)
 
 
-def _prepare_floats(plans: RoutePlans, body: bytes) -> Prepared | None:
-    """The short way, for JSON numbers of shapes that were seen before; None: take the long one."""
-    request = codec.decode_floats(body)
-    if request is None:
-        return None
-    inputs = request.inputs
-    plan = plans.known(tuple([(item.name, item.datatype, item.shape) for item in inputs]))
-    if plan is None or (request.id is not None and len(request.id) > ID_CHARS_MAX):
-        return None
-    data: list[Data] = []
-    for item, count in zip(inputs, plan.counts, strict=True):
-        if len(item.data) != count:
-            return None
-        data.append(array(codec.CODES[item.datatype], item.data).tobytes())
-    return _finish(plans, plan, data, request)
-
-
-def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> Prepared:
+def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> tuple[Prepared, Sequence[Data]]:
     request = codec.decode_request(text)
     _check_limits(request)
     key: Key = tuple([(item.name, item.datatype, item.shape) for item in request.inputs])
@@ -149,7 +170,7 @@ def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> Prepared:
         len(each) != place.nbytes for each, place in zip(data, plan.places, strict=True)
     ):
         plan = plans.make(key, [len(each) for each in data])
-    return _finish(plans, plan, data, request)
+    return _finish(plans, plan, request), data
 
 
 def _check_limits(request: codec.InferRequest) -> None:
@@ -173,11 +194,10 @@ def _check_elements(item: codec.RequestInput, data: Data) -> None:
 def _finish(
     plans: RoutePlans,
     plan: InputPlan,
-    data: Sequence[Data],
-    request: codec.InferRequest | codec.FloatRequest,
+    request: codec.InferRequest,
 ) -> Prepared:
     if request.parameters is None and request.outputs is None:
-        return Prepared(plans, plan, data, request.id, None, False)
+        return Prepared(plans, plan, request.id, None, False)
     selection: Selection = None
     if request.outputs:
         known = {spec.name for spec in plans.route.outputs}
@@ -190,7 +210,6 @@ def _finish(
     return Prepared(
         plans,
         plan,
-        data,
         request.id,
         selection,
         bool(codec.flag(request.parameters, "binary_data_output")),
@@ -206,13 +225,12 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
     blobs: list[bytes] = []
     for part in plan.parts:
         pieces.append(part.prefix)
+        if part.unpack is not None:
+            pieces.append(codec.encode(part.unpack(view, part.start)))
+            continue
         data = view[part.start : part.end]
         if part.is_binary:
             blobs.append(bytes(data))
-            continue
-        code = codec.CODES.get(part.datatype)
-        if code is not None:
-            pieces.append(codec.encode(data.cast(code).tolist()))  # type: ignore[call-overload]
             continue
         try:
             pieces.append(codec.encode(codec.encode_data(data, part.datatype)))
@@ -223,7 +241,7 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
     if prepared.id is not None:
         pieces += (b',"id":', codec.encode(prepared.id))
     pieces.append(b"}")
-    text = b"".join(pieces)
     if not blobs:
-        return Answer([text], None)
-    return Answer([text, *blobs], len(text))
+        return Answer(pieces, None)
+    json_bytes = sum(map(len, pieces))
+    return Answer([b"".join(pieces), *blobs], json_bytes)

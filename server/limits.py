@@ -21,10 +21,13 @@ JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their 
 # --- requests -----------------------------------------------------------------------------------
 HELD_REQUESTS_MAX: Final = 1024  # requests that wait for a worker, or for a version's image
 WAKE_REQUESTS: Final = 4  # a worker that sleeps is woken at the latest when so many were pushed
+IDLE_BLOCKS_MAX: Final = 1024  # pairs of the smallest blocks that stay together between requests
 REGROWS_MAX: Final = 2  # larger egress blocks for one request
 SWEEP_S: Final = 0.05  # granularity of deadlines and connection time-outs
 PLANS_MAX: Final = 512  # remembered layouts of a version's requests, and of its answers
 PLANNED_ROUTES_MAX: Final = 4096  # versions with remembered layouts
+TEMPLATES_MAX: Final = 512  # remembered texts around the numbers of requests of one shape ...
+LITERAL_BYTES_MAX: Final = 2 * KIB  # ... up to this long
 HEADS_MAX: Final = 8192  # remembered heads of requests ...
 HEAD_BYTES_MAX: Final = 1 * KIB  # ... up to this long
 DIMENSION_MAX: Final = 1 << 40

@@ -17,8 +17,10 @@ Called by `inference`; one `RoutePlans` for each route that is asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,10 +31,15 @@ from overcommit.runtime.messages import Route
 from overcommit.runtime.payload import DATATYPES, TensorPlace
 from overcommit.server import codec
 from overcommit.server.limits import DIMENSION_MAX, PLANNED_ROUTES_MAX, PLANS_MAX
+from overcommit.server.templates import Template, Templates
+
+if TYPE_CHECKING:
+    from overcommit.server.inference import Prepared
 
 Key = tuple[tuple[str, str, tuple[int, ...]], ...]  # of each input: name, datatype, shape
 Selection = tuple[tuple[str, bool | None], ...] | None  # outputs that are asked for; None: all
 
+UNPACK_NUMBERS_MAX = 4096  # at once, by a format of their own; half as dear for few
 _UNKNOWN_AXIS = 128  # guess for an output axis that no input decides
 
 
@@ -57,6 +64,7 @@ class Part:
     start: int
     end: int
     is_binary: bool
+    unpack: Callable[[memoryview, int], Sequence[object]] | None  # its numbers, if it has some
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,27 +75,31 @@ class OutputPlan:
     tail: bytes
 
 
+@dataclass(slots=True)
+class Shape:
+    """What routes that take and give the same share.
+
+    What thousands of fine-tunes have in common stays in the processor's cache.
+    """
+
+    inputs: dict[Key, InputPlan] = field(default_factory=dict)
+    templates: Templates = field(default_factory=Templates)
+
+
 class RoutePlans:
     """The plans of one route."""
 
-    __slots__ = ("_floats", "_header_words", "_inputs", "_outputs", "_specs", "route")
+    __slots__ = ("_header_words", "_inputs", "_outputs", "_specs", "prepared", "route", "templates")
 
-    def __init__(self, route: Route, inputs: dict[Key, InputPlan] | None = None) -> None:
+    def __init__(self, route: Route, shape: Shape | None = None) -> None:
         self.route = route
         self._specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
-        self._floats = bool(route.inputs) and all(
-            spec.datatype in ("FP32", "FP64") for spec in route.inputs
-        )
-        # Shared with the routes that take and give the same: what thousands of fine-tunes have in
-        # common stays in the processor's cache.
-        self._inputs: dict[Key, InputPlan] = {} if inputs is None else inputs
+        shape = shape or Shape()
+        self._inputs = shape.inputs
+        self.templates = shape.templates
+        self.prepared: dict[Template, Prepared] = {}  # what a template's requests have in common
         self._outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = {}
         self._header_words = 0  # of the answer seen last: the next one is most likely as long
-
-    @property
-    def are_floats(self) -> bool:
-        """Whether every input is FP32 or FP64, so that numbers can be decoded in one go."""
-        return self._floats
 
     # --- requests -------------------------------------------------------------------------------
     def known(self, key: Key) -> InputPlan | None:
@@ -142,6 +154,12 @@ class RoutePlans:
             self._inputs[key] = plan
         return plan
 
+    def remember(self, template: Template, prepared: Prepared) -> None:
+        """Keep what requests that this template reads have in common."""
+        if len(self.prepared) >= PLANS_MAX:
+            self.prepared.clear()
+        self.prepared[template] = prepared
+
     # --- answers --------------------------------------------------------------------------------
     def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
         """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
@@ -186,7 +204,8 @@ class RoutePlans:
             else:
                 before += b'"data":'
             end = place.offset + place.nbytes
-            parts.append(Part(before, name, place.datatype, place.offset, end, is_binary))
+            unpack = None if is_binary else _unpack(place)
+            parts.append(Part(before, name, place.datatype, place.offset, end, is_binary, unpack))
             before = b"},"
         return OutputPlan(tuple(parts), b"}]" if parts else before + b"]")
 
@@ -196,7 +215,7 @@ class Plans:
 
     def __init__(self) -> None:
         self._routes: dict[int, RoutePlans] = {}
-        self._shared: dict[bytes, dict[Key, InputPlan]] = {}
+        self._shapes: dict[bytes, Shape] = {}
         # Who is asked by name and serves: kept until a route changes.
         self.serving: dict[tuple[str, str | None], RoutePlans] = {}
 
@@ -213,11 +232,26 @@ class Plans:
         if plans is None or plans.route is not route:
             if len(self._routes) >= PLANNED_ROUTES_MAX:
                 self._routes.clear()
-                self._shared.clear()
+                self._shapes.clear()
             key = (route.inputs, route.outputs, route.max_batch_size)
-            shared = self._shared.setdefault(msgspec.msgpack.encode(key), {})
-            plans = self._routes[route.slot] = RoutePlans(route, shared)
+            shape = self._shapes.setdefault(msgspec.msgpack.encode(key), Shape())
+            plans = self._routes[route.slot] = RoutePlans(route, shape)
         return plans
+
+
+def _unpack(place: TensorPlace) -> Callable[[memoryview, int], Sequence[object]] | None:
+    code = codec.CODES.get(place.datatype)
+    if code is None:
+        return None
+    count = place.nbytes // DATATYPES[place.datatype][1]
+    if count <= UNPACK_NUMBERS_MAX:
+        return struct.Struct(f"<{count}{code}").unpack_from
+
+    def unpack(view: memoryview, start: int) -> Sequence[object]:
+        numbers: list[object] = view[start : start + place.nbytes].cast(code).tolist()  # type: ignore[call-overload]
+        return numbers
+
+    return unpack
 
 
 def _check(

@@ -18,7 +18,7 @@ class Tallies:
         # success, failure, queue, compute, request (ns), batches (1 / BATCH_UNIT)
         self._rows: dict[int, list[int]] = {}
 
-    def count(self, slot: int, began_ns: int, queue_ns: int, compute_ns: int, batch: int) -> None:
+    def count(self, slot: int, request_ns: int, queue_ns: int, compute_ns: int, batch: int) -> None:
         """Count an answer."""
         row = self._rows.get(slot)
         if row is None:
@@ -26,7 +26,7 @@ class Tallies:
         row[0] += 1
         row[2] += queue_ns
         row[3] += compute_ns
-        row[4] += time.monotonic_ns() - began_ns
+        row[4] += request_ns
         row[5] += BATCH_UNIT // (batch or 1)
 
     def count_failure(self, slot: int, began_ns: int) -> None:

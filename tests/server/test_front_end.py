@@ -233,7 +233,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_long_body_gives_its_blocks_back
         client = rig.connect()
         client.send(binary_request(VALUES)[: BULK_BYTES_MIN // 2])
         assert client.transport.protocol is not client.protocol
-        assert rig.dispatch.ingress.blocks_used == 1
+        assert rig.dispatch.parcels.ingress.blocks_used == 1
         client.lose()
         assert rig.is_empty()
 
@@ -334,7 +334,7 @@ def test_an_answer_that_comes_late_is_dropped_and_its_blocks_come_back_then() ->
         rig.dispatch.expire(time.monotonic_ns() + 61_000_000_000)
         assert answers(late.written)[0][0] == 504
         gone.lose()
-        assert rig.dispatch.ingress.blocks_used == 2, "the worker may still write to them"
+        assert rig.dispatch.parcels.ingress.blocks_used == 2, "the worker may still write to them"
         peer.answer_all()
         assert len(answers(late.written)) == 1
         assert rig.dispatch.late == 2
@@ -389,11 +389,11 @@ def test_a_full_ring_and_full_memory_are_503_and_nothing_leaks() -> None:
         assert [answers(client.written)[0][0] for client in clients if client.written] == [503]
         peer.answer_all()
         assert rig.is_empty()
-        block, count = rig.dispatch.ingress.try_reserve(ARENA_BYTES // 2), 0
+        block, count = rig.dispatch.parcels.ingress.try_reserve(ARENA_BYTES // 2), 0
         while block is not None:
-            block, count = rig.dispatch.ingress.try_reserve(1), count + 1
+            block, count = rig.dispatch.parcels.ingress.try_reserve(1), count + 1
         client = rig.connect()
-        client.send(request(body(1.0)))
+        client.send(request(body(*[1.0] * 1000)))  # too large for the idle pairs
         ((status, content),) = answers(client.written)
         assert status == 503
         assert "--payload-memory" in content["error"]
