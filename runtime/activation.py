@@ -17,7 +17,7 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -36,10 +36,12 @@ from overcommit.runtime.messages import (
     Placed,
     PromoteLoad,
 )
+from overcommit.runtime.parts import path_of
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Entry, Registry, to_info
 from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Terms
 from overcommit.runtime.residents import CancelStarted, PromoteStarted
+from overcommit.runtime.wall import Wall
 
 log = logging.getLogger("overcommit.activation")
 
@@ -72,6 +74,30 @@ class Running:
         return self.message.nbytes - self.done_bytes
 
 
+@dataclass(slots=True)
+class _Coming:
+    """An activation under way: what the loads that were started for it have done so far.
+
+    A part that another version's load brings is in that one's record.
+    """
+
+    asked_ns: int
+    source: str
+    nbytes: int = 0
+    read: Wall = field(default_factory=Wall)
+    copy: Wall = field(default_factory=Wall)
+    direct: bool = True
+
+    def add(self, load: Load, done: LoadDone) -> None:
+        """Take note of one load that ended well."""
+        self.nbytes += load.nbytes
+        self.read.add(Wall(done.read_began_ns, done.read_began_ns + done.read_ns))
+        self.copy.add(Wall(done.copy_began_ns, done.copy_began_ns + done.copy_ns))
+        if load.source == "disk":
+            self.source = "disk"
+            self.direct = self.direct and done.direct
+
+
 class Activations:
     """Wishes in, messages out."""
 
@@ -83,6 +109,7 @@ class Activations:
         self._registry = registry
         self._fleet = fleet
         self._running: dict[int, Running] = {}
+        self._coming: dict[int, _Coming] = {}  # by slot
         self._verified: set[str] = set()
         self.quarantine = Quarantine()
         self.records: collections.deque[Activation] = collections.deque(maxlen=ACTIVATIONS_KEPT)
@@ -152,17 +179,8 @@ class Activations:
             copies = load.device is not None and load.host is not None
             self.bytes_read += done.read_bytes
             self.bytes_copied += load.nbytes if copies else 0
-            self.records.append(
-                Activation(
-                    slot=load.slot,
-                    source=load.source,
-                    nbytes=load.nbytes,
-                    read_ns=done.read_ns,
-                    copy_ns=done.copy_ns,
-                    total_ns=total_ns,
-                    direct=done.direct,
-                )
-            )
+            if (coming := self._coming.get(load.slot)) is not None:
+                coming.add(load, done)
         elif done.message != CANCELLED:
             log.error("load of %s failed: %s", load.path, done.message)
         actions = self._residency.on_load_done(done.job, done.ok, done.message, now_ns, total_ns)
@@ -194,7 +212,7 @@ class Activations:
     def add(self, entry: Entry, now_ns: int) -> None:
         """A version can be served from now on; a pinned one is loaded at once."""
         terms = self.terms(entry.config)
-        self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms)
+        self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms, entry.parts)
         if entry.config.pin:
             self.apply(self._residency.want(entry.slot, -1, now_ns), now_ns)
 
@@ -208,6 +226,7 @@ class Activations:
 
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""
+        self._coming.pop(slot, None)
         self.apply(self._residency.remove(slot, now_ns), now_ns)
         for worker in self._fleet.of_kind("worker"):
             if slot in worker.told:
@@ -225,6 +244,7 @@ class Activations:
             if isinstance(action, StartLoad):
                 message = self._to_load(action)
                 self._running[action.job] = Running(message, now_ns)
+                self._coming.setdefault(action.slot, _Coming(now_ns, action.source))
                 self._send(message)
             elif isinstance(action, CancelStarted):
                 if (running := self._running.get(action.job)) is not None:
@@ -235,16 +255,19 @@ class Activations:
                     running.message = replace(running.message, urgency="foreground")
                     self._send(PromoteLoad(job=action.job))
             elif isinstance(action, Publish):
+                self._record(action.slot, now_ns)
                 placed = Placed(
                     slot=action.slot,
                     generation=action.generation,
-                    extents=tuple((offset, length) for offset, length in action.extents),
+                    extents=action.extents,
+                    shared=action.shared,
                 )
                 for waiter in action.waiters:
                     worker = self._fleet.worker(waiter)
                     if worker is not None:
                         worker.post(placed)
             elif isinstance(action, Refuse):
+                self._coming.pop(action.slot, None)
                 failed = ActivationFailed(
                     slot=action.slot,
                     code=action.code or Overloaded.code,
@@ -256,19 +279,37 @@ class Activations:
                     if worker is not None:
                         worker.post(failed)
 
+    def _record(self, slot: int, now_ns: int) -> None:
+        """A version is on DEVICE; if loads were started for it, say how they went."""
+        coming = self._coming.pop(slot, None)
+        if coming is None:
+            return
+        self.records.append(
+            Activation(
+                slot=slot,
+                source=coming.source,
+                nbytes=coming.nbytes,
+                read_ns=coming.read.ended_ns - coming.read.began_ns,
+                copy_ns=coming.copy.ended_ns - coming.copy.began_ns,
+                total_ns=now_ns - coming.asked_ns,
+                direct=coming.direct and coming.source == "disk",
+            )
+        )
+
     def _to_load(self, load: StartLoad) -> Load:
         entry = self._registry.by_slot(load.slot)
         assert entry is not None, "a load starts only for a version that is registered"
+        path = str(path_of(entry.image_path, load.digest)) if load.digest else entry.image_path
         mode = self._settings.verify
-        verify = mode == "always" or (mode == "first" and entry.image_path not in self._verified)
+        verify = mode == "always" or (mode == "first" and path not in self._verified)
         return Load(
             job=load.job,
             slot=load.slot,
             source=load.source,
-            path=entry.image_path,
-            nbytes=entry.nbytes,
-            host=None if load.host is None else tuple((a, b) for a, b in load.host),
-            device=None if load.device is None else tuple((a, b) for a, b in load.device),
+            path=path,
+            nbytes=load.nbytes,
+            host=load.host,
+            device=load.device,
             verify=verify,
             urgency=load.urgency,
         )

@@ -207,6 +207,8 @@ class Administration:
             "loading": bool(view is not None and view.state.name == "LOADING"),
             "device_bytes": view.device_bytes if view is not None else 0,
             "host_bytes": view.host_bytes if view is not None else 0,
+            "device_shared_bytes": view.device_shared_bytes if view is not None else 0,
+            "host_shared_bytes": view.host_shared_bytes if view is not None else 0,
             "bytes": entry.nbytes,
             "requests": self.house.ledger.requests(entry.slot),
             "last_used_s": (now_ns - last_ns) / 1e9 if last_ns else None,

@@ -23,6 +23,8 @@ LARGE_CHUNK_BYTES: Final = 64 * MIB
 SLAB_MODEL_BYTES_MAX: Final = 1 * MIB  # models up to here share 2 MiB slab chunks
 TENSOR_ALIGN_BYTES: Final = 256
 IMAGE_ALIGN_BYTES: Final = 4 * KIB
+PART_BYTES_MIN: Final = 16 * MIB  # a part that versions may share is about as long, or longer ...
+PART_GROWTH: Final = 64  # ... than a 64th of what lies before it: 64 parts a GiB, 400 for 200 GiB
 READ_BYTES: Final = 8 * MIB  # one O_DIRECT read; also the unit of a digest
 READS_IN_FLIGHT: Final = 8  # of one load
 # More than one load may have in flight: a load that begins finds a free one beside a long load.

@@ -30,12 +30,10 @@ from __future__ import annotations
 
 import bisect
 import collections
-import contextlib
 import enum
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -52,6 +50,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
 from overcommit.runtime.messages import CANCELLED, Extents, Load, LoadDone, LoadProgress
+from overcommit.runtime.wall import Wall
 
 # A copy between tiers of host memory: the first core moves nine tenths of what two do (bench/LOG.md).
 COPY_THREADS: Final = min(COPY_THREADS_MAX, len(os.sched_getaffinity(0)))
@@ -137,27 +136,6 @@ class Places:
                 spans.append((at, part))
             start, nbytes, index = start + part, nbytes - part, index + 1
         return spans
-
-
-@dataclass(slots=True)
-class Wall:
-    """Wall time from the first beginning of a stage to its last end."""
-
-    began_ns: int = 0
-    ended_ns: int = 0
-
-    def add(self, other: Wall) -> None:
-        """Widen by another one."""
-        if other.ended_ns:
-            self.began_ns = min(self.began_ns or other.began_ns, other.began_ns)
-            self.ended_ns = max(self.ended_ns, other.ended_ns)
-
-    @contextlib.contextmanager
-    def measure(self) -> Iterator[None]:
-        """Time the body."""
-        self.began_ns = time.monotonic_ns()
-        yield
-        self.ended_ns = time.monotonic_ns()
 
 
 @dataclass(slots=True)
@@ -302,7 +280,9 @@ class LoadState:
             ok=self.state is State.DONE,
             message=self.total.error,
             read_bytes=self.total.read_bytes,
+            read_began_ns=self.total.read.began_ns,
             read_ns=self.total.read.ended_ns - self.total.read.began_ns,
+            copy_began_ns=self.total.copy.began_ns,
             copy_ns=self.total.copy.ended_ns - self.total.copy.began_ns,
             direct=is_direct,
             received_ns=self._received_ns,

@@ -27,6 +27,7 @@ from typing import Final, Literal
 import msgspec
 
 from overcommit.runtime.config import ModelConfig, Settings, TensorSpec
+from overcommit.runtime.parts import PartInfo
 
 Kind = Literal["front_end", "worker", "mover", "packer"]
 # Foreground: requests wait for it.  Prefetch: nobody does yet; it gives way to every foreground load.
@@ -116,11 +117,15 @@ class Activate(Message, frozen=True):
 
 
 class Placed(Message, frozen=True):
-    """The version is RESIDENT in the DEVICE arena at these extents, for this generation."""
+    """The version is RESIDENT in the DEVICE arena at these extents, for this generation.
+
+    `shared` are the indices of extents that may be mapped for other versions at the same time.
+    """
 
     slot: int
     generation: int
     extents: Extents
+    shared: tuple[int, ...] = ()
 
 
 class ActivationFailed(Message, frozen=True):
@@ -218,7 +223,7 @@ class Counters(Message, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """Mover: bring one image to these places.
+    """Mover: bring the payload of one file, an image's or a part's, to these places.
 
     source "disk": read into `host` if given and copy on to `device` if given, else read straight
     into `device`.  source "host": copy `host` to `device`.
@@ -264,15 +269,17 @@ class LoadProgress(Message, frozen=True):
 class LoadDone(Message, frozen=True):
     """The job ended.  `read_ns` and `copy_ns` are wall time in each stage.
 
-    The other times are instants of CLOCK_MONOTONIC, which all processes share: when the mover had
-    the message, began the first step, and ended the last one.
+    The other times are instants of CLOCK_MONOTONIC, which all processes share: when each stage began,
+    and when the mover had the message, began the first step, and ended the last one.
     """
 
     job: int
     ok: bool
     message: str = ""
     read_bytes: int = 0
+    read_began_ns: int = 0
     read_ns: int = 0
+    copy_began_ns: int = 0
     copy_ns: int = 0
     direct: bool = False  # O_DIRECT was used
     received_ns: int = 0
@@ -316,6 +323,7 @@ class PackDone(Message, frozen=True):
     content_key: str = ""
     program_key: str = ""
     nbytes: int = 0
+    parts: tuple[PartInfo, ...] = ()  # of these bytes, what other images may share
     engine: str = ""
     config: ModelConfig = ModelConfig()
 

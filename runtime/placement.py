@@ -1,11 +1,12 @@
 """Making room in a tier.
 
-A `Room` is a tier's allocator and the versions that hold bytes of it.  Asked to place a version,
-it takes free bytes, or chooses victims and takes theirs.  DEVICE and HOST differ in who may be a
-victim and in what evicting means; both are here.
+A `Room` is a tier's holdings and the versions that hold parts there.  Asked to place a version's
+parts, it takes free bytes, or chooses victims and takes theirs.  DEVICE and HOST differ in who may be
+a victim and in what evicting means; both are here.
 
 Invariants
- 1. The allocator's used bytes are those of the holders' extents; no two holders share a byte.
+ 1. A version that is placed holds all its parts on DEVICE, and on HOST some of them; parts that are
+    there already cost nothing, and no victim takes one of them along.
  2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that was
     published less than its `min_resident_ns`, or the room's, ago is one only for a desperate wish;
     so is one that requests wait for, and that only STARVING_S after it was published.
@@ -15,7 +16,9 @@ Invariants
  4. Nothing is evicted for a wish that the victims at hand cannot satisfy, unless it is desperate;
     then what it frees stays free until it fits (residency lets nobody else take it).
  5. Of the versions that the policy offers, the set that leaves is minimal: none could have stayed.
+    What counts is what the set frees: a part that others hold too is freed with the last of them.
     Small models that share a slab leave together where a part of a chunk helps nobody.
+ 6. For the policy a version on DEVICE has the size of what it alone holds there.
 
 Called by residency.
 """
@@ -31,8 +34,10 @@ from typing import Final
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
+from overcommit.runtime.holdings import Choice, Holdings
+from overcommit.runtime.parts import Part
 from overcommit.runtime.policy import Order, Policy
-from overcommit.runtime.residents import Extents, Port, State, Totals, Version
+from overcommit.runtime.residents import Parts, Port, State, Totals, Version
 
 STARVING_S: Final = 1.0  # a wish that waited so long may take what others wait for
 STARVING_NS: Final = int(STARVING_S * 1e9)
@@ -43,6 +48,7 @@ class Room:
 
     def __init__(self, allocator: ChunkAllocator, policy: Policy, totals: Totals) -> None:
         self.allocator = allocator
+        self.holdings = Holdings(allocator)
         self.holders: dict[int, Version] = {}
         self._policy = policy
         self._order = Order(policy)
@@ -50,8 +56,11 @@ class Room:
         self._slabs: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
 
     # --- what a tier must say -------------------------------------------------------------------
-    def extents(self, version: Version) -> Extents | None:
-        """Return the bytes that the version holds here."""
+    def held(self, version: Version) -> Parts:
+        """Return the parts that the version holds here."""
+        raise NotImplementedError
+
+    def _set_held(self, version: Version, parts: Parts) -> None:
         raise NotImplementedError
 
     def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
@@ -65,28 +74,38 @@ class Room:
         raise NotImplementedError
 
     # --- holding --------------------------------------------------------------------------------
-    def try_place(self, version: Version, now_ns: int, *, desperate: bool) -> Extents | None:
-        """Find bytes for the version, evicting others where that is allowed and enough."""
-        extents = self.allocator.try_allocate(version.nbytes)
-        if extents is None:
-            extents = self._try_make_room(version.nbytes, now_ns, desperate)
-        if extents is not None:
+    def try_place(
+        self, version: Version, parts: Parts, now_ns: int, *, desperate: bool = False
+    ) -> bool:
+        """Hold these parts for the version, evicting others where that is allowed and enough."""
+        before = self.held(version)
+        there = [part for part in parts if part in self.holdings.places]
+        self.holdings.try_hold(version, there)  # no victim takes them along
+        if not self.holdings.try_hold(version, parts) and not self._try_make_room(
+            version, parts, now_ns, desperate
+        ):
+            self.holdings.let_go(version, [part for part in there if part not in before])
+            return False
+        held = tuple(dict.fromkeys((*before, *parts)))
+        self._set_held(version, held)
+        if version.slot not in self.holders:
             self.holders[version.slot] = version
             self._order.add(version.slot)
-            if version.nbytes <= SLAB_MODEL_BYTES_MAX:
-                self._slabs[_slab(extents)].add(version.slot)
-        return extents
+        if (slab := self.holdings.slab_of(held)) is not None:
+            self._slabs[slab].add(version.slot)
+        return True
 
-    def release(self, version: Version, extents: Extents) -> None:
-        """Give the version's bytes back."""
+    def release(self, version: Version) -> None:
+        """The version holds nothing here any more."""
+        held = self.held(version)
         del self.holders[version.slot]
         self._order.discard(version.slot)
-        if version.nbytes <= SLAB_MODEL_BYTES_MAX:
-            mates = self._slabs[_slab(extents)]
-            mates.discard(version.slot)
-            if not mates:
-                del self._slabs[_slab(extents)]
-        self.allocator.free(extents)
+        if (slab := self.holdings.slab_of(held)) is not None:
+            self._slabs[slab].discard(version.slot)
+            if not self._slabs[slab]:
+                del self._slabs[slab]
+        self._set_held(version, ())
+        self.holdings.let_go(version, held)
 
     def on_priority(self, version: Version) -> None:
         """Its rank may have shrunk."""
@@ -98,33 +117,29 @@ class Room:
         self._order.discard(version.slot)
 
     # --- making room ----------------------------------------------------------------------------
-    def _try_make_room(self, nbytes: int, now_ns: int, desperate: bool) -> Extents | None:
+    def _try_make_room(self, version: Version, parts: Parts, now_ns: int, desperate: bool) -> bool:
+        holdings = self.holdings
         with contextlib.closing(self._offers(now_ns, desperate)) as offers:
-            missing = self.allocator.footprint(nbytes) - self.allocator.free_bytes
+            needed = holdings.footprint(holdings.missing(parts)) - self.allocator.free_bytes
             chosen: list[Version] = []
-            freed = 0
-            while freed < missing and (victim := next(offers, None)) is not None:
+            choice = Choice(holdings)
+            while choice.freed < needed and (victim := next(offers, None)) is not None:
                 chosen.append(victim)
-                freed += self._footprint(victim)
-            if freed < missing and not desperate:
-                return None
-            kept, spared = self._without_superfluous(chosen, freed - missing)
+                choice.add(self.held(victim))
+            if choice.freed < needed and not desperate:
+                return False
+            kept, spared = self._without_superfluous(chosen, choice, needed)
             for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
                 if victim.slot not in self.holders:
                     continue  # it left as another's mate
                 if not (is_checked or self._may_leave(victim, now_ns, desperate)):
                     continue
-                if self._try_evict(victim):
-                    extents = self.allocator.try_allocate(nbytes)
-                    if extents is not None:
-                        return extents
-        return None
-
-    def _footprint(self, version: Version) -> int:
-        return self.allocator.footprint(version.nbytes)
+                if self._try_evict(victim) and holdings.try_hold(version, parts):
+                    return True
+        return False
 
     def _without_superfluous(
-        self, chosen: list[Version], surplus: int
+        self, chosen: list[Version], choice: Choice, needed: int
     ) -> tuple[list[Version], list[Version]]:
         """Split the choice into those that must go and those that may stay, the precious first.
 
@@ -133,9 +148,9 @@ class Room:
         """
         kept, spared = [], []
         for victim in reversed(chosen):
-            size = self._footprint(victim)
-            if size <= surplus:
-                surplus -= size
+            held = self.held(victim)
+            if choice.freed - choice.loss(held) >= needed:
+                choice.discard(held)
                 spared.append(victim)
             else:
                 kept.append(victim)
@@ -159,8 +174,8 @@ class Room:
             yield from self._mates(slabs)
 
     def _slabs_of(self, victims: Iterable[Version]) -> list[int]:
-        extents = (self.extents(v) for v in victims if v.nbytes <= SLAB_MODEL_BYTES_MAX)
-        return list(dict.fromkeys(_slab(held) for held in extents if held is not None))
+        slabs = (self.holdings.slab_of(self.held(victim)) for victim in victims)
+        return list(dict.fromkeys(slab for slab in slabs if slab is not None))
 
     def _mates(self, slabs: list[int]) -> Iterator[tuple[Version, bool]]:
         # The emptiest slab first: it takes the fewest evictions to free its chunk.
@@ -181,17 +196,58 @@ class DeviceRoom(Room):
         # Of every version, whatever its own is: raise it where evictions come too fast.
         self.min_resident_ns = 0
 
-    def extents(self, version: Version) -> Extents | None:
-        """Return the version's bytes on DEVICE."""
+    def held(self, version: Version) -> Parts:
+        """Return the version's parts on DEVICE: all or none."""
         return version.device
+
+    def _set_held(self, version: Version, parts: Parts) -> None:
+        version.device = parts
+
+    def try_place(
+        self, version: Version, parts: Parts, now_ns: int, *, desperate: bool = False
+    ) -> bool:
+        """See `Room`; who held a part alone and does no more is smaller now."""
+        if not super().try_place(version, parts, now_ns, desperate=desperate):
+            return False
+        self._weigh(version)
+        self._weigh_holders(version.device, 2)
+        return True
+
+    def release(self, version: Version) -> None:
+        """See `Room`; who holds a part alone now has become larger."""
+        held = version.device
+        super().release(version)
+        self._weigh_holders(held, 1)
+
+    def _weigh_holders(self, parts: Parts, count: int) -> None:
+        """Tell the policy of those whose part has just come to be held by so many."""
+        for part in parts:
+            place = self.holdings.places.get(part)
+            if place is not None and part.digest and len(place.holders) == count:
+                for holder in place.holders:
+                    self._weigh(holder)
+
+    def _weigh(self, version: Version) -> None:
+        if not version.is_leaving:
+            unique = max(1, self.holdings.unique_bytes(version.device))
+            self._policy.on_add(version.slot, unique, version.terms.priority)
 
     def bytes_out_of_reach(self, version: Version, pinned: list[Version]) -> int:
         """Bytes that this version can never get, because these others keep theirs."""
-        small = [v for v in pinned if v.nbytes <= SLAB_MODEL_BYTES_MAX]
-        large = sum(self._footprint(v) for v in pinned if v.nbytes > SLAB_MODEL_BYTES_MAX)
-        if version.nbytes <= SLAB_MODEL_BYTES_MAX:
-            return large + sum(self._footprint(v) for v in small)
-        return large + SMALL_CHUNK_BYTES * len(self._slabs_of(small))  # a slab is no chunk for it
+        parts = {part for other in pinned for part in other.device} - set(version.parts)
+        large = [part for part in parts if part.nbytes > SLAB_MODEL_BYTES_MAX]
+        if all(part.nbytes <= SLAB_MODEL_BYTES_MAX for part in version.parts):
+            return self.holdings.footprint(parts)
+        slabs = SMALL_CHUNK_BYTES * len(self._slabs_of(pinned))  # a slab is no chunk for it
+        return self.holdings.footprint(large) + slabs
+
+    def bytes_needed(self, version: Version, pinned: list[Version]) -> int:
+        """Bytes that it takes when nobody else is here but these."""
+        parts = version.distinct_parts
+        if len(parts) > 1 and self._slabs_of(pinned):
+            # What is private may find a place in one of their slabs.
+            parts = tuple(part for part in parts if part.nbytes > SLAB_MODEL_BYTES_MAX)
+        return self.holdings.footprint(parts)
 
     def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
         refreshed: set[int] = set()
@@ -250,12 +306,10 @@ class DeviceRoom(Room):
     def try_let_go(self, version: Version) -> bool:
         """Take the version off DEVICE unless a worker runs it."""
         assert version.state is State.DEVICE
-        assert version.device is not None
         if not self._port.try_evict(version.slot, version.generation):
             return False
-        self.release(version, version.device)
-        version.device = None
-        version.state = State.DISK if version.host is None else State.HOST
+        self.release(version)
+        version.state = State.HOST if version.host else State.DISK
         self._port.set_state(version.slot, ABSENT, version.generation)
         return True
 
@@ -272,9 +326,12 @@ class HostRoom(Room):
         self._doubles.pop(version.slot, None)
         self._doubles[version.slot] = version
 
-    def extents(self, version: Version) -> Extents | None:
-        """Return the version's bytes on HOST."""
+    def held(self, version: Version) -> Parts:
+        """Return the version's parts on HOST, which may be some of them."""
         return version.host
+
+    def _set_held(self, version: Version, parts: Parts) -> None:
+        version.host = parts
 
     def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
         looked_at: list[Version] = []
@@ -302,13 +359,19 @@ class HostRoom(Room):
         return True
 
     def drop(self, version: Version) -> None:
-        """HOST -> DISK, or DEVICE with a host copy -> DEVICE alone."""
-        assert version.host is not None
-        self.release(version, version.host)
+        """HOST -> DISK, or DEVICE with a host copy -> DEVICE alone; nothing if it has none."""
+        if not version.host:
+            return
+        self.release(version)
         self._doubles.pop(version.slot, None)
-        version.host = None
         if version.state is State.HOST:
             version.state = State.DISK
+
+    def distrust(self, part: Part) -> None:
+        """The part could not be read or copied: nobody has it here any more."""
+        place = self.holdings.places.get(part)
+        for version in list(place.holders) if place is not None else ():
+            self.drop(version)
 
 
 def _is_evictable(version: Version, now_ns: int) -> bool:
@@ -316,7 +379,3 @@ def _is_evictable(version: Version, now_ns: int) -> bool:
         return False
     # Its publish may be an answer of this very event: nobody has heard of it yet.
     return version.published_ns < now_ns
-
-
-def _slab(extents: Extents) -> int:
-    return extents[0].offset // SMALL_CHUNK_BYTES

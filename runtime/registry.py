@@ -37,6 +37,7 @@ from overcommit.runtime.config import VERSIONS_MAX, ModelConfig
 from overcommit.runtime.errors import NotFound, RepositoryError
 from overcommit.runtime.messages import PackDone, Route, VersionInfo
 from overcommit.runtime.pack_index import PackIndex
+from overcommit.runtime.parts import PartInfo
 from overcommit.runtime.repository import VersionSource
 
 log = logging.getLogger("overcommit.registry")
@@ -69,6 +70,7 @@ class Entry:
     reason: str = ""
     image_path: str = ""
     nbytes: int = 0
+    parts: tuple[PartInfo, ...] = ()
     engine: str = ""
     program_key: str = ""
     retired: bool = False
@@ -355,6 +357,7 @@ def _take_facts(entry: Entry, done: PackDone) -> None:
     entry.config = done.config
     entry.image_path = done.image_path
     entry.nbytes = done.nbytes
+    entry.parts = done.parts
     entry.engine = done.engine
     entry.program_key = done.program_key
 

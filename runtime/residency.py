@@ -1,21 +1,26 @@
 """Which versions are in which tier, and what is done about a wish for one that is not on DEVICE.
 
 Owns the two allocators, the state of every version, the queue of wishes and the loads in flight.
+A version consists of parts, which others may share: parts are loaded and placed, versions are asked
+for, published and evicted (`parts`, `holdings`, `transfers`).
 Pure: events and `now_ns` go in, actions come out; leases, counters and state words are behind
 `Port`.  Who must leave a tier is `placement`'s business.
 
 Invariants
- 1. A version has at most one load in flight or one place in the queue, however many wait for it.
+ 1. A version is LOADING or has one place in the queue, however many wait for it; LOADING, each of
+    its parts is on DEVICE or has a load in flight, which another version may have started.
  2. Who waits gets exactly one Publish or Refuse, unless it is forgotten first: a wish ends in a
     load, in a refusal, or after WISH_WAIT_S; a load ends when the mover says so.
- 3. `device` is set exactly while LOADING or DEVICE; `host` always while HOST; DISK holds nothing.
+ 3. A version holds all its parts on DEVICE exactly while LOADING or DEVICE, some on HOST while HOST
+    and maybe then; on DISK it holds nothing.
  4. The state word is written with every transition: RESIDENT only after the bytes are there, and
     bytes are given to another only after the word says otherwise and no lease is held.
  5. The generation of a slot grows by one with each publish and never shrinks, not even when the
     slot gets another version.
  6. Wishes are served in order.  A later one may overtake one that does not fit yet, but not one
     that has waited for STARVING_S: from then on all that becomes free is for it.
- 7. A failed load leaves nothing behind but a back-off (LOAD_BACKOFF_S, by failures in a row).
+ 7. A failed load leaves nothing behind but a back-off (LOAD_BACKOFF_S, by failures in a row) for
+    each version that waited for the part.  Loads of other parts go on for those who want them.
  8. A removed version takes its waiters with it at once, and its bytes as soon as no lease and no
     load needs them; its slot may have a new version meanwhile, which is not loaded before that.
 
@@ -32,16 +37,16 @@ Invariants
                                  host copy evicted
 
 DISK      no bytes anywhere; ABSENT
-LOADING   `device` is being filled, from the image (through `host` if set) or from the host copy,
-          which is busy either way
+LOADING   parts that were not on DEVICE are being filled, from disk (through HOST if there is room)
+          or from HOST; the last one that ends, whoever started it, publishes
 DEVICE    RESIDENT for `generation`; may have a host copy too
-HOST      ABSENT; only the host copy is left, so the next load reads no disk
+HOST      ABSENT; it holds a host copy, so the next load reads from disk only what it lacks
 leaving   removed, LOADING or DEVICE as before but out of reach: never a victim, never published
 
 (none) -> DISK [add]
-DISK -> LOADING [_try_start, by want, tick, and whatever makes room]
-HOST -> LOADING [_try_start]
-LOADING -> DEVICE [on_load_done, ok]
+DISK -> LOADING [Transfers.try_begin, by want, tick, and whatever makes room]
+HOST -> LOADING [Transfers.try_begin]
+LOADING -> DEVICE [on_load_done, ok; or at once, if others had all its parts there]
 LOADING -> DISK [on_load_done, failed]
 DEVICE -> DISK [DeviceRoom.try_let_go, no host copy]
 DEVICE -> HOST [DeviceRoom.try_let_go, host copy]; both by a victim's turn or by IdleClock.expire
@@ -60,15 +65,17 @@ Called by the supervisor's activations, from its one thread.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 from overcommit.runtime import refusals
-from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
+from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.idle import IdleClock
+from overcommit.runtime.parts import PartInfo, PartTable
 from overcommit.runtime.placement import STARVING_NS, DeviceRoom, HostRoom
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.refusals import mib
@@ -78,17 +85,16 @@ from overcommit.runtime.residents import (
     Port,
     Publish,
     Refuse,
-    Source,
     StartLoad,
     State,
     Terms,
     Totals,
     Usage,
     Version,
-    View,
     Wish,
-    view_of,
 )
+from overcommit.runtime.transfers import Transfers
+from overcommit.runtime.views import View, view_of
 
 __all__ = [
     "Action",
@@ -126,10 +132,12 @@ class Residency:
         self._leaving: dict[int, Version] = {}
         self._generations: dict[int, int] = {}  # of slots whose version was removed
         self._wishes: dict[int, Wish] = {}  # by slot, in order of arrival
-        self._loads: dict[int, tuple[Version, StartLoad]] = {}
+        self._parts = PartTable()
+        self._transfers = Transfers(
+            self._on_device, self._on_host, policy, port, self._totals, self._idle
+        )
         self._pinned: dict[int, Version] = {}
         self._pins: dict[int, int] = {}  # pinned versions that were refused: when to try again
-        self._jobs = itertools.count(1)
         self._tried_ns = 0
         self._is_hungry = False
 
@@ -138,15 +146,28 @@ class Residency:
         for name, room in zip(("DEVICE", "HOST"), self._rooms, strict=False):
             used, capacity = room.allocator.used_bytes, room.allocator.capacity_bytes
             text += f"{len(room.holders)} in {name} ({mib(used)} of {mib(capacity)}), "
-        return f"{text}{len(self._loads)} loading, {len(self._wishes)} waiting>"
+        return f"{text}{len(self._transfers.loading)} loading, {len(self._wishes)} waiting>"
 
     # --- events ---------------------------------------------------------------------------------
-    def add(self, slot: int, name: str, nbytes: int, now_ns: int, terms: Terms) -> None:
-        """A version can be asked for; for a known slot: its terms are these from now on."""
+    def add(
+        self,
+        slot: int,
+        name: str,
+        nbytes: int,
+        now_ns: int,
+        terms: Terms,
+        parts: Sequence[PartInfo] = (),
+    ) -> None:
+        """A version can be asked for; for a known slot: its terms are these from now on.
+
+        `parts` are those of its image that it may share, the rest of `nbytes` is its own.
+        """
         self._policy.on_add(slot, nbytes, terms.priority)
         version = self._versions.get(slot)
         if version is None:
-            version = Version(slot, name, nbytes, terms, self._generations.pop(slot, 0))
+            generation = self._generations.pop(slot, 0)
+            whole = self._parts.parts_of(nbytes, parts)
+            version = Version(slot, name, nbytes, terms, generation, whole)
             self._versions[slot] = version
         assert version.nbytes == nbytes, f"slot {slot} already has another image"
         version.name, version.terms = name, terms
@@ -192,7 +213,7 @@ class Residency:
         version.waiters.add(waiter)
         if version.state is State.DEVICE:
             self._totals.attaches += 1
-            return [self._answer(version)]
+            return [self._transfers.answer(version)]
         if version.state is State.LOADING or slot in self._wishes:
             return []
         if now_ns < version.retry_ns:
@@ -206,17 +227,10 @@ class Residency:
         self, job: int, ok: bool, message: str, now_ns: int, load_ns: int
     ) -> list[Action]:
         """The mover ended a load; one that is not known (said twice) is ignored."""
-        version, load = self._loads.pop(job, (None, None))
-        if version is None or load is None:
-            return []
         actions: list[Action] = []
-        if version.is_leaving:
-            self._give_up_load(version)
-        elif ok:
-            actions.append(self._publish(version, load, now_ns, load_ns))
-        else:
-            self._give_up_load(version)
-            self._port.set_state(version.slot, ABSENT, version.generation)
+        steps, failed = self._transfers.end(job, ok, now_ns, load_ns)
+        actions += steps
+        for version in failed:
             step = min(version.failures, len(LOAD_BACKOFF_S) - 1)
             version.failures += 1
             version.retry_ns = now_ns + int(LOAD_BACKOFF_S[step] * 1e9)
@@ -226,7 +240,7 @@ class Residency:
 
     def forget_waiter(self, waiter: int) -> None:
         """A worker is gone: it gets no answers, and what only it wanted is wanted no more."""
-        for version, _ in self._loads.values():
+        for version in self._transfers.loading.values():
             version.waiters.discard(waiter)
         for wish in list(self._wishes.values()):
             wish.version.waiters.discard(waiter)
@@ -262,12 +276,19 @@ class Residency:
 
     def loads_in_flight(self) -> list[StartLoad]:
         """Return every load that was started and has not ended, in order."""
-        return [load for _, load in self._loads.values()]
+        return self._transfers.in_flight()
 
     def view(self, slot: int) -> View | None:
         """Return where a version is; None if there is none in this slot."""
         version = self._versions.get(slot)
-        return None if version is None else view_of(version)
+        if version is None:
+            return None
+        on_host = None if self._on_host is None else self._on_host.holdings
+        return view_of(version, self._on_device.holdings, on_host)
+
+    def saved_bytes(self) -> tuple[int, ...]:
+        """Return what sharing saves on DEVICE and, if there is one, in HOST."""
+        return tuple(room.holdings.saved_bytes() for room in self._rooms)
 
     def totals(self) -> Totals:
         """Return a copy of the running totals."""
@@ -284,15 +305,17 @@ class Residency:
         # A slot whose former version still leaves is nobody's fault: it holds up no one else.
         free = (wish for slot, wish in self._wishes.items() if slot not in self._leaving)
         for wish in list(itertools.islice(free, WISHES_TRIED_MAX)):
-            if len(self._loads) >= LOADS_IN_FLIGHT_MAX:
+            if len(self._transfers.loading) >= LOADS_IN_FLIGHT_MAX:
                 break
             version, is_starving = wish.version, now_ns - wish.asked_ns > STARVING_NS
-            size = self.device.footprint(version.nbytes)
+            lacks = self._on_device.holdings.missing(version.distinct_parts)
+            size = self._on_device.holdings.footprint(lacks)
             if smallest_failed is not None and size >= smallest_failed and not is_starving:
                 continue
-            load = self._try_start(version, now_ns, desperate=is_starving)
-            if load is not None:
-                actions.append(load)
+            started = self._transfers.try_begin(version, now_ns, desperate=is_starving)
+            if started is not None:
+                del self._wishes[version.slot]
+                actions += started
             elif (reason := self._why_never(version)) is not None:
                 del self._wishes[version.slot]  # another was pinned since it was queued
                 actions.append(self._refuse(version, OutOfMemory.code, reason, None, now_ns))
@@ -303,66 +326,22 @@ class Residency:
         self._settle_hunger()
         return actions
 
-    def _try_start(self, version: Version, now_ns: int, *, desperate: bool) -> StartLoad | None:
-        """DISK or HOST -> LOADING, if DEVICE has or can make room."""
-        device = self._on_device.try_place(version, now_ns, desperate=desperate)
-        if device is None:
-            return None
-        source: Source = "disk" if version.host is None else "host"
-        # What never leaves DEVICE needs no copy to come back from.
-        if source == "disk" and self._on_host is not None and not version.pinned:
-            version.host = self._on_host.try_place(version, now_ns, desperate=False)
-            version.is_host_complete = False
-        load = StartLoad(next(self._jobs), version.slot, source, version.host, device)
-        self._loads[load.job] = (version, load)
-        del self._wishes[version.slot]
-        version.device = device
-        version.state = State.LOADING
-        self._port.set_state(version.slot, LOADING, version.generation)
-        return load
-
-    def _publish(self, version: Version, load: StartLoad, now_ns: int, load_ns: int) -> Publish:
-        """LOADING -> DEVICE."""
-        version.state = State.DEVICE
-        version.generation += 1
-        version.published_ns = now_ns
-        self._idle.watch(version, now_ns)
-        version.is_host_complete = True
-        version.failures, version.last_error = 0, ""
-        self._totals.count_load(version, load.source)
-        if version.host is not None and self._on_host is not None:
-            self._on_host.on_published(version)
-        self._policy.on_load(version.slot, load_ns)
-        # It was asked for, so it is recent, though no request has run yet.
-        self._policy.on_use(version.slot, version.uses, now_ns)
-        self._port.set_state(version.slot, RESIDENT, version.generation)
-        return self._answer(version)
-
-    def _give_up_load(self, version: Version) -> None:
-        """LOADING -> DISK.  A host copy that could not be copied is not trusted again."""
-        assert version.state is State.LOADING
-        assert version.device is not None
-        self._on_device.release(version, version.device)
-        version.device = None
-        version.state = State.DISK
-        if version.host is not None:
-            assert self._on_host is not None
-            self._on_host.drop(version)
-
     def _try_leave(self, version: Version) -> None:
-        """DISK, HOST, DEVICE -> (none), unless a load or a lease is in the way."""
+        """DISK, HOST, LOADING, DEVICE -> (none), unless a load or a lease is in the way."""
         if version.state is State.LOADING:
-            return
-        if version.host is not None:
-            assert self._on_host is not None
+            if any(part.job for part in version.parts):
+                return
+            self._transfers.give_up(version)
+        if self._on_host is not None:
             self._on_host.drop(version)
         if version.state is State.DEVICE and not self._on_device.try_let_go(version):
             return
         del self._leaving[version.slot]
+        self._parts.forget(version.parts)
         self._port.set_state(version.slot, ABSENT, version.generation)
 
     def _settle_hunger(self) -> None:
-        can_start = len(self._loads) < LOADS_IN_FLIGHT_MAX
+        can_start = len(self._transfers.loading) < LOADS_IN_FLIGHT_MAX
         leased = any(version.state is State.DEVICE for version in self._leaving.values())
         is_hungry = leased or (can_start and bool(self._wishes))
         if is_hungry != self._is_hungry:
@@ -370,10 +349,6 @@ class Residency:
             self._port.set_hungry(is_hungry)
 
     # --- answers --------------------------------------------------------------------------------
-    def _answer(self, version: Version) -> Publish:
-        assert version.device is not None
-        return Publish(version.slot, version.generation, version.device, version.take_waiters())
-
     def _refuse(
         self, version: Version, code: str, message: str, retry_after_s: float | None, now_ns: int
     ) -> Refuse:
@@ -401,8 +376,8 @@ class Residency:
 
     def _why_never(self, version: Version) -> str | None:
         """Say why no eviction could ever make room for this version; None if one could."""
-        size = self.device.footprint(version.nbytes)
-        others = [v for v in self._pinned.values() if v is not version and v.device is not None]
+        others = [v for v in self._pinned.values() if v is not version and v.device]
+        size = self._on_device.bytes_needed(version, others)
         pinned = self._on_device.bytes_out_of_reach(version, others)
         if size <= self.device.capacity_bytes - pinned:
             return None

@@ -11,19 +11,13 @@ from typing import Final, Literal, Protocol
 
 from overcommit.runtime.allocator import Extent
 from overcommit.runtime.messages import Urgency
+from overcommit.runtime.parts import Part
 
 Extents = tuple[Extent, ...]
+Parts = tuple[Part, ...]
 Source = Literal["disk", "host"]
 
 NOBODY: Final = -1  # a waiter that needs no answer: the supervisor, for a pinned version
-
-
-class Tier(Enum):
-    """The best tier that has a version's weights."""
-
-    DISK = "disk"
-    HOST = "host"
-    DEVICE = "device"
 
 
 class State(Enum):
@@ -54,10 +48,12 @@ class Version:
     nbytes: int
     terms: Terms
     generation: int  # of the latest publish in this slot
+    parts: Parts  # what its image consists of, in order; one of them may come twice
     state: State = State.DISK
-    device: Extents | None = None  # set while LOADING or DEVICE
-    host: Extents | None = None  # set while HOST, and maybe while LOADING or DEVICE
-    is_host_complete: bool = False  # the host copy may be loaded from
+    device: Parts = ()  # all of its parts while LOADING or DEVICE, else none
+    host: Parts = ()  # some while HOST, and maybe while LOADING or DEVICE
+    source: Source | None = None  # where the bytes of its latest load came from; None: none did
+    load_ns: int = 0  # the longest of the loads that it waits for
     is_leaving: bool = False  # removed, but still leased or loading
     waiters: set[int] = field(default_factory=set)
     published_ns: int = 0
@@ -74,6 +70,11 @@ class Version:
         """It is never evicted."""
         return self.terms.pinned
 
+    @property
+    def distinct_parts(self) -> Parts:
+        """Its parts, each once."""
+        return self.parts if len(self.parts) < 2 else tuple(dict.fromkeys(self.parts))
+
     def take_waiters(self) -> frozenset[int]:
         """Return who is to be answered; from now on nobody waits."""
         waiters = frozenset(self.waiters - {NOBODY})
@@ -89,45 +90,6 @@ class Wish:
     asked_ns: int
 
 
-@dataclass(slots=True, frozen=True)
-class View:
-    """One version, for status."""
-
-    tier: Tier
-    device_bytes: int
-    host_bytes: int
-    generation: int
-    state: State
-    loads_from_disk: int
-    loads_from_host: int
-    evictions: int
-    last_error: str
-
-
-def view_of(version: Version) -> View:
-    """Return a version's state of this instant."""
-    tier = Tier.DISK
-    if version.state is State.DEVICE:
-        tier = Tier.DEVICE
-    elif version.host is not None and version.is_host_complete:
-        tier = Tier.HOST
-    return View(
-        tier=tier,
-        device_bytes=_length(version.device),
-        host_bytes=_length(version.host),
-        generation=version.generation,
-        state=version.state,
-        loads_from_disk=version.loads_from_disk,
-        loads_from_host=version.loads_from_host,
-        evictions=version.evictions,
-        last_error=version.last_error,
-    )
-
-
-def _length(extents: Extents | None) -> int:
-    return 0 if extents is None else sum(extent.length for extent in extents)
-
-
 @dataclass(slots=True)
 class Totals:
     """Running totals since the start; they never shrink."""
@@ -139,28 +101,31 @@ class Totals:
     expiries: int = 0  # versions that left DEVICE because they were idle for their ttl
     refusals: int = 0
     bytes_loaded: int = 0
-    attaches: int = 0  # wishes answered at once, without a load
+    attaches: int = 0  # wishes answered without a load of their own
 
-    def count_load(self, version: Version, source: Source) -> None:
-        """A load has brought the version to DEVICE."""
-        if source == "disk":
+    def count_load(self, version: Version) -> None:
+        """The version is on DEVICE now."""
+        if version.source == "disk":
             version.loads_from_disk += 1
             self.loads_from_disk += 1
-        else:
+        elif version.source == "host":
             version.loads_from_host += 1
             self.loads_from_host += 1
-        self.bytes_loaded += version.nbytes
+        else:
+            self.attaches += 1
 
 
 @dataclass(slots=True, frozen=True)
 class StartLoad:
-    """Bring the image to these places; `host` is read from if the source is "host".
+    """Bring a part to these places; `host` is read from if the source is "host".
 
     Without `device` it is read into HOST and stays there.
     """
 
     job: int
-    slot: int
+    slot: int  # of the version for which it was started; others may wait for it too
+    digest: str  # "": what is private to the version
+    nbytes: int
     source: Source
     host: Extents | None
     device: Extents | None
@@ -186,12 +151,16 @@ class PromoteStarted:
 
 @dataclass(slots=True, frozen=True)
 class Publish:
-    """The version is RESIDENT; tell these (nobody, if all of them were forgotten)."""
+    """The version is RESIDENT; tell these (nobody, if all of them were forgotten).
+
+    `shared` are the indices of the extents that other versions may have mapped at this moment.
+    """
 
     slot: int
     generation: int
     extents: Extents
     waiters: frozenset[int]
+    shared: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)

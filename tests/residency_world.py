@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 from overcommit.runtime._shm import ABSENT, EVICTING, LOADING, RESIDENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import MIB
+from overcommit.runtime.parts import PartInfo, round_up
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Usage
 from overcommit.runtime.residents import State, Terms
@@ -82,9 +84,12 @@ class World:
         priority: int = 0,
         min_resident_ns: int = 0,
         ttl_ns: int = 0,
+        parts: Sequence[PartInfo] = (),
     ) -> None:
+        """`chunks` is what the version has of its own, beside these parts."""
         terms = Terms(pinned, priority, min_resident_ns, ttl_ns)
-        self.residency.add(slot, f"model-{slot}", int(chunks * CHUNK), self.now_ns, terms)
+        nbytes = sum(round_up(part.nbytes, CHUNK) for part in parts) + int(chunks * CHUNK)
+        self.residency.add(slot, f"model-{slot}", nbytes, self.now_ns, terms, parts)
 
     def want(self, slot: int, waiter: int = 0) -> list[Action]:
         return self.take(self.residency.want(slot, waiter, self.now_ns))
@@ -115,7 +120,8 @@ class World:
         """Bring these to DEVICE, one after the other."""
         for slot in slots:
             self.want(slot)
-            self.finish()
+            while self.state(slot) is State.LOADING:
+                self.finish()
             assert self.state(slot) is State.DEVICE
 
     # --- looking --------------------------------------------------------------------------------
@@ -128,10 +134,19 @@ class World:
         view = self.residency.view(slot)
         return view is not None and view.host_bytes > 0
 
+    def has_bytes(self, digest: str) -> bool:
+        """Whether a part that can be shared is in a tier: then no disk may be asked for it."""
+        return any(
+            place.is_filled and part.digest == digest != ""
+            for room in self.residency._rooms
+            for part, place in room.holdings.places.items()
+        )
+
     def take(self, actions: list[Action]) -> list[Action]:
         for action in actions:
             if isinstance(action, StartLoad):
                 assert action.job not in self.loads
+                assert action.source == "host" or not self.has_bytes(action.digest)
                 self.loads[action.job] = action
             elif isinstance(action, Publish):
                 assert self.port.words[action.slot] == (RESIDENT, action.generation)
@@ -156,34 +171,62 @@ def check(residency: Residency, port: FakePort) -> None:
     leaving = residency._leaving
     everybody = [*residency._versions.values(), *leaving.values()]
     assert all(version.is_leaving for version in leaving.values())
+    loading = residency._transfers.loading
     for version in everybody:
-        assert (version.device is not None) == (version.state in (State.LOADING, State.DEVICE))
-        assert version.state is not State.HOST or version.host is not None
-        assert version.state is not State.DISK or version.host is None
-        in_flight = sum(v is version for v, _ in residency._loads.values())
-        assert in_flight == (version.state is State.LOADING)
+        is_loading = version.state is State.LOADING
+        parts = set(version.parts)
+        held = version.state in (State.LOADING, State.DEVICE)
+        assert set(version.device) == (parts if held else set())
+        assert set(version.host) <= parts
+        assert version.state is not State.HOST or version.host
+        assert version.state is not State.DISK or not version.host
+        assert (loading.get(version.slot) is version) == is_loading
         is_queued = version.slot in residency._wishes and not version.is_leaving
-        assert not version.waiters or (is_queued + in_flight == 1 and not version.is_leaving)
-        assert not (is_queued and in_flight)
+        assert not version.waiters or (is_queued + is_loading == 1 and not version.is_leaving)
+        assert not (is_queued and is_loading)
         if version.is_leaving or version.slot not in leaving:
             state, generation = port.words.get(version.slot, (ABSENT, 0))
             assert state in _WORDS[version.state]
             assert generation == version.generation
+    jobs = {load.job: (part, load) for part, load in residency._transfers._loads.values()}
+    assert list(jobs) == list(residency._transfers._loads)
+    assert all(part.job == job for job, (part, _) in jobs.items())
+    in_flight = {part for part, _ in jobs.values()}
+    assert len(in_flight) == len(jobs), "a part is read twice at once"
     for room in (residency._on_device, residency._on_host):
         if room is None:
             continue
         room.allocator.check()
-        held = [(version, room.extents(version)) for version in everybody]
-        spans = sorted(extent for _, extents in held for extent in extents or ())
+        places = room.holdings.places
+        spans = sorted(extent for place in places.values() for extent in place.extents)
         assert sum(length for _, length in spans) == room.allocator.used_bytes
         for (offset, length), (following, _) in itertools.pairwise(spans):
-            assert offset + length <= following, "two versions share bytes"
-        assert set(room.holders.values()) == {v for v, extents in held if extents is not None}
+            assert offset + length <= following, "two parts share bytes"
+        holders = {part: {v for v in everybody if part in room.held(v)} for part in places}
+        assert {part: place.holders for part, place in places.items()} == holders
+        assert set(room.holders.values()) == {v for v in everybody if room.held(v)}
+        assert {p for v in everybody for p in room.held(v)} <= places.keys()
+        for part, place in places.items():
+            assert part.job or place.holders, "bytes that nobody needs"
+            leaves = all(v.is_leaving for v in place.holders)
+            assert place.is_filled or part in in_flight or leaves, "nobody fills a place"
+        for version in everybody:
+            if version.state is State.DEVICE and room is residency._on_device:
+                assert all(places[part].is_filled for part in version.device)
+    known = [part for version in everybody for part in version.parts]
+    assert {part.digest: part for part in known if part.digest} == residency._parts._parts
+    assert all(part.versions == known.count(part) for part in known)
     if residency._on_host is not None:
         copies = set(residency._on_host.holders.values())
         doubles = {version for version in copies if version.state is State.DEVICE}
-        known = set(residency._on_host._doubles.values())
-        assert doubles <= known <= copies, "HOST does not know what DEVICE holds too"
-    for version, load in residency._loads.values():
-        assert (version.device, version.host) == (load.device, load.host), "a load lost its bytes"
+        known_doubles = set(residency._on_host._doubles.values())
+        assert doubles <= known_doubles <= copies, "HOST does not know what DEVICE holds too"
+    for part, load in jobs.values():
+        device = residency._on_device.holdings.places[part]
+        assert load.device == device.extents, "a load lost its bytes"
+        if load.host is not None:
+            assert residency._on_host is not None
+            host = residency._on_host.holdings.places[part]
+            assert load.host == host.extents, "a load lost its bytes on HOST"
+            assert host.is_filled == (load.source == "host")
     assert port.is_hungry == residency._is_hungry

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from residency_world import CHUNK, FakePort, World
 
 from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.parts import Part
 from overcommit.runtime.placement import DeviceRoom, HostRoom
 from overcommit.runtime.policy import Lru
 from overcommit.runtime.residency import StartLoad
-from overcommit.runtime.residents import State, Terms, Tier, Totals, Version
+from overcommit.runtime.residents import State, Terms, Totals, Version
+from overcommit.runtime.views import Tier
 
 
 def test_disk_loads_go_through_host_and_come_back_from_there() -> None:
@@ -159,7 +161,8 @@ def test_a_leased_mate_keeps_its_slab_and_the_other_one_goes() -> None:
 def _version(policy: Lru, slot: int, chunks: int, state: State) -> Version:
     policy.on_add(slot, chunks * CHUNK, 0)
     policy.on_use(slot, 1, slot)
-    return Version(slot, f"model-{slot}", chunks * CHUNK, Terms(), 1, state)
+    parts = (Part("", chunks * CHUNK, 1),)
+    return Version(slot, f"model-{slot}", chunks * CHUNK, Terms(), 1, parts, state)
 
 
 def _fill(room: DeviceRoom | HostRoom, policy: Lru, held: list[tuple[int, State]]) -> list[Version]:
@@ -168,13 +171,9 @@ def _fill(room: DeviceRoom | HostRoom, policy: Lru, held: list[tuple[int, State]
         if chunks * CHUNK > room.allocator.free_bytes:
             break
         version = _version(policy, slot, chunks, state)
-        extents = room.try_place(version, 0, desperate=False)
-        if isinstance(room, HostRoom):
-            version.host = extents
-            if state is State.DEVICE:
-                room.on_published(version)
-        else:
-            version.device = extents
+        assert room.try_place(version, version.parts, 0)
+        if isinstance(room, HostRoom) and state is State.DEVICE:
+            room.on_published(version)
         versions.append(version)
     return versions
 
@@ -192,15 +191,15 @@ def test_host_gives_up_the_only_copy_only_when_the_others_are_not_enough(
     versions = _fill(room, policy, held)
     free = room.allocator.free_bytes
     wish = _version(policy, 99, chunks, State.DISK)
-    placed = room.try_place(wish, 1, desperate=False)
-    gone = [version for version in versions if version.host is None]
+    placed = room.try_place(wish, wish.parts, 1)
+    gone = [version for version in versions if not version.host]
     cheap = sum(v.nbytes for v, (_, s) in zip(versions, held, strict=False) if s is State.DEVICE)
     idle = sum(
         v.nbytes for v, (_, s) in zip(versions, held, strict=False) if s is not State.LOADING
     )
     assert not any(version.state is State.LOADING for version in gone)
-    assert (placed is not None) == (wish.nbytes <= free + idle)
-    if placed is None:
+    assert placed == (wish.nbytes <= free + idle)
+    if not placed:
         assert not gone
     if any(version.state is State.DISK for version in gone):
         assert free + cheap < wish.nbytes
@@ -225,10 +224,10 @@ def test_device_evicts_a_minimal_set_of_what_is_not_leased_or_nothing(
     free = room.allocator.free_bytes
     idle = sum(version.nbytes for version in versions if version.slot not in leased)
     wish = _version(policy, 99, needed, State.DISK)
-    placed = room.try_place(wish, 1, desperate=False)
-    gone = [version for version in versions if version.device is None]
-    assert (placed is not None) == (wish.nbytes <= free + idle)
+    placed = room.try_place(wish, wish.parts, 1)
+    gone = [version for version in versions if not version.device]
+    assert placed == (wish.nbytes <= free + idle)
     assert not leased & {version.slot for version in gone}
     surplus = free + sum(version.nbytes for version in gone) - wish.nbytes
-    assert placed is not None or not gone
+    assert placed or not gone
     assert all(version.nbytes > surplus for version in gone)

@@ -112,8 +112,8 @@ def _left() -> World:
 
 EDGES: dict[str, tuple[Callable[[], World], State | None]] = {
     "(none) -> DISK [add]": (_add, State.DISK),
-    "DISK -> LOADING [_try_start]": (_disk_to_loading, State.LOADING),
-    "HOST -> LOADING [_try_start]": (_host_to_loading, State.LOADING),
+    "DISK -> LOADING [Transfers.try_begin]": (_disk_to_loading, State.LOADING),
+    "HOST -> LOADING [Transfers.try_begin]": (_host_to_loading, State.LOADING),
     "LOADING -> DEVICE [on_load_done]": (_on_device, State.DEVICE),
     "LOADING -> DISK [on_load_done]": (_failed, State.DISK),
     "DEVICE -> DISK [DeviceRoom.try_let_go]": (_evicted, State.DISK),

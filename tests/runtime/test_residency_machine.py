@@ -18,12 +18,16 @@ from hypothesis.stateful import (
 from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import RESIDENT
+from overcommit.runtime.parts import PartInfo, private_bytes
 from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse
 from overcommit.runtime.residents import NOBODY, State
 
 SLOTS = st.integers(0, 6)
 WAITERS = st.integers(0, 2)
 CHUNKS = st.sampled_from([1 / 512, 1 / 8, 1 / 2, 1, 2, 3, 5])
+# Trunks that versions share, in chunks of 2 MiB, less what their last chunk does not use.
+TRUNKS = {"a": 2 * CHUNK, "b": CHUNK + 4096, "c": 3 * CHUNK - 8192}
+PARTS = st.sampled_from(["", "", "", "a", "b", "a", "ab", "ac", "bb"])
 STEPS_NS = st.sampled_from([MS, 5 * MS, 400 * MS, 1_001 * MS, 20 * SECOND])
 STAYS_NS = st.sampled_from([0, 0, 400 * MS, 30 * SECOND, 3600 * SECOND])
 TTLS_NS = st.sampled_from([0, 0, 5 * MS, 10 * SECOND])
@@ -38,6 +42,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.outstanding: set[tuple[int, int]] = set()
         self.asked_ns: dict[int, int] = {}
         self.known: dict[int, bool] = {}  # slot -> pinned
+        self.infos: dict[int, list[PartInfo]] = {}
         self.generations: Counter[int] = Counter()
         self.leaving: set[int] = set()  # slots whose former version is not gone yet
 
@@ -48,22 +53,39 @@ class ResidencyMachine(RuleBasedStateMachine):
     # --- events ---------------------------------------------------------------------------------
     @rule(
         slot=SLOTS,
-        chunks=CHUNKS,
+        chunks=st.one_of(CHUNKS, st.just(0)),
+        parts=PARTS,
         pinned=st.sampled_from([False, False, False, True]),
         stay_ns=STAYS_NS,
         ttl_ns=TTLS_NS,
     )
-    def add(self, slot: int, chunks: float, pinned: bool, stay_ns: int, ttl_ns: int) -> None:
-        if slot not in self.known:
+    def add(
+        self, slot: int, chunks: float, parts: str, pinned: bool, stay_ns: int, ttl_ns: int
+    ) -> None:
+        if slot not in self.known and (chunks or parts):
             self.known[slot] = pinned
-            self.world.add(slot, chunks, pinned=pinned, min_resident_ns=stay_ns, ttl_ns=ttl_ns)
+            infos = self.infos[slot] = [PartInfo(digest, TRUNKS[digest]) for digest in parts]
+            self.world.add(
+                *(slot, chunks),
+                pinned=pinned,
+                min_resident_ns=stay_ns,
+                ttl_ns=ttl_ns,
+                parts=infos,
+            )
 
     @rule(slot=SLOTS, pinned=st.booleans(), priority=st.integers(-1, 1), ttl_ns=TTLS_NS)
     def add_again(self, slot: int, pinned: bool, priority: int, ttl_ns: int) -> None:
         if slot in self.known:
-            nbytes = self.world.residency._versions[slot].nbytes
+            infos = self.infos[slot]
+            nbytes = private_bytes(self.world.residency._versions[slot].nbytes, infos)
             self.known[slot] = pinned
-            self.world.add(slot, nbytes / CHUNK, pinned=pinned, priority=priority, ttl_ns=ttl_ns)
+            self.world.add(
+                *(slot, nbytes / CHUNK),
+                pinned=pinned,
+                priority=priority,
+                ttl_ns=ttl_ns,
+                parts=infos,
+            )
 
     @rule(stay_ns=STAYS_NS)
     def damp(self, stay_ns: int) -> None:
@@ -150,6 +172,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.world.tick()
             assert self.world.device.used_bytes == 0
             assert self.world.host is None or self.world.host.used_bytes == 0
+            assert not self.world.residency._parts
             assert not self.world.port.is_hungry
             assert self.world.residency.next_tick_ns() is None
 

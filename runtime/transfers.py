@@ -1,0 +1,200 @@
+"""Versions that are LOADING, and the loads in flight for them: one for each part that is on its way.
+
+A version is placed whole, then its parts come one by one; a part that several versions wait for is
+loaded once.  The last part that arrives, whoever had started its load, publishes the version.
+
+    part     (none) -> in flight          [_start: it has a place on DEVICE, and no load]
+             in flight -> (none)          [end: its places are filled, or its load failed]
+    version  DISK, HOST -> LOADING        [try_begin]
+             LOADING -> DEVICE            [try_begin, if others had all its parts there; end]
+             LOADING -> DISK              [give_up]
+
+Invariants
+ 1. A part has at most one load in flight.
+ 2. A place that is filled was filled by a load that ended well; one that is not filled has a load in
+    flight, or is given back.
+ 3. The places of a part with a load in flight do not move and are not given back.
+ 4. A load that fails is the failure of every version that waits for its part, and of no other; the
+    part is not trusted on HOST any more.
+
+Called by residency; pure.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
+from overcommit.runtime.idle import IdleClock
+from overcommit.runtime.parts import Part
+from overcommit.runtime.placement import DeviceRoom, HostRoom
+from overcommit.runtime.policy import Policy
+from overcommit.runtime.residents import (
+    Parts,
+    Port,
+    Publish,
+    Source,
+    StartLoad,
+    State,
+    Totals,
+    Version,
+)
+
+Step = StartLoad | Publish
+
+
+class Transfers:
+    """See the module; `loading` are the versions, by slot, in order."""
+
+    def __init__(
+        self,
+        device: DeviceRoom,
+        host: HostRoom | None,
+        policy: Policy,
+        port: Port,
+        totals: Totals,
+        idle: IdleClock,
+    ) -> None:
+        self._device = device
+        self._host = host
+        self._policy = policy
+        self._port = port
+        self._totals = totals
+        self._idle = idle
+        self._loads: dict[int, tuple[Part, StartLoad]] = {}
+        self._jobs = itertools.count(1)
+        self.loading: dict[int, Version] = {}
+
+    def in_flight(self) -> list[StartLoad]:
+        """Return every load that was started and has not ended, in order."""
+        return [load for _, load in self._loads.values()]
+
+    # --- versions -------------------------------------------------------------------------------
+    def try_begin(self, version: Version, now_ns: int, *, desperate: bool) -> list[Step] | None:
+        """DISK or HOST -> LOADING; None if DEVICE has and makes no room for what is not there."""
+        parts = version.distinct_parts
+        if not self._device.try_place(version, parts, now_ns, desperate=desperate):
+            return None
+        self.loading[version.slot] = version
+        version.state = State.LOADING
+        version.source, version.load_ns = None, 0
+        self._port.set_state(version.slot, LOADING, version.generation)
+        if self._host is not None and not version.pinned:
+            self._keep_on_host(self._host, version, now_ns)
+        return self._carry_on(version, now_ns)
+
+    def give_up(self, version: Version) -> None:
+        """LOADING -> DISK; loads of its parts go on, for others or for nobody."""
+        assert version.state is State.LOADING
+        del self.loading[version.slot]
+        self._device.release(version)
+        version.state = State.DISK
+        if self._host is not None:
+            self._host.drop(version)
+        self._port.set_state(version.slot, ABSENT, version.generation)
+
+    def answer(self, version: Version) -> Publish:
+        """Tell everybody who waits where the version is."""
+        extents, shared = self._device.holdings.extents_of(version.parts)
+        return Publish(version.slot, version.generation, extents, version.take_waiters(), shared)
+
+    def _keep_on_host(self, host: HostRoom, version: Version, now_ns: int) -> None:
+        """Hold on HOST what is there, and what passes through, if there is room for all of it.
+
+        What is on DEVICE and not on HOST would have to be read again, so it is left out.
+        """
+        places = host.holdings.places
+        for passing in (self._to_come(version), ()):
+            parts = tuple(p for p in version.distinct_parts if p in places or p in passing)
+            if parts and host.try_place(version, parts, now_ns):
+                return
+
+    def _carry_on(self, version: Version, now_ns: int) -> list[Step]:
+        """Start the loads that nobody has started; publish a version that needs none."""
+        steps: list[Step] = []
+        for part in self._to_come(version):
+            load = self._start(version, part)
+            version.source = "disk" if "disk" in (version.source, load.source) else "host"
+            steps.append(load)
+        places = self._device.holdings.places
+        if all(places[part].is_filled for part in version.device):
+            steps.append(self._publish(version, now_ns))
+        return steps
+
+    def _publish(self, version: Version, now_ns: int) -> Publish:
+        """LOADING -> DEVICE."""
+        del self.loading[version.slot]
+        version.state = State.DEVICE
+        version.generation += 1
+        version.published_ns = now_ns
+        self._idle.watch(version, now_ns)
+        version.failures, version.last_error = 0, ""
+        self._totals.count_load(version)
+        if version.host and self._host is not None:
+            self._host.on_published(version)
+        if version.source is not None:
+            self._policy.on_load(version.slot, version.load_ns)
+        # It was asked for, so it is recent, though no request has run yet.
+        self._policy.on_use(version.slot, version.uses, now_ns)
+        self._port.set_state(version.slot, RESIDENT, version.generation)
+        return self.answer(version)
+
+    # --- loads ----------------------------------------------------------------------------------
+    def _to_come(self, version: Version) -> Parts:
+        """Return the version's parts that are not on DEVICE and have no load in flight."""
+        places = self._device.holdings.places
+        return tuple(p for p in version.device if not places[p].is_filled and not p.job)
+
+    def _start(self, version: Version, part: Part) -> StartLoad:
+        """Begin to bring a part to its places, from HOST if it is there."""
+        on_device = self._device.holdings.places[part]
+        on_host = None if self._host is None else self._host.holdings.places.get(part)
+        source: Source = "host" if on_host is not None and on_host.is_filled else "disk"
+        load = StartLoad(
+            job=next(self._jobs),
+            slot=version.slot,
+            digest=part.digest,
+            nbytes=part.nbytes,
+            source=source,
+            host=None if on_host is None else on_host.extents,
+            device=on_device.extents,
+        )
+        part.job = load.job
+        self._loads[load.job] = (part, load)
+        return load
+
+    def end(
+        self, job: int, ok: bool, now_ns: int, load_ns: int
+    ) -> tuple[list[Step], list[Version]]:
+        """A load has ended: what follows, and the versions whose load has failed with it.
+
+        A job that is not known is ignored: it was said twice.
+        """
+        part, load = self._loads.pop(job, (None, None))
+        if part is None or load is None:
+            return [], []
+        part.job = 0
+        place = self._device.holdings.places[part]
+        place.is_filled = ok
+        waiting = [version for version in self.loading.values() if version in place.holders]
+        steps: list[Step] = []
+        failed: list[Version] = []
+        if ok:
+            self._totals.bytes_loaded += part.nbytes
+            if load.host is not None and self._host is not None:
+                self._host.holdings.places[part].is_filled = True
+        elif self._host is not None:
+            self._host.distrust(part)
+        for version in waiting:
+            version.load_ns = max(version.load_ns, load_ns)
+            if version.is_leaving:
+                continue  # it goes when none of its loads is in flight
+            if ok:
+                steps += self._carry_on(version, now_ns)
+            else:
+                self.give_up(version)
+                failed.append(version)
+        self._device.holdings.settle(part)
+        if self._host is not None:
+            self._host.holdings.settle(part)
+        return steps, failed

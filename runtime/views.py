@@ -1,0 +1,70 @@
+"""What operators see of residency: where each version is, and what sharing saves.
+
+Called by residency, for status and metrics; pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from overcommit.runtime.holdings import Holdings
+from overcommit.runtime.parts import Part
+from overcommit.runtime.residents import State, Version
+
+
+class Tier(Enum):
+    """The best tier that has a version's weights."""
+
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(slots=True, frozen=True)
+class View:
+    """One version, for status."""
+
+    tier: Tier
+    device_bytes: int  # that it holds, shared ones included
+    host_bytes: int
+    device_shared_bytes: int  # of these, what other versions hold as well
+    host_shared_bytes: int
+    generation: int
+    state: State
+    loads_from_disk: int
+    loads_from_host: int
+    evictions: int
+    last_error: str
+
+
+def view_of(version: Version, device: Holdings, host: Holdings | None) -> View:
+    """Return a version's state of this instant."""
+    tier = Tier.DISK
+    if version.state is State.DEVICE:
+        tier = Tier.DEVICE
+    elif all(_is_filled(part, device) or _is_filled(part, host) for part in version.parts):
+        tier = Tier.HOST
+    return View(
+        tier=tier,
+        device_bytes=device.footprint(version.device),
+        host_bytes=0 if host is None else host.footprint(version.host),
+        device_shared_bytes=_shared(version.device, device),
+        host_shared_bytes=0 if host is None else _shared(version.host, host),
+        generation=version.generation,
+        state=version.state,
+        loads_from_disk=version.loads_from_disk,
+        loads_from_host=version.loads_from_host,
+        evictions=version.evictions,
+        last_error=version.last_error,
+    )
+
+
+def _is_filled(part: Part, holdings: Holdings | None) -> bool:
+    place = None if holdings is None else holdings.places.get(part)
+    return place is not None and place.is_filled
+
+
+def _shared(parts: Iterable[Part], holdings: Holdings) -> int:
+    return holdings.footprint(part for part in parts if holdings.is_shared(part))
