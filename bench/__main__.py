@@ -22,6 +22,7 @@ class Scenario(enum.Enum):
 
     micro = "micro"
     small_requests = "small_requests"
+    front_ends = "front_ends"
     many_models = "many_models"
     large_payload = "large_payload"
     embedding = "embedding"

@@ -19,7 +19,7 @@ import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +71,7 @@ class Measurement:
     cpu_us: float  # of the server's processes, per right answer
     load_us: float = 0.0  # of the load generator, per request
     others: float = 0.0  # cores that neither the server nor the harness used
+    by_role: Mapping[str, float] = field(default_factory=dict)  # CPU, us per right answer
 
 
 @dataclass(slots=True, frozen=True)
@@ -253,6 +254,9 @@ class Comparing:
             cpu_us=used.server_s * 1e6 / max(1, tally.right),
             load_us=tally.cpu_us_per_request,
             others=max(0.0, others),
+            by_role={
+                role: seconds * 1e6 / max(1, tally.right) for role, seconds in used.roles_s.items()
+            },
         )
 
     def _load(self, plan: Plan, what: str) -> Tally:
@@ -267,16 +271,23 @@ class _Used:
     machine_s: float
     server_s: float
     own_s: float
+    roles_s: Mapping[str, float]
 
     @classmethod
     def now(cls, target: Target) -> _Used:
-        return cls(cpu.machine_seconds(), cpu.seconds_of(target.family()), cpu.own_seconds())
+        rows = target.family()
+        roles = dict.fromkeys(target.roles.values(), 0.0)
+        for row in rows:
+            if row.pid in target.roles:
+                roles[target.roles[row.pid]] += cpu.seconds_of([row])
+        return cls(cpu.machine_seconds(), cpu.seconds_of(rows), cpu.own_seconds(), roles)
 
     def since(self, before: _Used) -> _Used:
         return _Used(
             self.machine_s - before.machine_s,
             self.server_s - before.server_s,
             self.own_s - before.own_s,
+            {role: seconds - before.roles_s[role] for role, seconds in self.roles_s.items()},
         )
 
 

@@ -51,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 30.0
     arrivals: Arrivals = Closed()
     queue_max: int = QUEUE_MAX  # requests of an open loop that are due and wait for a connection
+    cpus: tuple[int, ...] = ()  # where it may run; empty: anywhere
     part: int = 0  # filled in by `Load`
     parts: int = 1
 
@@ -243,6 +244,8 @@ class Load:
 def main() -> None:
     """Be one process of a load."""
     plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=Plan)
+    if plan.cpus:
+        os.sched_setaffinity(0, plan.cpus)
     stop = threading.Event()
 
     def watch() -> None:

@@ -18,6 +18,7 @@ from overcommit.bench import (
     chaos,
     encoder,
     fleet,
+    front_ends,
     large_payload,
     many_models,
     micro,
@@ -34,6 +35,7 @@ ALL: Final = "all"
 SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "micro": micro.run,
     "small_requests": small_requests.run,
+    "front_ends": front_ends.run,
     "many_models": many_models.run,
     "large_payload": large_payload.run,
     "embedding": encoder.run,

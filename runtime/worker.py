@@ -102,9 +102,12 @@ class Worker:
         )
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = self._collected_ns = 0
+        self._was_helped = False
         self.is_stopping = False
 
     def _ring_own_bell(self) -> None:
+        """Called by helper threads when they have done something."""
+        self._was_helped = True
         os.eventfd_write(self._doorbell, 1)
 
     # --- the loop -------------------------------------------------------------------------------
@@ -127,7 +130,8 @@ class Worker:
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
             self._status.heartbeat(now_ns)
-        if now_ns - self._control_ns >= CONTROL_PERIOD_NS:
+        if self._was_helped or now_ns - self._control_ns >= CONTROL_PERIOD_NS:
+            self._was_helped = False
             self._control_ns = now_ns
             self._take_control(now_ns)
             self.wishes.take_opened(now_ns)
@@ -157,9 +161,10 @@ class Worker:
             return
         now_ns = time.monotonic_ns()
         until_ns = min(self._heartbeat_ns + HEARTBEAT_NS, self.batcher.wake_ns() or sys.maxsize)
-        _shm.wait(self._doorbell, self.control.fileno(), max(0, until_ns - now_ns))
+        woken = _shm.wait(self._doorbell, self.control.fileno(), max(0, until_ns - now_ns))
         _shm.disarm(rings)
-        self._control_ns = 0
+        if woken & _shm.CONTROL:
+            self._control_ns = 0  # a look at the socket for nothing costs as much as a small batch
 
     # --- rings -> lanes -------------------------------------------------------------------------
     def _take_submissions(self, now_ns: int) -> bool:

@@ -11,8 +11,8 @@ import contextlib
 import http.client
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +47,7 @@ class Target:
     dialect: Dialect
     family: Callable[[], list[Row]]
     notes: tuple[str, ...] = ()
+    roles: Mapping[int, str] = field(default_factory=dict)  # of processes whose CPU is told apart
 
 
 @contextlib.contextmanager

@@ -50,7 +50,12 @@ class BoundModule:
     def compute(self, arguments: Arguments) -> dict[str, Value]:
         """Call it; return the outputs that the signature lists.  Raises what the model raises."""
         names = self._names
-        outputs = flatten_outputs(self._call(arguments), names)
+        result = self._call(arguments)
+        if len(names) == 1:  # most models; the general way takes 2 us
+            value = result.get(names[0]) if type(result) is dict else result
+            if type(value) is torch.Tensor:
+                return {names[0]: value}
+        outputs = flatten_outputs(result, names)
         if missing := [name for name in names if name not in outputs]:
             raise ModelError(f"the model gave no output {missing}")
         return {name: outputs[name] for name in names} if names else outputs
