@@ -40,6 +40,10 @@ def _lognormal(random: np.random.Generator, count: int) -> list[int]:
     return [int(size * GB) for size in sizes]
 
 
+def _wide(random: np.random.Generator, count: int) -> list[int]:
+    return [int(size) for size in np.exp(random.uniform(np.log(1e6), np.log(60 * GB), size=count))]
+
+
 # Model 0 is the most popular one of the trace.
 ASSIGNMENTS: Final[dict[str, Assignment]] = {
     "equal": _equal,
@@ -47,6 +51,7 @@ ASSIGNMENTS: Final[dict[str, Assignment]] = {
     "lognormal": _lognormal,
     "popular_large": _popular_large,
     "popular_small": _popular_small,
+    "wide": _wide,
 }
 TITLES: Final = {
     "equal": "equal sizes",
@@ -54,4 +59,5 @@ TITLES: Final = {
     "lognormal": "lognormal",
     "popular_large": "the popular are large",
     "popular_small": "the popular are small",
+    "wide": "1 MB to 60 GB, log-uniform",
 }

@@ -174,7 +174,7 @@ class _NoLeases:
 def _residency() -> Iterator[Step]:
     device = ChunkAllocator(MODELS_ON_DEVICE * MODEL_BYTES)
     host = ChunkAllocator(2 * MODELS_ON_DEVICE * MODEL_BYTES)
-    residency = Residency(device, host, make_policy("lru"), _NoLeases())
+    residency = Residency(device, host, lambda: make_policy("lru"), _NoLeases())
     for slot in range(MODELS):
         residency.add(slot, f"model-{slot}", MODEL_BYTES, 0, Terms())
     clock = [0]

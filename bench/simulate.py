@@ -7,8 +7,8 @@ comes meanwhile waits for the rest.
 
 Invariants
  1. `used` is the sum of the sizes of what is held, and at most `capacity` after every event.
- 2. Policies hear of every use, load and eviction, in the order and with the arguments that residency
-    would give; of a prefetch they hear a load and no use.
+ 2. Policies hear of loads and evictions as from residency, and of uses as late as from residency:
+    when a model comes up as a victim and its counter has grown meanwhile.
  3. A model larger than the cache is loaded for each request and never kept.
 
 Called by the scenario `replay`.
@@ -16,12 +16,13 @@ Called by the scenario `replay`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from overcommit.bench.catalogue_trace import Request
-from overcommit.runtime.policy import Order, Policy, make_policy
+from overcommit.runtime.policy import Policy, make_order, make_policy
 
 FIXED_S: Final = 0.03
 BYTES_PER_S: Final = 50e9
@@ -59,7 +60,10 @@ class Cache:
         self.cost = cost
         self.used = 0
         self.held: set[int] = set()
-        self._order = Order(policy)
+        self._uses = [0] * len(sizes)  # the counters of the workers
+        self._last_ns = [0] * len(sizes)
+        self._told = [0] * len(sizes)  # the uses that the policy has heard of
+        self._order = make_order(policy)
         for model, nbytes in enumerate(sizes):
             policy.on_add(model, nbytes, 0)
 
@@ -75,7 +79,12 @@ class Cache:
         """Return who would leave if this model came now; nobody is evicted by asking."""
         return self._choose(self.used + self.sizes[model] - self.capacity)
 
-    def load(self, model: int) -> None:
+    def use(self, model: int, now_ns: int) -> None:
+        """A request runs.  Nobody is told, as in the server: workers only count."""
+        self._uses[model] += 1
+        self._last_ns[model] = now_ns
+
+    def load(self, model: int, now_ns: int) -> None:
         """Bring a model in, evicting whom that takes; one that is too large is not kept."""
         assert model not in self.held
         if self.sizes[model] > self.capacity:
@@ -84,30 +93,40 @@ class Cache:
             self._order.discard(victim)
             self.held.discard(victim)
             self.used -= self.sizes[victim]
-            self.policy.on_evict(victim)
+            self.policy.on_evict(victim, now_ns)
         self.used += self.sizes[model]
         self.held.add(model)
-        self.policy.on_load(model, int(self.cost(self.sizes[model]) * 1e9))
+        self.policy.on_load(model, int(self.cost(self.sizes[model]) * 1e9), "disk")
+        self.policy.on_use(model, self._told[model], now_ns)
         self._order.add(model)
 
+    def _offers(self) -> Generator[int, None, None]:
+        with contextlib.closing(self._order.victims()) as models:
+            for model in models:
+                if self._told[model] != self._uses[model]:
+                    former = self.policy.rank(model)
+                    self._told[model] = self._uses[model]
+                    self.policy.on_use(model, self._uses[model], self._last_ns[model])
+                    if self.policy.rank(model) != former:
+                        continue  # it comes again in its right place
+                yield model
+
     def _choose(self, missing: int) -> list[int]:
-        """Choose enough bytes by rank; of what was chosen, the most precious that may stay do."""
         if missing <= 0:
             return []
         chosen: list[int] = []
         freed = 0
-        victims = self._order.victims()
-        for model in victims:
-            chosen.append(model)
-            freed += self.sizes[model]
-            if freed >= missing:
-                break
-        victims.close()
-        for model in reversed(chosen):
+        with contextlib.closing(self._offers()) as offers:
+            while freed < missing and (model := next(offers, None)) is not None:
+                chosen.append(model)
+                freed += self.sizes[model]
+        kept: list[int] = []
+        for model in reversed(chosen):  # the precious first: they stay if they can
             if freed - self.sizes[model] >= missing:
                 freed -= self.sizes[model]
-                chosen.remove(model)
-        return chosen
+            else:
+                kept.append(model)
+        return kept[::-1]
 
 
 class Prefetcher(Protocol):
@@ -137,22 +156,21 @@ def simulate(
 ) -> Outcome:
     """Run a policy, by name or as it is, over a trace in order of time."""
     cache = Cache(make_policy(policy) if isinstance(policy, str) else policy, sizes, capacity)
-    uses = [0] * len(sizes)
     ahead = _Ahead(cache)
     misses = 0
     load_s = 0.0
     for request in trace:
         model, now_s = request.model, request.time_s
+        now_ns = int(now_s * 1e9)
         if prefetcher is not None:
             ahead.run(prefetcher, now_s)
         was_held = model in cache
         if not was_held:
             misses += 1
             load_s += cache.cost(sizes[model])
-            cache.load(model)
+            cache.load(model, now_ns)
         load_s += ahead.on_request(model, now_s, was_held)
-        uses[model] += 1
-        cache.policy.on_use(model, uses[model], int(now_s * 1e9))
+        cache.use(model, now_ns)
         if prefetcher is not None:
             prefetcher.on_request(model, now_s, was_held)
     return Outcome(misses, load_s, ahead.count, ahead.used, ahead.seconds)
@@ -178,7 +196,7 @@ class _Ahead:
             assert following is None or following > at_s, "time does not stand still"
 
     def _load(self, model: int, at_s: float) -> None:
-        self._cache.load(model)
+        self._cache.load(model, int(at_s * 1e9))
         takes_s = self._cache.cost(self._cache.sizes[model])
         self._busy_s = max(self._busy_s, at_s) + takes_s
         self._ready_s[model] = self._busy_s

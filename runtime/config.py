@@ -66,6 +66,8 @@ BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
 QUARANTINE_DEATHS: Final = 3
 QUARANTINE_S: Final = 30.0
 SUSPECTS_KEPT: Final = 1024  # requests remembered from the batches of dead workers
+HALF_LIFE_S: Final = 48 * 3600.0  # bench/LOG.md says why
+HALF_LIFE_S_MIN: Final = 60.0
 STAY_S_MAX: Final = 365 * 86_400.0  # the longest `min_resident` and `ttl`
 LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 
@@ -109,6 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     allow_code: bool = False
     policy: str = "cost_aware"
+    policy_half_life_s: float = HALF_LIFE_S  # of what cost_aware remembers of uses
     min_resident_s: float = 0.0  # of models that do not say
     ttl_s: float = 0.0  # 0: a model that is idle keeps its bytes until another needs them
     metrics_models: int = METRICS_MODELS

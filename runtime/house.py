@@ -15,7 +15,7 @@ from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.memory import SharedMemory
-from overcommit.runtime.policy import make_policy
+from overcommit.runtime.policy import Policy, make_policy
 from overcommit.runtime.process import Process
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Residency
@@ -40,11 +40,14 @@ class House:
         host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
         self.registry = Registry(settings.cache_dir)
         self.ledger = Ledger(settings.metrics_models)
-        policy = make_policy(settings.policy)
+
+        def new_policy() -> Policy:
+            return make_policy(settings.policy, settings.policy_half_life_s)
+
         self.memory = SharedMemory(device.capacity_bytes, host.capacity_bytes if host else 0)
         self.fleet = Fleet(settings, self.memory, on_forked, on_gone)
         self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
-        self.residency = Residency(device, host, policy, self.gate)
+        self.residency = Residency(device, host, new_policy, self.gate)
         self.activations = Activations(settings, self.residency, self.registry, self.fleet)
 
     def on_worker_gone(self, worker: Child, now_ns: int) -> None:

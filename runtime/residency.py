@@ -65,7 +65,7 @@ Called by the supervisor's activations, from its one thread.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -74,9 +74,10 @@ from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
+from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
 from overcommit.runtime.parts import PartInfo, PartTable
-from overcommit.runtime.placement import STARVING_NS, DeviceRoom, HostRoom
+from overcommit.runtime.placement import STARVING_NS, DeviceRoom
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.refusals import mib
 from overcommit.runtime.residents import (
@@ -117,15 +118,20 @@ class Residency:
     """All versions and both tiers of one server."""
 
     def __init__(
-        self, device: ChunkAllocator, host: ChunkAllocator | None, policy: Policy, port: Port
+        self,
+        device: ChunkAllocator,
+        host: ChunkAllocator | None,
+        new_policy: Callable[[], Policy],  # one for each tier
+        port: Port,
     ) -> None:
         self.device = device
         self.host = host
-        self._policy = policy
         self._port = port
         self._totals = Totals()
-        self._on_device = DeviceRoom(device, policy, self._totals, port)
-        self._on_host = None if host is None else HostRoom(host, policy, self._totals)
+        self._on_device = DeviceRoom(device, new_policy(), self._totals, port)
+        self._on_host: HostRoom | None = None
+        if host is not None:
+            self._on_host = HostRoom(host, new_policy(), self._totals, port, self._on_device)
         self._idle = IdleClock(self._on_device, self._totals, port)
         self._rooms = [r for r in (self._on_device, self._on_host) if r is not None]
         self._versions: dict[int, Version] = {}
@@ -133,9 +139,7 @@ class Residency:
         self._generations: dict[int, int] = {}  # of slots whose version was removed
         self._wishes: dict[int, Wish] = {}  # by slot, in order of arrival
         self._parts = PartTable()
-        self._transfers = Transfers(
-            self._on_device, self._on_host, policy, port, self._totals, self._idle
-        )
+        self._transfers = Transfers(self._on_device, self._on_host, port, self._totals, self._idle)
         self._pinned: dict[int, Version] = {}
         self._pins: dict[int, int] = {}  # pinned versions that were refused: when to try again
         self._tried_ns = 0
@@ -162,7 +166,6 @@ class Residency:
 
         `parts` are those of its image that it may share, the rest of `nbytes` is its own.
         """
-        self._policy.on_add(slot, nbytes, terms.priority)
         version = self._versions.get(slot)
         if version is None:
             generation = self._generations.pop(slot, 0)
@@ -173,7 +176,7 @@ class Residency:
         version.name, version.terms = name, terms
         self._idle.watch(version, now_ns)
         for room in self._rooms:
-            room.on_priority(version)
+            room.on_terms(version)
         if terms.pinned:
             self._pinned[slot] = version
         else:
@@ -194,7 +197,6 @@ class Residency:
         self._pinned.pop(slot, None)
         for room in self._rooms:
             room.on_leaving(version)
-        self._policy.on_remove(slot)
         self._generations[slot] = version.generation
         version.is_leaving = True
         former = self._leaving.setdefault(slot, version)

@@ -57,7 +57,8 @@ class Version:
     is_leaving: bool = False  # removed, but still leased or loading
     waiters: set[int] = field(default_factory=set)
     published_ns: int = 0
-    uses: int = 0  # as last told to the policy
+    uses: int = 0  # as last told to DEVICE's policy ...
+    uses_host: int = 0  # ... and to HOST's
     failures: int = 0  # loads that failed in a row
     retry_ns: int = 0  # refused until then
     last_error: str = ""

@@ -25,10 +25,10 @@ from __future__ import annotations
 import itertools
 
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
+from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
 from overcommit.runtime.parts import Part
-from overcommit.runtime.placement import DeviceRoom, HostRoom
-from overcommit.runtime.policy import Policy
+from overcommit.runtime.placement import DeviceRoom
 from overcommit.runtime.residents import (
     Parts,
     Port,
@@ -50,14 +50,12 @@ class Transfers:
         self,
         device: DeviceRoom,
         host: HostRoom | None,
-        policy: Policy,
         port: Port,
         totals: Totals,
         idle: IdleClock,
     ) -> None:
         self._device = device
         self._host = host
-        self._policy = policy
         self._port = port
         self._totals = totals
         self._idle = idle
@@ -131,11 +129,8 @@ class Transfers:
         version.failures, version.last_error = 0, ""
         self._totals.count_load(version)
         if version.host and self._host is not None:
-            self._host.on_published(version)
-        if version.source is not None:
-            self._policy.on_load(version.slot, version.load_ns)
-        # It was asked for, so it is recent, though no request has run yet.
-        self._policy.on_use(version.slot, version.uses, now_ns)
+            self._host.on_published(version, now_ns)
+        self._device.on_published(version, now_ns)
         self._port.set_state(version.slot, RESIDENT, version.generation)
         return self.answer(version)
 

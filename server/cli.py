@@ -88,6 +88,7 @@ def serve(
     cache_dir: flags.CacheDir = None,
     allow_code: flags.AllowCode = None,
     policy: flags.Policy = None,
+    policy_half_life: flags.PolicyHalfLife = None,
     min_resident: flags.MinResident = None,
     ttl: flags.Ttl = None,
     metrics_models: flags.MetricsModels = None,

@@ -42,7 +42,14 @@ AllowCode = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    Option(metavar="NAME", help="Which model leaves memory first: cost_aware, lru, lfu_da, gdsf."),
+    Option(
+        metavar="NAME",
+        help="Which model leaves memory first: cost_aware, lru, lfu_da, gdsf or s3_fifo (cost_aware).",
+    ),
+]
+PolicyHalfLife = Annotated[
+    str | None,
+    Option(metavar="SECONDS", help="In which cost_aware forgets half of a model's uses (172800)."),
 ]
 MinResident = Annotated[
     str | None,

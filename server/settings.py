@@ -22,6 +22,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from overcommit.runtime.config import (
     BODY_BYTES_MAX,
     FRONT_ENDS_MAX,
+    HALF_LIFE_S,
+    HALF_LIFE_S_MIN,
     METRICS_MODELS,
     METRICS_MODELS_MAX,
     MIB,
@@ -95,6 +97,7 @@ class ServeSettings(BaseSettings):
     host_memory: Size | None = None
     allow_code: bool = False
     policy: Annotated[str, AfterValidator(_check_policy)] = "cost_aware"
+    policy_half_life: Annotated[float, Field(ge=HALF_LIFE_S_MIN, le=STAY_S_MAX)] = HALF_LIFE_S
     min_resident: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
     ttl: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
     metrics_models: Annotated[int, Field(ge=0, le=METRICS_MODELS_MAX)] = METRICS_MODELS
@@ -136,6 +139,7 @@ def load_settings(flags: dict[str, object]) -> Settings:
         start_method=chosen.start_method,
         allow_code=chosen.allow_code,
         policy=chosen.policy,
+        policy_half_life_s=chosen.policy_half_life,
         min_resident_s=chosen.min_resident,
         ttl_s=chosen.ttl,
         metrics_models=chosen.metrics_models,

@@ -68,7 +68,7 @@ class World:
         self.port = FakePort()
         self.device = ChunkAllocator(device_chunks * CHUNK)
         self.host = ChunkAllocator(host_chunks * CHUNK) if host_chunks else None
-        self.residency = Residency(self.device, self.host, make_policy("lru"), self.port)
+        self.residency = Residency(self.device, self.host, lambda: make_policy("lru"), self.port)
         self.now_ns = SECOND
         self.loads: dict[int, StartLoad] = {}
         self.published: list[Publish] = []

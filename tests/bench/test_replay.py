@@ -138,7 +138,7 @@ def test_a_prefetch_that_is_evicted_before_its_use_is_wasted_and_what_is_held_is
 
 def test_asking_for_victims_evicts_nobody() -> None:
     cache = Cache(make_policy("lru"), SIZES, 5)
-    cache.load(4)
+    cache.load(4, 0)
     assert cache.victims_for(0) == [4]
     assert 4 in cache
     assert cache.free == 0

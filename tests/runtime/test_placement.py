@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from residency_world import CHUNK, FakePort, World
 
 from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.parts import Part
-from overcommit.runtime.placement import DeviceRoom, HostRoom
+from overcommit.runtime.placement import DeviceRoom
 from overcommit.runtime.policy import Lru
 from overcommit.runtime.residency import StartLoad
 from overcommit.runtime.residents import State, Terms, Totals, Version
@@ -112,6 +113,20 @@ def test_a_pinned_version_takes_no_host_memory() -> None:
     assert not world.has_host_copy(1)
 
 
+def test_host_hears_of_uses_that_came_after_the_publish() -> None:
+    world = World(1, host_chunks=2)
+    for slot in (1, 2, 3):
+        world.add(slot)
+    world.load(1)
+    world.use(1)
+    world.load(2)  # both are in HOST, 1 on HOST alone
+    world.port.last_used_ns[1] = world.now_ns + 1000  # its last request ended late
+    world.port.uses[1] += 1
+    world.load(1, 3)
+    assert world.has_host_copy(1)
+    assert not world.has_host_copy(2)
+
+
 # --- slabs --------------------------------------------------------------------------------------
 def _two_slabs() -> World:
     """Sixteen models in two slabs, their ages interleaved, and a wish for a chunk."""
@@ -173,7 +188,7 @@ def _fill(room: DeviceRoom | HostRoom, policy: Lru, held: list[tuple[int, State]
         version = _version(policy, slot, chunks, state)
         assert room.try_place(version, version.parts, 0)
         if isinstance(room, HostRoom) and state is State.DEVICE:
-            room.on_published(version)
+            room.on_published(version, 0)
         versions.append(version)
     return versions
 
@@ -186,7 +201,9 @@ def test_host_gives_up_the_only_copy_only_when_the_others_are_not_enough(
     held: list[tuple[int, State]], loading: set[int], chunks: int
 ) -> None:
     policy = Lru()
-    room = HostRoom(ChunkAllocator(10 * CHUNK), policy, Totals())
+    port = FakePort()
+    device = DeviceRoom(ChunkAllocator(0), policy, Totals(), port)
+    room = HostRoom(ChunkAllocator(10 * CHUNK), policy, Totals(), port, device)
     held = [(n, State.LOADING if i in loading else state) for i, (n, state) in enumerate(held)]
     versions = _fill(room, policy, held)
     free = room.allocator.free_bytes

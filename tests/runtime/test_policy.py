@@ -46,8 +46,8 @@ def test_lower_priorities_come_first_whatever_their_age() -> None:
 def test_eviction_and_load_change_nothing_and_removal_forgets() -> None:
     policy, order = _lru(1, 2)
     policy.on_use(1, 2, 50)
-    policy.on_evict(1)
-    policy.on_load(1, 1_000)
+    policy.on_evict(1, 0)
+    policy.on_load(1, 1_000, "disk")
     assert list(order.victims()) == [2, 1]
     order.discard(1)
     policy.on_remove(1)

@@ -1,0 +1,105 @@
+"""Making room in HOST: only the mover touches it, so nobody has to be asked.
+
+Invariants
+ 1. A copy that a load reads or writes is never a victim, nor one that a queued wish will read.
+ 2. Victims are first those that DEVICE also holds, the youngest first: losing that copy costs nothing
+    now, and what stays on DEVICE longest needs it last.  Of the others the policy decides, which here
+    hears of loads from disk alone: that is what losing the last copy costs.
+
+Called by residency and its transfers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+
+from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.parts import Part
+from overcommit.runtime.placement import DeviceRoom, Room
+from overcommit.runtime.policy import Policy
+from overcommit.runtime.residents import Parts, Port, State, Totals, Version
+
+
+class HostRoom(Room):
+    """HOST: only the mover touches it, so nobody has to be asked."""
+
+    def __init__(
+        self,
+        allocator: ChunkAllocator,
+        policy: Policy,
+        totals: Totals,
+        port: Port,
+        device: DeviceRoom,
+    ) -> None:
+        super().__init__(allocator, policy, totals)
+        self._port = port
+        self._device = device
+        self._doubles: dict[int, Version] = {}  # copies of what DEVICE holds, as published
+
+    def on_published(self, version: Version, now_ns: int) -> None:
+        """DEVICE holds what the copy here holds."""
+        self._doubles.pop(version.slot, None)
+        self._doubles[version.slot] = version
+        self._device.on_copy(version, len(version.host) == len(version.distinct_parts))
+        if version.source == "disk":
+            self._policy.on_load(version.slot, version.load_ns, version.source)
+        self._policy.on_use(version.slot, version.uses_host, now_ns)
+
+    def held(self, version: Version) -> Parts:
+        """Return the version's parts on HOST, which may be some of them."""
+        return version.host
+
+    def _set_held(self, version: Version, parts: Parts) -> None:
+        version.host = parts
+
+    def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
+        looked_at: list[Version] = []
+        try:
+            while self._doubles:
+                _, version = self._doubles.popitem()
+                if version.state is State.DEVICE:  # else the copy became the only one
+                    looked_at.append(version)
+                    yield version
+        finally:
+            self._doubles |= {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
+        refreshed: set[int] = set()
+        with contextlib.closing(self._order.victims()) as slots:
+            for slot in slots:
+                version = self.holders[slot]
+                if version.state is not State.HOST:
+                    continue
+                if slot not in refreshed:
+                    refreshed.add(slot)
+                    usage = self._port.usage(slot)
+                    told, version.uses_host = version.uses_host, usage.uses
+                    if self._hear_of_uses(version, told, usage):
+                        continue
+                if self._may_leave(version, now_ns, desperate):
+                    yield version
+
+    def _may_leave(self, version: Version, now_ns: int, desperate: bool) -> bool:
+        return version.state is not State.LOADING and not version.waiters
+
+    def _try_evict(self, version: Version, now_ns: int) -> bool:
+        if version.state is State.HOST:
+            self._policy.on_evict(version.slot, now_ns)
+        self.drop(version)
+        self._totals.evictions_host += 1
+        return True
+
+    def drop(self, version: Version) -> None:
+        """HOST -> DISK, or DEVICE with a host copy -> DEVICE alone; nothing if it has none."""
+        if not version.host:
+            return
+        self.release(version)
+        self._device.on_copy(version, is_there=False)
+        self._doubles.pop(version.slot, None)
+        if version.state is State.HOST:
+            version.state = State.DISK
+
+    def distrust(self, part: Part) -> None:
+        """The part could not be read or copied: nobody has it here any more."""
+        place = self.holdings.places.get(part)
+        for version in list(place.holders) if place is not None else ():
+            self.drop(version)
