@@ -17,16 +17,17 @@ from __future__ import annotations
 import collections
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from overcommit.runtime.config import ACTIVATIONS_KEPT, SUSPECTS_KEPT, ModelConfig, Settings
+from overcommit.runtime.config import SUSPECTS_KEPT, ModelConfig, Settings
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
     CANCELLED,
     ActivationFailed,
+    Attaches,
     CancelLoad,
     Forget,
     Load,
@@ -41,22 +42,9 @@ from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Entry, Registry, to_info
 from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Terms
 from overcommit.runtime.residents import CancelStarted, PromoteStarted
-from overcommit.runtime.wall import Wall
+from overcommit.runtime.timings import Timings
 
 log = logging.getLogger("overcommit.activation")
-
-
-@dataclass(slots=True, frozen=True)
-class Activation:
-    """One finished load: what it moved, and how long each stage took (wall time)."""
-
-    slot: int
-    source: str
-    nbytes: int
-    read_ns: int
-    copy_ns: int
-    total_ns: int
-    direct: bool
 
 
 @dataclass(slots=True)
@@ -74,30 +62,6 @@ class Running:
         return self.message.nbytes - self.done_bytes
 
 
-@dataclass(slots=True)
-class _Coming:
-    """An activation under way: what the loads that were started for it have done so far.
-
-    A part that another version's load brings is in that one's record.
-    """
-
-    asked_ns: int
-    source: str
-    nbytes: int = 0
-    read: Wall = field(default_factory=Wall)
-    copy: Wall = field(default_factory=Wall)
-    direct: bool = True
-
-    def add(self, load: Load, done: LoadDone) -> None:
-        """Take note of one load that ended well."""
-        self.nbytes += load.nbytes
-        self.read.add(Wall(done.read_began_ns, done.read_began_ns + done.read_ns))
-        self.copy.add(Wall(done.copy_began_ns, done.copy_began_ns + done.copy_ns))
-        if load.source == "disk":
-            self.source = "disk"
-            self.direct = self.direct and done.direct
-
-
 class Activations:
     """Wishes in, messages out."""
 
@@ -109,14 +73,11 @@ class Activations:
         self._registry = registry
         self._fleet = fleet
         self._running: dict[int, Running] = {}
-        self._coming: dict[int, _Coming] = {}  # by slot
         self._verified: set[str] = set()
         self.quarantine = Quarantine()
-        self.records: collections.deque[Activation] = collections.deque(maxlen=ACTIVATIONS_KEPT)
+        self.timings = Timings()
         # Requests that were running when a worker died, of late.
         self._suspects: collections.deque[int] = collections.deque(maxlen=SUSPECTS_KEPT)
-        self.bytes_read = 0
-        self.bytes_copied = 0
 
     # --- from workers ---------------------------------------------------------------------------
     def on_activate(self, worker: Child, slot: int, now_ns: int) -> None:
@@ -161,6 +122,14 @@ class Activations:
             self.quarantine.on_worker_died(slot, now_ns)
         self._suspects.extend(request_ids)
 
+    def on_attaches(self, worker: Child, message: Attaches) -> None:
+        """A worker says when it mapped what."""
+        entries = [(self._registry.by_slot(attach.slot), attach) for attach in message.attaches]
+        self.timings.on_attaches(
+            worker.seat.index,
+            [(entry.nbytes, attach) for entry, attach in entries if entry is not None],
+        )
+
     def _tell(self, worker: Child, entry: Entry) -> None:
         if entry.slot not in worker.told:
             worker.told.add(entry.slot)
@@ -176,11 +145,7 @@ class Activations:
         if done.ok:
             if load.source == "disk":
                 self._verified.add(load.path)
-            copies = load.device is not None and load.host is not None
-            self.bytes_read += done.read_bytes
-            self.bytes_copied += load.nbytes if copies else 0
-            if (coming := self._coming.get(load.slot)) is not None:
-                coming.add(load, done)
+            self.timings.on_load(load, done)
         elif done.message != CANCELLED:
             log.error("load of %s failed: %s", load.path, done.message)
         actions = self._residency.on_load_done(done.job, done.ok, done.message, now_ns, total_ns)
@@ -226,7 +191,7 @@ class Activations:
 
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""
-        self._coming.pop(slot, None)
+        self.timings.forget(slot)
         self.apply(self._residency.remove(slot, now_ns), now_ns)
         for worker in self._fleet.of_kind("worker"):
             if slot in worker.told:
@@ -244,8 +209,8 @@ class Activations:
             if isinstance(action, StartLoad):
                 message = self._to_load(action)
                 self._running[action.job] = Running(message, now_ns)
-                self._coming.setdefault(action.slot, _Coming(now_ns, action.source))
                 self._send(message)
+                self.timings.on_start(message, now_ns)
             elif isinstance(action, CancelStarted):
                 if (running := self._running.get(action.job)) is not None:
                     running.is_cancelled = True
@@ -255,7 +220,6 @@ class Activations:
                     running.message = replace(running.message, urgency="foreground")
                     self._send(PromoteLoad(job=action.job))
             elif isinstance(action, Publish):
-                self._record(action.slot, now_ns)
                 placed = Placed(
                     slot=action.slot,
                     generation=action.generation,
@@ -266,8 +230,10 @@ class Activations:
                     worker = self._fleet.worker(waiter)
                     if worker is not None:
                         worker.post(placed)
+                # Who waits comes first, the books after.
+                self.timings.on_publish(action.slot, action.generation, now_ns)
             elif isinstance(action, Refuse):
-                self._coming.pop(action.slot, None)
+                self.timings.forget(action.slot)
                 failed = ActivationFailed(
                     slot=action.slot,
                     code=action.code or Overloaded.code,
@@ -278,23 +244,6 @@ class Activations:
                     worker = self._fleet.worker(waiter)
                     if worker is not None:
                         worker.post(failed)
-
-    def _record(self, slot: int, now_ns: int) -> None:
-        """A version is on DEVICE; if loads were started for it, say how they went."""
-        coming = self._coming.pop(slot, None)
-        if coming is None:
-            return
-        self.records.append(
-            Activation(
-                slot=slot,
-                source=coming.source,
-                nbytes=coming.nbytes,
-                read_ns=coming.read.ended_ns - coming.read.began_ns,
-                copy_ns=coming.copy.ended_ns - coming.copy.began_ns,
-                total_ns=now_ns - coming.asked_ns,
-                direct=coming.direct and coming.source == "disk",
-            )
-        )
 
     def _to_load(self, load: StartLoad) -> Load:
         entry = self._registry.by_slot(load.slot)

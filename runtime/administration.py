@@ -247,11 +247,12 @@ class Administration:
                 **self._tiers(),
                 "totals": {
                     **msgspec.to_builtins(self.house.residency.totals()),
-                    "bytes_read": activations.bytes_read,
-                    "bytes_copied": activations.bytes_copied,
+                    "bytes_read": activations.timings.bytes_read,
+                    "bytes_copied": activations.timings.bytes_copied,
                 },
                 "packing": len(self.catalogue.packing),
-                "activations": list(activations.records),
+                "activations": list(activations.timings.activations),
+                "attaches": list(activations.timings.attaches),
                 "front_ends": fronts,
                 "requests": _totals(self.totals()),
             }

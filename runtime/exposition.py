@@ -82,10 +82,12 @@ class _Snapshot(Collector):
             text = f"Residency: {name.replace('_', ' ')}"
             yield CounterMetricFamily(f"overcommit_{name}", text, getattr(totals, name))
         yield CounterMetricFamily(
-            "overcommit_read_bytes", "Bytes of weights read from disk", activations.bytes_read
+            "overcommit_read_bytes",
+            "Bytes of weights read from disk",
+            activations.timings.bytes_read,
         )
         yield CounterMetricFamily(
-            "overcommit_copied_bytes", "Bytes copied to DEVICE", activations.bytes_copied
+            "overcommit_copied_bytes", "Bytes copied to DEVICE", activations.timings.bytes_copied
         )
         capacity = GaugeMetricFamily(
             "overcommit_tier_capacity_bytes", "Bytes a tier may hold", labels=("tier",)

@@ -12,7 +12,7 @@ Who sends what:
     supervisor -> mover      Load, CancelLoad, PromoteLoad
     supervisor -> packer     Pack
     all -> supervisor        Ready
-    worker -> supervisor     Activate, BindFailed
+    worker -> supervisor     Activate, BindFailed, Attaches
     front end -> supervisor  Admin, Counters
     mover -> supervisor      LoadDone, LoadProgress, Populated
     packer -> supervisor     PackProgress, PackDone
@@ -126,6 +126,26 @@ class Placed(Message, frozen=True):
     generation: int
     extents: Extents
     shared: tuple[int, ...] = ()
+
+
+class Attach(msgspec.Struct, frozen=True, kw_only=True):
+    """When a worker asked for a version, heard of it, had it mapped, and could run it.
+
+    Instants of CLOCK_MONOTONIC; `timings` says what each is.
+    """
+
+    slot: int
+    generation: int
+    asked_ns: int
+    placed_ns: int
+    mapped_ns: int
+    ready_ns: int
+
+
+class Attaches(Message, frozen=True):
+    """Worker: what was mapped since the last one; sent with a heartbeat, when there is any."""
+
+    attaches: tuple[Attach, ...]
 
 
 class ActivationFailed(Message, frozen=True):
@@ -378,6 +398,7 @@ AnyMessage = (
     | Placed
     | ActivationFailed
     | BindFailed
+    | Attaches
     | Forget
     | Routes
     | Admin

@@ -38,6 +38,7 @@ from overcommit.runtime.house import House
 from overcommit.runtime.messages import (
     Activate,
     Admin,
+    Attaches,
     BindFailed,
     Counters,
     Drain,
@@ -267,6 +268,8 @@ class Supervisor:
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):
             self.administration.on_counters(child, message)
+        elif isinstance(message, Attaches):
+            house.activations.on_attaches(child, message)
         elif isinstance(message, BindFailed):
             self.catalogue.on_bind_failed(message.slot, message.message)
         elif isinstance(message, Populated):

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections import deque
 
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Version, Versions
+from overcommit.runtime.config import ATTACHES_UNSAID_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.errors import Unavailable
 from overcommit.runtime.lanes import Job, limits_of
@@ -31,6 +33,8 @@ from overcommit.runtime.links import Links
 from overcommit.runtime.messages import (
     Activate,
     ActivationFailed,
+    Attach,
+    Attaches,
     BindFailed,
     Placed,
     VersionInfo,
@@ -58,7 +62,9 @@ class Wishes:
         self._runner = runner
         self._links = links
         self._leases = leases
-        self._asked: set[int] = set()
+        self._asked: dict[int, int] = {}  # slot -> when
+        self._attaching: dict[int, tuple[int, int, int]] = {}  # slot -> asked, placed, mapped
+        self._attaches: deque[Attach] = deque(maxlen=ATTACHES_UNSAID_MAX)
         self._noted: dict[int, int] = {}  # what the page says
         self.warm_ups: deque[Version] = deque()
 
@@ -70,7 +76,7 @@ class Wishes:
             if version.generation is not None:
                 return
         if slot not in self._asked:
-            self._asked.add(slot)
+            self._asked[slot] = time.monotonic_ns()
             self.note_waiting(slot)
             self._send(Activate(slot=slot))
 
@@ -100,12 +106,14 @@ class Wishes:
 
     def on_placed(self, placed: Placed, now_ns: int) -> None:
         """A version is resident: map it where it lies."""
-        self._asked.discard(placed.slot)
+        placed_ns = time.monotonic_ns()
+        asked_ns = self._asked.pop(placed.slot, placed_ns)
         version = self._versions.get(placed.slot)
         if version is None or version.failing(now_ns) is not None:
             return
         try:
             self._versions.place(placed)
+            self._attaching[placed.slot] = (asked_ns, placed_ns, time.monotonic_ns())
         except (OSError, ValueError) as error:
             self._break(version, error, now_ns)
             return
@@ -113,7 +121,7 @@ class Wishes:
 
     def on_activation_failed(self, failed: ActivationFailed, now_ns: int) -> None:
         """It cannot be made resident now."""
-        self._asked.discard(failed.slot)
+        self._asked.pop(failed.slot, None)
         version = self._versions.get(failed.slot)
         if version is None or not version.is_runnable:
             wait_ms = int((failed.retry_after_s or 0) * 1000)
@@ -121,7 +129,8 @@ class Wishes:
 
     def on_forget(self, slot: int, now_ns: int) -> None:
         """The version was removed or unloaded."""
-        self._asked.discard(slot)
+        self._asked.pop(slot, None)
+        self._attaching.pop(slot, None)
         version = self._versions.get(slot)
         title = "the model" if version is None else version.title
         text = f"{title} was removed or unloaded while the request waited"
@@ -159,8 +168,30 @@ class Wishes:
             if version.info.config.warm_up:
                 self.warm_ups.append(version)
         self._batcher.set_runnable(slot, version.is_runnable, now_ns)
+        self._note_attach(version)
         for gone in self._versions.make_room(lambda other: self._batcher.waiting(other) > 0):
             self._batcher.set_runnable(gone, False, now_ns)
+
+    def _note_attach(self, version: Version) -> None:
+        stages = self._attaching.pop(version.info.slot, None)
+        if stages is not None and version.generation is not None:
+            asked_ns, placed_ns, mapped_ns = stages
+            self._attaches.append(
+                Attach(
+                    slot=version.info.slot,
+                    generation=version.generation,
+                    asked_ns=asked_ns,
+                    placed_ns=placed_ns,
+                    mapped_ns=mapped_ns,
+                    ready_ns=time.monotonic_ns(),
+                )
+            )
+
+    def tell_attaches(self) -> None:
+        """Tell the supervisor what was mapped since the last time."""
+        if self._attaches:
+            self._send(Attaches(attaches=tuple(self._attaches)))
+            self._attaches.clear()
 
     def _break(self, version: Version, error: Exception, now_ns: int) -> None:
         """The version cannot be started here: say so to everybody who waits for it."""
@@ -182,7 +213,7 @@ class Wishes:
             self.refuse(job, code, message, wait_ms)
         self.note_waiting(slot)
 
-    def _send(self, message: Activate | BindFailed) -> None:
+    def _send(self, message: Activate | Attaches | BindFailed) -> None:
         try:
             self._control.send(message)
         except OSError as error:

@@ -130,6 +130,7 @@ class Worker:
         if now_ns - self._heartbeat_ns >= HEARTBEAT_NS:
             self._heartbeat_ns = now_ns
             self._status.heartbeat(now_ns)
+            self.wishes.tell_attaches()
         if self._was_helped or now_ns - self._control_ns >= CONTROL_PERIOD_NS:
             self._was_helped = False
             self._control_ns = now_ns
