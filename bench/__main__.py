@@ -28,6 +28,7 @@ class Scenario(enum.Enum):
     embedding = "embedding"
     overcommit = "overcommit"
     replay = "replay"
+    churn = "churn"
     variants = "variants"
     fleet = "fleet"
     chaos = "chaos"

@@ -32,6 +32,7 @@ _DIGITS: Final = {
     "GB": 2,
     "MB": 1,
     "x": 3,
+    "us": 1,
     "share": 3,
 }
 

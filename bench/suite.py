@@ -16,6 +16,7 @@ from rich.console import Console
 
 from overcommit.bench import (
     chaos,
+    churn,
     encoder,
     fleet,
     front_ends,
@@ -41,6 +42,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "embedding": encoder.run,
     "overcommit": overcommit.run,
     "replay": replay.run,
+    "churn": churn.run,
     "variants": variants.run,
     "fleet": fleet.run,
     "chaos": chaos.run,

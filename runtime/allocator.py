@@ -11,7 +11,9 @@ Invariants
     chunks are free: there is no external fragmentation and nothing to compact.
  3. With `can_split` (memfd) a 64 MiB chunk splits on demand and merges when all 32 parts are free.
     Without (CUDA, whose chunks are made once) a share is split at construction, for ever; a rest
-    for which the small ones do not suffice takes a 64 MiB chunk whole.
+    for which the small ones do not suffice takes a 64 MiB chunk whole, and when there is no small
+    one for a slab, a 64 MiB chunk is lent to slabs until they are all empty (who lives there maps
+    all of it).
 
 Called by residency; pure.
 """
@@ -76,6 +78,11 @@ class _Ranking:
                 return next(iter(keys))
         return None
 
+    def highest(self) -> int:
+        """The highest level of a key; 0 when there is none."""
+        levels = range(len(self._keys) - 1, 0, -1)
+        return next((level for level in levels if self._keys[level]), 0)
+
     def level(self, key: int) -> int:
         return self._level[key]
 
@@ -101,6 +108,9 @@ class ChunkAllocator:
         self._small: dict[int, set[int]] = {}
         self._small_free = 0
         self._parents = _Ranking(SMALL_PER_LARGE)  # split parents by their number of free chunks
+        # 64 MiB chunks that only slabs may use, and their free parts; never with `can_split`.
+        self._lent: dict[int, set[int]] = {}
+        self._lent_free = 0
         for parent in range(split):
             self._split(parent, SMALL_PER_LARGE)
         if rest:  # the last, partial 64 MiB can only ever be small chunks
@@ -131,6 +141,17 @@ class ChunkAllocator:
         unit = PAGE_BYTES if nbytes <= SLAB_MODEL_BYTES_MAX else SMALL_CHUNK_BYTES
         return max(1, -(-nbytes // unit)) * unit
 
+    def obtainable_bytes(self, nbytes: int) -> int:
+        """Free bytes of which an allocation like this one, in a slab or of chunks, could get a part.
+
+        What is missing to `free_bytes` are runs in slabs that are too short, or that are no chunk.
+        """
+        chunks = len(self._large) * LARGE_CHUNK_BYTES + self._small_free * SMALL_CHUNK_BYTES
+        if nbytes > SLAB_MODEL_BYTES_MAX:
+            return chunks
+        chunks += self._lent_free * SMALL_CHUNK_BYTES
+        return chunks + self._runs.highest() * PAGE_BYTES
+
     # --- allocating -----------------------------------------------------------------------------
     def try_allocate(self, nbytes: int) -> tuple[Extent, ...] | None:
         """Place `nbytes`; None when it does not fit now.
@@ -160,7 +181,7 @@ class ChunkAllocator:
         chosen = sorted(self._large)[:larges]
         self._large.difference_update(chosen)
         extents = [Extent(parent * LARGE_CHUNK_BYTES, LARGE_CHUNK_BYTES) for parent in chosen]
-        chunks = sorted(self._take_small() for _ in range(rest))
+        chunks = sorted(self._take_smalls(rest))
         extents += [Extent(chunk * SMALL_CHUNK_BYTES, SMALL_CHUNK_BYTES) for chunk in chunks]
         return _merge(extents)
 
@@ -170,27 +191,50 @@ class ChunkAllocator:
         self._parents.set(parent, smalls)
         self._small_free += smalls
 
-    def _take_small(self) -> int:
-        # The fullest parent first, so that others empty and can merge.
-        parent = self._parents.find(1)
-        if parent is None:
+    def _take_smalls(self, count: int) -> list[int]:
+        """Take so many 2 MiB chunks, which must be there."""
+        taken: list[int] = []
+        while len(taken) < count:
+            # The fullest parent first, so that others empty and can merge.
+            parent = self._parents.find(1)
+            if parent is None:
+                parent = max(self._large)
+                self._large.discard(parent)
+                self._split(parent, SMALL_PER_LARGE)
+            chunks = self._small[parent]
+            part = sorted(chunks)[: count - len(taken)]
+            chunks.difference_update(part)
+            self._small_free -= len(part)
+            self._parents.set(parent, len(chunks))
+            taken += part
+        return taken
+
+    def _take_slab(self) -> int | None:
+        """Take a 2 MiB chunk for small models."""
+        if self._lent_free:
+            parent = next(parent for parent, chunks in self._lent.items() if chunks)
+        elif self._small_free or (self.can_split and self._large):
+            return self._take_smalls(1)[0]
+        elif self._large:
             parent = max(self._large)
             self._large.discard(parent)
-            self._split(parent, SMALL_PER_LARGE)
-        chunks = self._small[parent]
-        chunk = min(chunks)
-        chunks.discard(chunk)
-        self._small_free -= 1
-        self._parents.set(parent, len(chunks))
+            first = parent * SMALL_PER_LARGE
+            self._lent[parent] = set(range(first, first + SMALL_PER_LARGE))
+            self._lent_free += SMALL_PER_LARGE
+        else:
+            return None
+        chunk = min(self._lent[parent])
+        self._lent[parent].discard(chunk)
+        self._lent_free -= 1
         return chunk
 
     def _take_run(self, pages: int) -> Extent | None:
         """Best fit: the slab whose longest free run is the shortest that is long enough."""
         slab = self._runs.find(pages)
         if slab is None:
-            if not self._small_free and not (self.can_split and self._large):
+            slab = self._take_slab()
+            if slab is None:
                 return None
-            slab = self._take_small()
             self._slabs[slab] = bytearray(PAGES_PER_SLAB)
         taken = self._slabs[slab]
         at = taken.find(bytes(pages))
@@ -222,27 +266,41 @@ class ChunkAllocator:
         if self._runs.level(slab) == PAGES_PER_SLAB:
             del self._slabs[slab]
             self._runs.discard(slab)
-            self._give_small(slab)
+            self._give_slab(slab)
 
     def _free_chunks(self, offset: int, length: int) -> None:
         end = offset + length
         while offset < end:
             parent = offset // LARGE_CHUNK_BYTES
             if parent in self._small:
-                self._give_small(offset // SMALL_CHUNK_BYTES)
-                offset += SMALL_CHUNK_BYTES
+                stop = min(end, (parent + 1) * LARGE_CHUNK_BYTES)
+                self._give_smalls(
+                    parent, range(offset // SMALL_CHUNK_BYTES, stop // SMALL_CHUNK_BYTES)
+                )
+                offset = stop
             else:
                 assert parent not in self._large, "freed twice"
                 assert offset % LARGE_CHUNK_BYTES == 0, "a part of a whole chunk"
                 self._large.add(parent)
                 offset += LARGE_CHUNK_BYTES
 
-    def _give_small(self, chunk: int) -> None:
+    def _give_slab(self, chunk: int) -> None:
         parent = chunk // SMALL_PER_LARGE
+        if parent not in self._lent:
+            self._give_smalls(parent, range(chunk, chunk + 1))
+            return
+        self._lent[parent].add(chunk)
+        self._lent_free += 1
+        if len(self._lent[parent]) == SMALL_PER_LARGE:
+            del self._lent[parent]
+            self._lent_free -= SMALL_PER_LARGE
+            self._large.add(parent)
+
+    def _give_smalls(self, parent: int, given: range) -> None:
         chunks = self._small[parent]
-        assert chunk not in chunks, "freed twice"
-        chunks.add(chunk)
-        self._small_free += 1
+        assert chunks.isdisjoint(given), "freed twice"
+        chunks.update(given)
+        self._small_free += len(given)
         self._parents.set(parent, len(chunks))
         if self.can_split and parent < self._whole and len(chunks) == SMALL_PER_LARGE:
             del self._small[parent]
@@ -254,7 +312,11 @@ class ChunkAllocator:
         """Assert that the books balance."""
         assert self._small_free == sum(map(len, self._small.values()))
         slab_pages = sum(taken.count(0) for taken in self._slabs.values())
-        free = len(self._large) * LARGE_CHUNK_BYTES + self._small_free * SMALL_CHUNK_BYTES
+        assert self._lent_free == sum(map(len, self._lent.values()))
+        assert not self._lent or not self.can_split
+        assert self._lent.keys().isdisjoint(self._large | self._small.keys())
+        smalls = self._small_free + self._lent_free
+        free = len(self._large) * LARGE_CHUNK_BYTES + smalls * SMALL_CHUNK_BYTES
         assert free + slab_pages * PAGE_BYTES == self.free_bytes
         assert not self._large & self._small.keys()
         assert len(self._parents) == len(self._small)
@@ -263,7 +325,8 @@ class ChunkAllocator:
             assert self._parents.level(parent) == len(chunks)
         assert len(self._runs) == len(self._slabs)
         for slab, taken in self._slabs.items():
-            assert slab not in self._small[slab // SMALL_PER_LARGE]
+            parent = slab // SMALL_PER_LARGE
+            assert slab not in (self._lent[parent] if parent in self._lent else self._small[parent])
             run = self._runs.level(slab)
             assert bytes(run) in taken
             assert bytes(run + 1) not in taken

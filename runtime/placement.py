@@ -137,7 +137,15 @@ class Room:
             if choice.freed < needed and not desperate:
                 return False
             kept, spared = self._without_superfluous(chosen, choice, needed)
-            for victim, is_checked in self._in_turn(kept, itertools.chain(spared, offers)):
+            mates: list[Version] = []
+            if any(part.nbytes > SLAB_MODEL_BYTES_MAX for part in holdings.missing(parts)):
+                kept, mates = self._whole_slabs(kept, now_ns, desperate)
+            turns = itertools.chain(
+                self._in_turn(kept, ()),
+                ((mate, False) for mate in mates),
+                self._in_turn([], itertools.chain(spared, offers)),
+            )
+            for victim, is_checked in turns:
                 if victim.slot not in self.holders:
                     continue  # it left as another's mate
                 if not (is_checked or self._may_leave(victim, now_ns, desperate)):
@@ -165,6 +173,27 @@ class Room:
             else:
                 kept.append(victim)
         return kept[::-1], spared[::-1]
+
+    def _whole_slabs(
+        self, kept: list[Version], now_ns: int, desperate: bool
+    ) -> tuple[list[Version], list[Version]]:
+        """Split a choice that is to free chunks: who lives in none of these slabs; all who do.
+
+        Pages that are free between those who stay are no chunk.  So of the slabs in which victims
+        live, those go first, and as a whole, of which the victims have the most bytes.  A slab of
+        which somebody may not leave is no help; its victims stay in the choice.
+        """
+        weights: collections.Counter[int] = collections.Counter()
+        for victim in kept:
+            if (slab := self.holdings.slab_of(self.held(victim))) is not None:
+                weights[slab] += victim.nbytes
+        leaving: list[Version] = []
+        for slab, _ in weights.most_common():
+            mates = [self.holders[slot] for slot in sorted(self._slabs[slab])]
+            if all(self._may_leave(mate, now_ns, desperate) for mate in mates):
+                leaving += mates
+        slots = {mate.slot for mate in leaving}
+        return [victim for victim in kept if victim.slot not in slots], leaving
 
     def _in_turn(
         self, kept: list[Version], rest: Iterable[Version]

@@ -77,7 +77,7 @@ class AgainstIntervals(RuleBasedStateMachine):
         footprint = self.allocator.footprint(nbytes)
         if extents is None:
             # No external fragmentation: chunks that are free anywhere are enough.
-            if self.allocator.can_split:
+            if self.allocator.can_split or nbytes <= SLAB_MODEL_BYTES_MAX:
                 assert free_chunks < -(-footprint // SMALL_CHUNK_BYTES)
             return ()
         if self.allocator.can_split or nbytes <= SLAB_MODEL_BYTES_MAX:
@@ -270,6 +270,46 @@ def test_without_splitting_a_rest_takes_a_whole_large_chunk_when_small_ones_are_
     allocator.free(extents)
     allocator.check()
     assert allocator.used_bytes == 60 * MIB
+
+
+def test_without_splitting_a_chunk_is_lent_to_slabs_when_no_small_one_is_free() -> None:
+    allocator = ChunkAllocator(128 * MIB, can_split=False, small_share=0.5)
+    whole = allocator.try_allocate(64 * MIB)  # the one that was not split
+    smalls = [allocator.try_allocate(SMALL_CHUNK_BYTES) for _ in range(32)]
+    assert allocator.try_allocate(1) is None
+    assert whole is not None
+    allocator.free(whole)
+    lodger = allocator.try_allocate(1)
+    assert lodger is not None
+    assert allocator.try_allocate(SMALL_CHUNK_BYTES) is None, "a part of it is no chunk"
+    assert allocator.obtainable_bytes(2 * MIB) == 0
+    assert allocator.obtainable_bytes(1) == 64 * MIB - PAGE_BYTES
+    allocator.check()
+    allocator.free(lodger)
+    allocator.check()
+    assert allocator.try_allocate(64 * MIB) is not None
+    assert None not in smalls
+
+
+@pytest.mark.parametrize("can_split", [True, False])
+def test_what_is_obtainable_is_what_the_largest_allocation_of_a_kind_gets(can_split: bool) -> None:
+    dice = random.Random(5)
+    allocator = ChunkAllocator(GIB, can_split=can_split)
+    live: list[tuple[Extent, ...]] = []
+    for _ in range(3000):
+        extents = allocator.try_allocate(log_uniform(4 * KIB, 100 * MIB)(dice))
+        if extents is not None:
+            live.append(extents)
+        while live and (extents is None or dice.random() < 0.1):
+            extents = live.pop(dice.randrange(len(live)))
+            allocator.free(extents)
+    chunks = allocator.obtainable_bytes(SMALL_CHUNK_BYTES)
+    probe = allocator.try_allocate(chunks) if chunks else ()
+    assert probe is not None
+    assert allocator.obtainable_bytes(SMALL_CHUNK_BYTES) == 0
+    allocator.free(probe)
+    run = allocator.obtainable_bytes(1)
+    assert allocator.free_bytes >= run >= (chunks if can_split else 0)
 
 
 def test_freeing_twice_is_found() -> None:

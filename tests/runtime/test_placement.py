@@ -144,15 +144,25 @@ def _two_slabs() -> World:
 def test_small_models_of_one_slab_leave_together_where_their_bytes_alone_are_no_chunk() -> None:
     world = _two_slabs()
     assert len(world.want(99)) == 1
-    assert len(world.port.evicted) == 8 + 4  # eight by age, and the four mates of one slab
+    assert len(world.port.evicted) == 8, "all of one slab and none of the other"
+    assert len({slot // 8 for slot in world.port.evicted}) == 1
 
 
-def test_the_slab_that_takes_the_fewest_evictions_is_completed() -> None:
+def test_the_slab_in_which_most_of_the_victims_live_is_the_one_that_goes() -> None:
     world = _two_slabs()
     for slot in (*range(7), 8, *range(9, 16), 7):
         world.use(slot)
     assert len(world.want(99)) == 1
-    assert sorted(world.port.evicted) == [*range(9)]  # 0 to 6 and 8 by age, then 7
+    assert sorted(world.port.evicted) == [*range(8)]  # 0 to 6 and 8 by age; 7 is their mate
+
+
+def test_small_models_that_make_room_for_small_ones_leave_alone() -> None:
+    world = World(1)
+    for slot in range(9):
+        world.add(slot, 1 / 8)
+    world.load(*range(8))
+    assert len(world.want(8)) == 1
+    assert world.port.evicted == [0]
 
 
 def test_the_rest_of_a_slab_leaves_where_there_are_bytes_but_no_chunk() -> None:
