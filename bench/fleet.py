@@ -149,11 +149,13 @@ class FleetRun:
         root.mkdir()
         with self.server("empty", root) as server:
             time.sleep(1.0)
-            self.base_bytes = processes.uss_bytes(server.pid)
+            self.base_bytes = processes.own_bytes(server.pid)
             tree = sum(tree_bytes(server).values())
             self.report.add(
                 "no models",
-                Figure("supervisor's own memory", self.base_bytes / 1e6, "MB", note="USS"),
+                Figure(
+                    "supervisor's own memory", self.base_bytes / 1e6, "MB", note="private, written"
+                ),
                 Figure("process tree", tree / 1e6, "MB", note="PSS"),
             )
 
@@ -202,7 +204,7 @@ class FleetRun:
             server.ready_s < WARM_S_MAX and listed.count("READY") == self.count,
             f"{server.ready_s:.2f} s, {listed.count('READY'):,} versions ready",
         )
-        used = processes.uss_bytes(server.pid)
+        used = processes.own_bytes(server.pid)
         each = (used - self.base_bytes) / self.count
         report.expect(
             f"warm: less than {MODEL_BYTES_MAX} bytes of the supervisor's memory for each model",

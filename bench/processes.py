@@ -124,9 +124,12 @@ def pss_bytes(pid: int) -> int:
     return _rollup(pid, ("Pss:",))
 
 
-def uss_bytes(pid: int) -> int:
-    """Memory that would be free without this process; 0 for one that is gone."""
-    return _rollup(pid, ("Private_Clean:", "Private_Dirty:"))
+def own_bytes(pid: int) -> int:
+    """Memory that a process alone has written to; 0 for one that is gone.
+
+    Clean pages of libraries are left out: whose they are depends on what else happens to run.
+    """
+    return _rollup(pid, ("Private_Dirty:",))
 
 
 def _rollup(pid: int, names: tuple[str, ...]) -> int:

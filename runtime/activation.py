@@ -39,7 +39,7 @@ from overcommit.runtime.messages import (
 )
 from overcommit.runtime.parts import path_of
 from overcommit.runtime.quarantine import Quarantine
-from overcommit.runtime.registry import Entry, Registry, to_info
+from overcommit.runtime.registry import Entry, Registry, State, to_info
 from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Terms
 from overcommit.runtime.residents import CancelStarted, PromoteStarted
 from overcommit.runtime.timings import Timings
@@ -74,6 +74,7 @@ class Activations:
         self._fleet = fleet
         self._running: dict[int, Running] = {}
         self._verified: set[str] = set()
+        self._terms: dict[Terms, Terms] = {}
         self.quarantine = Quarantine()
         self.timings = Timings()
         # Requests that were running when a worker died, of late.
@@ -175,11 +176,24 @@ class Activations:
 
     # --- from the registry ----------------------------------------------------------------------
     def add(self, entry: Entry, now_ns: int) -> None:
-        """A version can be served from now on; a pinned one is loaded at once."""
-        terms = self.terms(entry.config)
-        self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms, entry.parts)
+        """A version can be served from now on; a pinned one is loaded at once.
+
+        Residency hears of any other when it is asked for (`introduce`).
+        """
+        if entry.config.pin or self._residency.view(entry.slot) is not None:
+            self._add(entry, now_ns)
         if entry.config.pin:
             self.apply(self._residency.want(entry.slot, -1, now_ns), now_ns)
+
+    def introduce(self, slot: int, now_ns: int) -> None:
+        """Residency is asked for a version that it does not know."""
+        entry = self._registry.by_slot(slot)
+        if entry is not None and entry.state is State.READY:
+            self._add(entry, now_ns)
+
+    def _add(self, entry: Entry, now_ns: int) -> None:
+        terms = self.terms(entry.config)
+        self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms, entry.parts)
 
     def terms(self, config: ModelConfig) -> Terms:
         """Return what a model's file says of its stay, and the settings where it says nothing."""
@@ -187,7 +201,8 @@ class Activations:
         if config.min_resident_s is not None:
             stay_s = config.min_resident_s
         ttl_s = self._settings.ttl_s if config.ttl_s is None else config.ttl_s
-        return Terms(config.pin, config.priority, int(stay_s * 1e9), int(ttl_s * 1e9))
+        terms = Terms(config.pin, config.priority, int(stay_s * 1e9), int(ttl_s * 1e9))
+        return self._terms.setdefault(terms, terms)  # most versions have the same
 
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""

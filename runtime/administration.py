@@ -130,6 +130,7 @@ class Administration:
     def _load(self, request: Admin) -> bytes:
         name = _text(request, "name")
         affected = self.house.registry.set_loaded(name)
+        self.catalogue.look_at(name)
         now_ns = time.monotonic_ns()
         for entry in affected:
             if entry.state is State.READY:
@@ -203,7 +204,7 @@ class Administration:
             "state": entry.state.name,
             "reason": entry.reason,
             "engine": entry.engine,
-            "tier": view.tier.name if view is not None else "",
+            "tier": view.tier.name if view is not None else "DISK" if known else "",
             "loading": bool(view is not None and view.state.name == "LOADING"),
             "device_bytes": view.device_bytes if view is not None else 0,
             "host_bytes": view.host_bytes if view is not None else 0,

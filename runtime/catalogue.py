@@ -23,7 +23,6 @@ import threading
 import time
 from pathlib import Path
 
-from overcommit.runtime import repository
 from overcommit.runtime.config import (
     CONTROL_MESSAGE_BYTES_MAX,
     RETIRE_GRACE_S,
@@ -39,6 +38,8 @@ from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
 from overcommit.runtime.process import ForkServer, Process
 from overcommit.runtime.registry import Entry, State, to_route
+from overcommit.runtime.repository import VersionSource
+from overcommit.runtime.scanner import Scanner
 
 log = logging.getLogger("overcommit.catalogue")
 
@@ -69,7 +70,11 @@ class Catalogue:
             house.settings, self._start_packer, self._describe_pack, self._on_packed
         )
         self.scanner_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._results: queue.SimpleQueue[list[repository.VersionSource]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[list[VersionSource]] = queue.SimpleQueue()
+        settings = house.settings
+        self._scanner = Scanner(
+            [Path(root) for root in settings.repositories], Path(settings.cache_dir)
+        )
         self._closing = threading.Event()
         self._scan_now = threading.Event()
         self._thread: threading.Thread | None = None
@@ -99,20 +104,28 @@ class Catalogue:
         os.close(self.scanner_fd)
 
     def _scan_forever(self) -> None:
-        roots = [Path(root) for root in self.house.settings.repositories]
-        last: list[repository.VersionSource] | None = None
+        scanner = self._scanner
+        try:
+            scanner.first()
+        except OSError as error:
+            log.error("the repository cannot be read: %s", error)
+        is_changed = True  # an empty repository is a result too
         while not self._closing.is_set():
-            try:
-                sources = repository.scan(roots, is_first=last is None)
-            except OSError as error:
-                log.error("the repository cannot be read: %s", error)
-                sources = last if last is not None else []
-            if sources != last:
-                last = sources
-                self._results.put(sources)
+            if is_changed:
+                self._results.put(scanner.sources)
                 os.eventfd_write(self.scanner_fd, 1)
             self._scan_now.wait(self.house.settings.scan_interval_s)
             self._scan_now.clear()
+            try:
+                is_changed = scanner.look()
+            except OSError as error:
+                log.error("the repository cannot be read: %s", error)
+                is_changed = False
+
+    def look_at(self, name: str) -> None:
+        """Somebody asks for this model: look at its folder now."""
+        self._scanner.hurry(name)
+        self._scan_now.set()
 
     def on_scanned(self, now_ns: int) -> None:
         """Apply what the scanner saw."""

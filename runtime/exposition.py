@@ -7,7 +7,7 @@ twenty thousand models do not flood a scraper.  `exposition_of` tells everything
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -120,7 +120,7 @@ class _Snapshot(Collector):
 class _Detail(Collector):
     """The versions of one model."""
 
-    def __init__(self, house: House, entries: list[Entry]) -> None:
+    def __init__(self, house: House, entries: Sequence[Entry]) -> None:
         self._house = house
         self._entries = entries
 
@@ -165,7 +165,7 @@ def exposition(house: House, totals: Counters) -> bytes:
     return _text(_Snapshot(house, totals))
 
 
-def exposition_of(house: House, entries: list[Entry]) -> bytes:
+def exposition_of(house: House, entries: Sequence[Entry]) -> bytes:
     """Return the Prometheus text of the versions of one model."""
     return _text(_Detail(house, entries))
 

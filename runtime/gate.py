@@ -10,7 +10,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from overcommit.runtime import _shm
 from overcommit.runtime.residents import Usage
@@ -51,7 +51,7 @@ class SharedGate:
         """Ask workers to ring when they drop a lease."""
         self._table.set_hungry(hungry)
 
-    def keep_uses(self, page: _shm.LeasePage, slots: list[int]) -> None:
+    def keep_uses(self, page: _shm.LeasePage, slots: Iterable[int]) -> None:
         """Remember the counters of a worker that died, before its page goes."""
         for slot in slots:
             _, _, uses, last_ns = page.read(slot)

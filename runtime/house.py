@@ -47,13 +47,16 @@ class House:
         self.memory = SharedMemory(device.capacity_bytes, host.capacity_bytes if host else 0)
         self.fleet = Fleet(settings, self.memory, on_forked, on_gone)
         self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
-        self.residency = Residency(device, host, new_policy, self.gate)
+        self.residency = Residency(device, host, new_policy, self.gate, self._introduce)
         self.activations = Activations(settings, self.residency, self.registry, self.fleet)
+
+    def _introduce(self, slot: int, now_ns: int) -> None:
+        self.activations.introduce(slot, now_ns)
 
     def on_worker_gone(self, worker: Child, now_ns: int) -> None:
         """Settle what a dead worker held, before its page is released."""
         if worker.leases is not None:
-            self.gate.keep_uses(worker.leases, [e.slot for e in self.registry.entries()])
+            self.gate.keep_uses(worker.leases, worker.told)
         self.activations.on_worker_gone(worker, now_ns)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ Invariants
     and what is expected.
  2. Nothing of the file is executed or taken as a path here.
 
-Pure but for `read_toml`; called by the repository scan.
+Pure but for `read_file` and `read_toml`; called by the repository scan.
 """
 
 from __future__ import annotations
@@ -78,15 +78,36 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parameters: dict[str, str | int | float | bool] = {}
 
 
-def read_toml(path: Path) -> dict[str, object]:
-    """Read one file as plain TOML.
+def rules() -> str:
+    """Name the keys that are known here, and their defaults: what a parsed file depends on."""
+    structs = (_File, _Batching, _Tensor, ModelConfig, Batching, TensorSpec)
+    return repr([(s.__name__, s.__struct_fields__, s.__struct_defaults__) for s in structs])
 
-    Raises RepositoryError when it is no TOML or too long, OSError when it cannot be read.
-    """
-    with path.open("rb") as file:
+
+def read_file(path: str | Path) -> bytes:
+    """Read one file.  Raises RepositoryError when it is too long, OSError when it cannot be read."""
+    with open(path, "rb") as file:
         content = file.read(FILE_BYTES_MAX + 1)
     if len(content) > FILE_BYTES_MAX:
         raise RepositoryError(f"{FILE_NAME} is longer than {FILE_BYTES_MAX} bytes")
+    return content
+
+
+def significant(content: bytes) -> bytes:
+    """Leave out the lines that are comments: equal results mean the same, unequal ones maybe too."""
+    if b'"""' in content or b"'''" in content:
+        return content  # a line in a text over several lines is no comment
+    lines = (line.strip() for line in content.split(b"\n"))
+    return b"\n".join(line for line in lines if line and not line.startswith(b"#"))
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """Read one file as plain TOML.  Raises as `read_file` and `parse`."""
+    return parse(read_file(path))
+
+
+def parse(content: bytes) -> dict[str, object]:
+    """Read a file's content as plain TOML.  Raises RepositoryError when it is none."""
     try:
         return tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

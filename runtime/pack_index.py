@@ -24,6 +24,7 @@ import hashlib
 import logging
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +102,7 @@ class PackIndex:
             job=0,
             ok=True,
             image_path=fact.image_path,
-            content_key=fact.content_key,
+            content_key=Path(fact.image_path).stem,
             program_key=fact.program_key,
             nbytes=fact.nbytes,
             engine=fact.engine,
@@ -122,7 +123,7 @@ class PackIndex:
             engine=done.engine,
             config=self._share(done.config),
         )
-        self._facts[fact.key] = fact
+        self._facts[fact.key] = self._lean(fact)
         try:
             self._append(fact)
         except OSError as error:
@@ -143,8 +144,7 @@ class PackIndex:
             good = end
             if fact is not None:
                 self._records += 1
-                shared = msgspec.structs.replace(fact, config=self._share(fact.config))
-                self._facts[fact.key] = shared
+                self._facts[fact.key] = self._lean(fact)
         if good < len(content):
             log.warning("the pack index %s is torn at byte %d: the rest is lost", self._path, good)
         if good < len(content) or self._records > RECORDS_MAX:
@@ -188,6 +188,16 @@ class PackIndex:
                 os.fsync(file.fileno())
             temporary.replace(self._path)
         self._records = len(facts)
+
+    def _lean(self, fact: Fact) -> Fact:
+        """What many facts say alike is one object; the content key is in the image's name."""
+        return msgspec.structs.replace(
+            fact,
+            content_key="",
+            program_key=sys.intern(fact.program_key),
+            engine=sys.intern(fact.engine),
+            config=self._share(fact.config),
+        )
 
     def _share(self, config: ModelConfig) -> ModelConfig:
         return self._configs.setdefault(self._encoder.encode(config), config)

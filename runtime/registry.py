@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -105,7 +106,7 @@ class Registry:
         self._current: dict[tuple[str, str], Entry] = {}
         self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves
         self._unloaded: set[str] = set()
-        self._names: dict[str, list[Entry]] | None = None
+        self._names: dict[str, tuple[Entry, ...]] | None = None
         self._ordered: list[Entry] = []
 
     # --- looking up -----------------------------------------------------------------------------
@@ -148,17 +149,16 @@ class Registry:
                 return entry
         return versions[-1]
 
-    def versions(self, name: str) -> list[Entry]:
+    def versions(self, name: str) -> tuple[Entry, ...]:
         """Return every version of a model, in numeric order.  Raises NotFound."""
         self.find(name)
-        return list(self._by_name()[name])
+        return self._by_name()[name]
 
-    def _by_name(self) -> dict[str, list[Entry]]:
+    def _by_name(self) -> dict[str, tuple[Entry, ...]]:
         if self._names is None:
             self._ordered = sorted(self._current.values(), key=_order)
-            self._names = {}
-            for entry in self._ordered:
-                self._names.setdefault(entry.name, []).append(entry)
+            groups = itertools.groupby(self._ordered, key=lambda entry: entry.name)
+            self._names = {name: tuple(entries) for name, entries in groups}
         return self._names
 
     # --- what the disk says ---------------------------------------------------------------------

@@ -2,18 +2,19 @@
 
     ROOT/<model>/[<version number>/]files        optional model.toml in either folder
 
-`scan` looks at names, sizes and times alone; of the files it reads only `model.toml`, and that once
+A scan looks at names, sizes and times alone; of the files it reads only `model.toml`, and that once
 per change.  Without version folders the model folder itself is version "1".
 
 Invariants
  1. Every folder of a root that does not start with "." yields at least one VersionSource: a folder
     that cannot be served says why in `error`, and never hides another one.
- 2. Two scans with nothing changed between them are equal, so equality means "nothing to do".
+ 2. Two scans with nothing changed between them are equal, so equality means "nothing to do".  What a
+    scan is told of the one before is the same object again, if it is equal.
  3. No file outside a root is ever reached: a symlink that leaves its root makes its version broken.
  4. A version whose folder changed within the last SETTLE_NS is `settling` (somebody is copying into
     it) unless this is the first scan; what it says is not final.
 
-Called by the supervisor's scanner thread and by `overcommit pack`.
+Called by the scanner and by `overcommit pack`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from overcommit.runtime.config import NAME_CHARS_MAX, VERSIONS_MAX, ModelConfig
 from overcommit.runtime.errors import RepositoryError
-from overcommit.runtime.model_toml import FILE_NAME, merge, read_toml, to_config
+from overcommit.runtime.known_configs import KnownConfigs
+from overcommit.runtime.model_toml import FILE_NAME, read_file
 
 SETTLE_NS: Final = 1_000_000_000
 FILES_MAX: Final = 10_000  # of one version
@@ -60,10 +61,15 @@ class VersionSource:
     settling: bool = False
 
 
-class _Folder(NamedTuple):
+class Folder(NamedTuple):
+    """A folder as its parent lists it."""
+
     name: str
     path: str
     is_link: bool
+
+
+_Toml = tuple[str, int, int]  # path, size, time of a model.toml
 
 
 @dataclass(slots=True)
@@ -72,7 +78,7 @@ class _Files:
 
     rows: list[str]
     newest_ns: int = 0
-    toml: tuple[str, int, int] | None = None  # path, size, mtime of the folder's own model.toml
+    toml: _Toml | None = None  # of the folder itself
 
 
 class _Vanished(Exception):
@@ -97,40 +103,68 @@ def scan(roots: Iterable[str | os.PathLike[str]], *, is_first: bool = True) -> l
     A model name that two roots hold is served from the first.  Raises OSError when a root itself
     cannot be read.
     """
-    settled_before_ns = time.time_ns() - SETTLE_NS if not is_first else None
+    configs = KnownConfigs()
+    before_ns = settled_before_ns() if not is_first else None
     sources: list[VersionSource] = []
     names: set[str] = set()
     for root in roots:
         real_root = os.path.realpath(root)
-        for folder in _model_folders(real_root):
-            problem = name_error(folder.name)
-            name = folder.name if problem is None else _printable(folder.name)
-            if name in names:
-                continue
-            names.add(name)
-            if problem is None:
-                sources.extend(_scan_model(real_root, folder, settled_before_ns))
-            else:
-                sources.append(VersionSource(name, "1", folder.path, "", None, problem))
+        for folder in model_folders(real_root):
+            if folder.name not in names:
+                names.add(folder.name)
+                sources.extend(scan_model(real_root, folder, before_ns, configs))
             if len(sources) >= VERSIONS_MAX:
                 return sources[:VERSIONS_MAX]
     return sources
 
 
-def _model_folders(root: str) -> list[_Folder]:
+def settled_before_ns() -> int:
+    """What changed before this time (as file times are) is not being changed any more."""
+    return time.time_ns() - SETTLE_NS
+
+
+def model_folders(root: str) -> list[Folder]:
+    """List what may be models in a root, by name.  Raises OSError."""
     with os.scandir(root) as entries:
         return sorted(
-            _Folder(entry.name, entry.path, entry.is_symlink())
+            Folder(entry.name, entry.path, entry.is_symlink())
             for entry in itertools.islice(entries, ENTRIES_MAX)
             if not _is_skipped(entry.name) and _is_folder(entry)
         )
 
 
-def _scan_model(
-    root: str, model: _Folder, settled_before_ns: int | None
+def scan_model(
+    root: str,
+    model: Folder,
+    before_ns: int | None,
+    configs: KnownConfigs,
+    former: Sequence[VersionSource] = (),
+) -> list[VersionSource]:
+    """Look at a model's versions; whatever is wrong with one stays with it.
+
+    `root` is a real path, `before_ns` as of `settled_before_ns` (None: everything is settled),
+    `former` what the last look at this model gave.
+    """
+    known = {source.folder: source for source in former}
+    found = []
+    for source in _versions(root, model, before_ns, configs, known):
+        old = known.get(source.folder)
+        found.append(old if old is not None and old == source else source)
+    return found
+
+
+def _versions(
+    root: str,
+    model: Folder,
+    before_ns: int | None,
+    configs: KnownConfigs,
+    known: Mapping[str, VersionSource],
 ) -> Iterator[VersionSource]:
-    """Yield a model's versions; whatever is wrong with one stays with it."""
     name, path, is_link = model
+    problem = name_error(name)
+    if problem is not None:
+        yield VersionSource(_printable(name), "1", path, "", None, problem)
+        return
     try:
         if is_link:
             _refuse_outside(root, path)
@@ -142,13 +176,13 @@ def _scan_model(
         return
     for folder in folders:
         try:
-            yield _scan_version(root, name, folder, toml, settled_before_ns)
+            yield _scan_version(root, name, folder, toml, before_ns, configs, known)
         except _Vanished:
             # Somebody is at work in it: the next scan knows more.
             yield VersionSource(name, folder.name, folder.path, "", None, None, settling=True)
 
 
-def _look_at_model(path: str) -> tuple[list[_Folder], tuple[str, int, int] | None]:
+def _look_at_model(path: str) -> tuple[list[Folder], _Toml | None]:
     """Return the version folders in numeric order, and the model folder's own model.toml."""
     folders = []
     toml = None
@@ -158,10 +192,10 @@ def _look_at_model(path: str) -> tuple[list[_Folder], tuple[str, int, int] | Non
                 info = entry.stat()
                 toml = (entry.path, info.st_size, info.st_mtime_ns)
             elif entry.name.isdecimal() and entry.name.isascii() and _is_folder(entry):
-                folders.append(_Folder(entry.name, entry.path, entry.is_symlink()))
+                folders.append(Folder(entry.name, entry.path, entry.is_symlink()))
     if not folders:
         # The walk over the version finds model.toml again; the model's link was looked at already.
-        return [_Folder("1", path, False)], None
+        return [Folder("1", path, False)], None
     folders.sort(key=lambda folder: (len(folder.name), folder.name))
     return folders, toml
 
@@ -169,9 +203,11 @@ def _look_at_model(path: str) -> tuple[list[_Folder], tuple[str, int, int] | Non
 def _scan_version(
     root: str,
     name: str,
-    place: _Folder,
-    model_toml: tuple[str, int, int] | None,
-    settled_before_ns: int | None,
+    place: Folder,
+    model_toml: _Toml | None,
+    before_ns: int | None,
+    configs: KnownConfigs,
+    known: Mapping[str, VersionSource],
 ) -> VersionSource:
     version, folder, is_link = place
     files = _Files([])
@@ -189,13 +225,17 @@ def _scan_version(
         digest = _fingerprint(files, tomls)
         files.newest_ns = max(files.newest_ns, *(mtime_ns for _, _, mtime_ns in tomls), 0)
         # A time far ahead of our clock is no sign of somebody at work.
-        if settled_before_ns is not None and (
-            settled_before_ns < files.newest_ns < settled_before_ns + 2 * SETTLE_NS
-        ):
+        if before_ns is not None and before_ns < files.newest_ns < before_ns + 2 * SETTLE_NS:
             return VersionSource(name, version, folder, digest, None, None, settling=True)
         if not files.rows:
             raise RepositoryError("the folder holds no model files; copy them in or remove it")
-        return VersionSource(name, version, folder, digest, _read_config(tomls))
+        old = known.get(folder)
+        if old is not None and old.fingerprint == digest and old.config is not None:
+            return old
+        config = configs.find(folder, digest)
+        if config is None:
+            config = configs.parse(tuple(read_file(path) for path, _, _ in tomls))
+        return VersionSource(name, version, folder, digest, config)
     except FileNotFoundError as error:
         raise _Vanished from error
     except (OSError, RepositoryError) as error:
@@ -230,38 +270,10 @@ def _walk(root: str, folder: str, prefix: str, depth: int, files: _Files) -> Non
                 raise RepositoryError(f"it holds more than {FILES_MAX} files")
 
 
-def _fingerprint(files: _Files, tomls: list[tuple[str, int, int]]) -> str:
+def _fingerprint(files: _Files, tomls: list[_Toml]) -> str:
     rows = sorted(files.rows) + [f"{size}\0{mtime_ns}" for _, size, mtime_ns in tomls]
     content = "\n".join(rows).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-# Parsed files by (path, size, time): a scan comes every few seconds and may meet 20,000 of them.
-_Config = tuple[ModelConfig | None, str | None]
-_configs: dict[tuple[tuple[str, int, int], ...], _Config] = {}
-_DEFAULT: Final = ModelConfig()
-
-
-def _read_config(tomls: list[tuple[str, int, int]]) -> ModelConfig:
-    if not tomls:
-        return _DEFAULT
-    key = tuple(tomls)
-    known = _configs.get(key)
-    if known is None:
-        try:
-            table: dict[str, object] = {}
-            for path, _, _ in tomls:
-                table = merge(table, read_toml(Path(path)))
-            known = (to_config(table), None)
-        except RepositoryError as error:
-            known = (None, error.message)
-        if len(_configs) >= VERSIONS_MAX:
-            _configs.clear()
-        _configs[key] = known
-    config, problem = known
-    if config is None:
-        raise RepositoryError(problem or "")
-    return config
 
 
 def _refuse_outside(root: str, path: str) -> None:

@@ -123,7 +123,13 @@ class Residency:
         host: ChunkAllocator | None,
         new_policy: Callable[[], Policy],  # one for each tier
         port: Port,
+        introduce: Callable[[int, int], None] = lambda slot, now_ns: None,
     ) -> None:
+        """`introduce(slot, now_ns)` is called for one that is not known: it may `add` it.
+
+        So a version that nobody asks for costs nothing here.
+        """
+        self._introduce = introduce
         self.device = device
         self.host = host
         self._port = port
@@ -205,14 +211,14 @@ class Residency:
 
     def want(self, slot: int, waiter: int, now_ns: int) -> list[Action]:
         """Somebody has requests for this version and cannot run them."""
-        version = self._versions.get(slot)
+        version = self._known(slot, now_ns)
         if version is None:
             self._totals.refusals += 1
             waiters = frozenset({waiter} - {NOBODY})
             return [Refuse(slot, Unavailable.code, refusals.gone(), None, waiters)]
         if version.state is State.DEVICE and waiter == NOBODY:
             return []
-        version.waiters.add(waiter)
+        version.waiters |= {waiter}
         if version.state is State.DEVICE:
             self._totals.attaches += 1
             return [self._transfers.answer(version)]
@@ -224,6 +230,11 @@ class Residency:
             return [self._refuse(version, OutOfMemory.code, reason, None, now_ns)]
         self._wishes[slot] = Wish(version, now_ns)
         return self._pump(now_ns)
+
+    def _known(self, slot: int, now_ns: int) -> Version | None:
+        if slot not in self._versions:
+            self._introduce(slot, now_ns)
+        return self._versions.get(slot)
 
     def on_load_done(
         self, job: int, ok: bool, message: str, now_ns: int, load_ns: int
@@ -243,9 +254,9 @@ class Residency:
     def forget_waiter(self, waiter: int) -> None:
         """A worker is gone: it gets no answers, and what only it wanted is wanted no more."""
         for version in self._transfers.loading.values():
-            version.waiters.discard(waiter)
+            version.waiters -= {waiter}
         for wish in list(self._wishes.values()):
-            wish.version.waiters.discard(waiter)
+            wish.version.waiters -= {waiter}
             if not wish.version.waiters:
                 del self._wishes[wish.version.slot]
         self._settle_hunger()

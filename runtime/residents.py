@@ -5,7 +5,7 @@ Owns the fields, not their rules: `residency` and `placement` alone write a `Ver
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, Protocol
 
@@ -55,7 +55,8 @@ class Version:
     source: Source | None = None  # where the bytes of its latest load came from; None: none did
     load_ns: int = 0  # the longest of the loads that it waits for
     is_leaving: bool = False  # removed, but still leased or loading
-    waiters: set[int] = field(default_factory=set)
+    # Immutable, as nearly all are empty: 20,000 empty sets are 4 MB.
+    waiters: frozenset[int] = frozenset()
     published_ns: int = 0
     uses: int = 0  # as last told to DEVICE's policy ...
     uses_host: int = 0  # ... and to HOST's
@@ -78,8 +79,8 @@ class Version:
 
     def take_waiters(self) -> frozenset[int]:
         """Return who is to be answered; from now on nobody waits."""
-        waiters = frozenset(self.waiters - {NOBODY})
-        self.waiters.clear()
+        waiters = self.waiters - {NOBODY}
+        self.waiters = frozenset()
         return waiters
 
 

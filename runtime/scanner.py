@@ -1,0 +1,178 @@
+"""Looking at the repository again and again: everything at first, then a few folders at a time.
+
+Looking at 20,000 folders takes the better part of a second of CPU.  So only the first look is at all of
+them; each later one lists the roots, looks at what is new there, at what was changing the last time, at what
+somebody asked about, and then goes on where the one before stopped, for as long as its share of a core
+allows.  A small repository is looked at whole each
+time.  (Threads for the first look were tried: with nothing cached, four took as long as one.)
+
+Invariants
+ 1. A model that is added or removed is seen by the next look; a change inside of a model's folder is seen
+    within one round, and a round takes one look or 1 / LOOK_SHARE of the time that looking needs.
+ 2. `sources` is ordered by root and name, and changes only when a look has seen a change: then it is
+    another list, in which what has not changed are the same objects.
+ 3. A name that two roots hold is the first root's; more than VERSIONS_MAX versions are cut off.
+
+Called from the catalogue's scanner thread; `hurry` from any thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from overcommit.runtime.config import VERSIONS_MAX
+from overcommit.runtime.known_configs import FILE_NAME, KnownConfigs
+from overcommit.runtime.repository import (
+    SETTLE_NS,
+    Folder,
+    VersionSource,
+    model_folders,
+    scan_model,
+    settled_before_ns,
+)
+
+log = logging.getLogger("overcommit.scanner")
+
+LOOK_SHARE: Final = 0.03  # of a core, from the second look on
+WHOLE_MAX: Final = 256  # models that each look is at, whatever it takes
+SAVE_PERIOD_S: Final = 60.0
+Sources = tuple[VersionSource, ...]
+
+
+@dataclass(slots=True)
+class _Root:
+    path: str  # real
+    listed_ns: int = 0  # when the listing began
+    changed_ns: int = 0  # the folder's own time then
+
+
+class Scanner:
+    """See the module.  `cache_dir` None: nothing is kept across starts."""
+
+    def __init__(self, roots: Sequence[Path], cache_dir: Path | None = None) -> None:
+        self.sources: list[VersionSource] = []
+        self._roots = [_Root(os.path.realpath(root)) for root in roots]
+        self._configs = KnownConfigs(None if cache_dir is None else cache_dir / FILE_NAME)
+        self._folders: dict[str, Folder] = {}  # by name; in order
+        self._models: dict[str, Sources] = {}
+        self._unsettled: set[str] = set()
+        self._hurried: set[str] = set()
+        self._lock = threading.Lock()  # guards _hurried
+        self._round: list[str] = []  # names that this round has not come to
+        self._looked_s = 0.0
+        self._is_saved = False
+        self._saved_s = 0.0
+
+    def hurry(self, name: str) -> None:
+        """The next look is at this model too, whatever its turn."""
+        with self._lock:
+            self._hurried.add(name)
+
+    # --- looking --------------------------------------------------------------------------------
+    def first(self) -> None:
+        """Look at everything.  Raises OSError when a root cannot be read."""
+        began_s = time.monotonic()
+        self._list_roots()
+        names = list(self._folders)
+        for name in names:
+            self._look_at(name, None)
+        self._round = []
+        self._collect()
+        taken_s = time.monotonic() - began_s
+        log.info("%d model folders looked at in %.2f s", len(names), taken_s)
+        known = len(self._configs)
+        self._configs.forget()
+        self._is_saved = known == sum(source.config is not None for source in self.sources)
+        self._save(time.monotonic())
+        self._looked_s = time.monotonic()
+
+    def look(self) -> bool:
+        """Look at some of it; return whether anything has changed.  Raises OSError as `first`."""
+        began_s = time.monotonic()
+        budget_s = LOOK_SHARE * (began_s - self._looked_s)
+        self._looked_s = began_s
+        before_ns = settled_before_ns()
+        new, is_changed = self._list_roots()
+        with self._lock:
+            hurried, self._hurried = self._hurried & self._folders.keys(), set()
+        done: set[str] = set()
+        for name in itertools.chain(new, hurried, tuple(self._unsettled)):
+            if name not in done and name in self._folders:
+                done.add(name)
+                is_changed = self._look_at(name, before_ns) or is_changed
+        if not self._round:
+            self._round = list(reversed(self._folders))
+        while self._round:
+            name = self._round.pop()
+            if name in done or name not in self._folders:
+                continue
+            is_changed = self._look_at(name, before_ns) or is_changed
+            if time.monotonic() - began_s >= budget_s and len(self._folders) > WHOLE_MAX:
+                break
+        if is_changed:
+            self._collect()
+            self._is_saved = False
+        if not self._is_saved and time.monotonic() - self._saved_s >= SAVE_PERIOD_S:
+            self._save(time.monotonic())
+        return is_changed
+
+    def _list_roots(self) -> tuple[list[str], bool]:
+        """Take note of folders that came and went; return the names of the new ones, and whether."""
+        if not any(_must_list(root) for root in self._roots):
+            return [], False
+        folders: dict[str, Folder] = {}
+        for root in self._roots:
+            root.listed_ns, root.changed_ns = time.time_ns(), os.stat(root.path).st_mtime_ns
+            for folder in model_folders(root.path):
+                folders.setdefault(folder.name, folder)
+        former, self._folders = self._folders, folders
+        gone = [name for name in former if name not in folders]
+        for name in gone:
+            self._models.pop(name, None)
+            self._unsettled.discard(name)
+        new = [name for name in folders if former.get(name) != folders[name]]
+        return new, bool(gone)
+
+    def _look_at(self, name: str, before_ns: int | None) -> bool:
+        folder = self._folders[name]
+        root = os.path.dirname(folder.path)
+        former = self._models.get(name, ())
+        found = tuple(scan_model(root, folder, before_ns, self._configs, former))
+        if any(source.settling for source in found):
+            self._unsettled.add(name)
+        else:
+            self._unsettled.discard(name)
+        if found == former and name in self._models:
+            return False
+        self._models[name] = found
+        return True
+
+    def _collect(self) -> None:
+        """Make the list anew."""
+        models = self._models
+        found = (source for name in self._folders for source in models.get(name, ()))
+        self.sources = list(itertools.islice(found, VERSIONS_MAX))
+
+    def _save(self, now_s: float) -> None:
+        self._saved_s = now_s
+        if not self._is_saved:
+            self._configs.save(
+                (source.folder, source.fingerprint, source.config)
+                for source in self.sources
+                if source.config is not None
+            )
+            self._is_saved = True
+
+
+def _must_list(root: _Root) -> bool:
+    """Whether a folder may have come or gone: a folder's time is too coarse for what is recent."""
+    changed_ns = os.stat(root.path).st_mtime_ns
+    return changed_ns != root.changed_ns or changed_ns > root.listed_ns - SETTLE_NS
