@@ -127,6 +127,7 @@ class Versions:
     loader: Loader
     families: Families
     bound_max: int = BOUND_MODELS_MAX
+    released: int = 0  # models let go of, since somebody set this to 0
     _versions: dict[int, Version] = field(default_factory=dict)
     _recent: dict[int, None] = field(default_factory=dict)  # slots with a mapping, by last run
 
@@ -233,6 +234,7 @@ class Versions:
         self._recent.pop(version.info.slot, None)
         version.generation = None
         version.opened = None
+        self.released += version.model is not None
         version.model = None
         version.family = None
         version.has_run = False

@@ -64,8 +64,12 @@ CONTROL_PERIOD_NS: Final = 200_000  # how often a busy worker looks at its contr
 # Batches of one turn.  A bell costs as much as a small batch: answers share it.
 BATCHES_MAX: Final = 8
 BATCHES_NS: Final = 100_000
-COLLECT_PERIOD_NS: Final = 1_000_000_000  # garbage, when idle
-COLLECT_BUSY_NS: Final = 10_000_000_000  # garbage, when never idle
+# Garbage.  Young objects alone, as a rule: with 500 bound models a look at all takes 75 ms.  Cycles
+# that were old when they died, such as a released model's, wait for a look at all.
+COLLECT_PERIOD_NS: Final = 1_000_000_000  # when idle
+COLLECT_BUSY_NS: Final = 10_000_000_000  # when never idle
+COLLECT_ALL_NS: Final = 600_000_000_000  # everything, when idle ...
+COLLECT_ALL_RELEASED: Final = 256  # ... or as soon as so many models were let go of
 # The helper thread imports code for seconds; with CPython's 5 ms it would delay each batch by that.
 SWITCH_INTERVAL_S: Final = 0.0005
 
@@ -102,6 +106,7 @@ class Worker:
         )
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = self._collected_ns = 0
+        self._collected_all_ns = time.monotonic_ns()
         self._was_helped = False
         self.is_stopping = False
 
@@ -333,8 +338,14 @@ class Worker:
 
     def _collect(self, now_ns: int) -> None:
         self._collected_ns = now_ns
-        if not gc.isenabled():
+        if gc.isenabled():
+            return
+        is_old = now_ns - self._collected_all_ns >= COLLECT_ALL_NS and not len(self.batcher)
+        if is_old or self.versions.released >= COLLECT_ALL_RELEASED:
+            self._collected_all_ns, self.versions.released = now_ns, 0
             gc.collect()
+        else:
+            gc.collect(1)
 
 
 def main(control_fd: int) -> None:
