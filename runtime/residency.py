@@ -206,7 +206,9 @@ class Residency:
         self._generations[slot] = version.generation
         version.is_leaving = True
         former = self._leaving.setdefault(slot, version)
-        assert former is version or version.state is State.DISK, "loaded before the former had left"
+        if former is not version:
+            assert version.state is State.DISK, "loaded before the former had left"
+            self._parts.forget(version.parts)
         return actions + self._pump(now_ns)
 
     def want(self, slot: int, waiter: int, now_ns: int) -> list[Action]:
