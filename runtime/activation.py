@@ -26,9 +26,12 @@ from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
     CANCELLED,
+    NEVER_NS,
+    Activate,
     ActivationFailed,
     Attaches,
     CancelLoad,
+    Expected,
     Forget,
     Load,
     LoadDone,
@@ -36,11 +39,20 @@ from overcommit.runtime.messages import (
     Message,
     Placed,
     PromoteLoad,
+    Withdrawn,
 )
 from overcommit.runtime.parts import path_of
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Entry, Registry, State, to_info
-from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Terms
+from overcommit.runtime.residency import (
+    Action,
+    Publish,
+    Refuse,
+    Residency,
+    StartLoad,
+    Terms,
+    Withdraw,
+)
 from overcommit.runtime.residents import CancelStarted, PromoteStarted
 from overcommit.runtime.timings import Timings
 
@@ -81,8 +93,9 @@ class Activations:
         self._suspects: collections.deque[int] = collections.deque(maxlen=SUSPECTS_KEPT)
 
     # --- from workers ---------------------------------------------------------------------------
-    def on_activate(self, worker: Child, slot: int, now_ns: int) -> None:
+    def on_activate(self, worker: Child, message: Activate, now_ns: int) -> None:
         """A worker has requests for this version and cannot run them."""
+        slot = message.slot
         entry = self._registry.by_slot(slot)
         if entry is None or not entry.image_path:
             worker.post(
@@ -102,7 +115,12 @@ class Activations:
             )
             return
         self._tell(worker, entry)
-        self.apply(self._residency.want(slot, worker.seat.index, now_ns), now_ns)
+        latest_ns = message.latest_ns if self._settings.admission else NEVER_NS
+        self.apply(self._residency.want(slot, worker.seat.index, now_ns, latest_ns), now_ns)
+        if self._settings.admission:
+            ready_ns = self._residency.expect(slot, message.earliest_ns, now_ns)
+            if ready_ns is not None:
+                worker.post(Expected(slot=slot, ready_ns=ready_ns))
 
     def on_worker_gone(self, worker: Child, now_ns: int) -> None:
         """Read from a dead worker's status what it was doing; let go of what it waited for."""
@@ -241,10 +259,7 @@ class Activations:
                     extents=action.extents,
                     shared=action.shared,
                 )
-                for waiter in action.waiters:
-                    worker = self._fleet.worker(waiter)
-                    if worker is not None:
-                        worker.post(placed)
+                self._post(action.waiters, placed)
                 # Who waits comes first, the books after.
                 self.timings.on_publish(action.slot, action.generation, now_ns)
             elif isinstance(action, Refuse):
@@ -255,10 +270,15 @@ class Activations:
                     message=action.message,
                     retry_after_s=action.retry_after_s,
                 )
-                for waiter in action.waiters:
-                    worker = self._fleet.worker(waiter)
-                    if worker is not None:
-                        worker.post(failed)
+                self._post(action.waiters, failed)
+            elif isinstance(action, Withdraw):
+                self._post(action.waiters, Withdrawn(slot=action.slot))
+
+    def _post(self, seats: Iterable[int], message: Message) -> None:
+        for seat in seats:
+            worker = self._fleet.worker(seat)
+            if worker is not None:
+                worker.post(message)
 
     def _to_load(self, load: StartLoad) -> Load:
         entry = self._registry.by_slot(load.slot)

@@ -47,6 +47,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from overcommit.runtime.backlog import Foresight
 from overcommit.runtime.lanes import NEVER_NS, Job, Lane, Limits
 from overcommit.runtime.signature import Form, shares_form
 from overcommit.runtime.turns import Ranks, Rooms, State, Turn
@@ -82,6 +83,10 @@ class Batcher:
         self._sweep_ns = NEVER_NS
         self._swept_ns = 0
         self._order = itertools.count(1)
+        # About the longest that a batch has taken of late: with the number of jobs, a bound on what
+        # anybody waits that costs one multiplication to look at.
+        self.slowest_ns = 0
+        self.foresight = Foresight(self._turns, self._waiting)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -163,6 +168,13 @@ class Batcher:
         self._settle(turn, now_ns)
         return jobs
 
+    def take_before(self, slot: int, time_ns: int, now_ns: int) -> list[Job]:
+        """Take the jobs of a lane out whose deadline is before then."""
+        turn = self._turn(slot)
+        jobs = self._take_out(turn, turn.lane.remove(lambda job: job.deadline_ns < time_ns))
+        self._settle(turn, now_ns)
+        return jobs
+
     def drop_link(self, link: int, now_ns: int) -> list[Job]:
         """Take every job of a front-end incarnation out."""
         jobs: list[Job] = []
@@ -203,6 +215,7 @@ class Batcher:
         parts = self._back(batch)
         count = sum(len(jobs) for turn, jobs in parts if turn.lane.slot not in lost)
         ran = self._ranks.of(parts[0][0])
+        self.slowest_ns = max(cost_ns, self.slowest_ns - (self.slowest_ns >> 5))
         for turn, jobs in parts:
             if turn.lane.slot in lost:
                 for job in jobs:
@@ -210,7 +223,9 @@ class Batcher:
                 continue
             for job in jobs:
                 del self._jobs[job.request_id]
-            self._ranks.charge(turn, cost_ns * len(jobs) / count)
+            share_ns = cost_ns * len(jobs) / count
+            self._ranks.charge(turn, share_ns)
+            turn.pace.note(turn.lane.taken_rows, share_ns)
         self._ranks.settle(ran, cost_ns)
         for turn, _ in parts:
             self._place(turn, now_ns)
@@ -228,6 +243,12 @@ class Batcher:
         if self._sweep_ns != NEVER_NS:
             wake_ns = min(wake_ns, max(self._sweep_ns, self._swept_ns + SWEEP_NS))
         return None if wake_ns == NEVER_NS else wake_ns
+
+    def deadlines(self, slot: int) -> tuple[int, int]:
+        """Return the first and the last deadline in a lane; NEVER_NS twice when it is empty."""
+        turn = self._turns.get(slot)
+        times = [] if turn is None else [job.deadline_ns for job in turn.lane.jobs()]
+        return min(times, default=NEVER_NS), max(times, default=NEVER_NS)
 
     # --- inside ---------------------------------------------------------------------------------
     def _turn(self, slot: int) -> Turn:

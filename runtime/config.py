@@ -71,6 +71,8 @@ SUSPECTS_KEPT: Final = 1024  # requests remembered from the batches of dead work
 HALF_LIFE_S: Final = 48 * 3600.0  # bench/LOG.md says why
 HALF_LIFE_S_MIN: Final = 60.0
 STAY_S_MAX: Final = 365 * 86_400.0  # the longest `min_resident` and `ttl`
+RESERVED_S: Final = 5.0  # of loading, queued for requests that come back when it is done
+FAIR_WAIT_S: Final = 10.0  # a wish that waits so long goes first, however much it was charged
 LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 
 # --- requests -----------------------------------------------------------------------------------
@@ -114,6 +116,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_code: bool = False
     policy: str = "cost_aware"
     policy_half_life_s: float = HALF_LIFE_S  # of what cost_aware remembers of uses
+    admission: bool = True  # refuse at once what cannot be answered in time
+    damping: bool = True  # keep what thrashes resident for a while, and giants waiting
     min_resident_s: float = 0.0  # of models that do not say
     ttl_s: float = 0.0  # 0: a model that is idle keeps its bytes until another needs them
     metrics_models: int = METRICS_MODELS

@@ -89,13 +89,14 @@ def _first(heap: Heap) -> tuple[int, int]:
 class Lane:
     """The jobs that wait for one version."""
 
-    __slots__ = ("_arrived", "_shapes", "count", "limits", "rows", "slot")
+    __slots__ = ("_arrived", "_shapes", "count", "limits", "rows", "slot", "taken_rows")
 
     def __init__(self, slot: int, limits: Limits) -> None:
         self.slot = slot
         self.limits = limits
         self.count = 0
         self.rows = 0
+        self.taken_rows = 0  # by the last `take` that found jobs
         self._shapes: dict[Hashable, Heap] = {}
         self._arrived = 0
 
@@ -156,6 +157,11 @@ class Lane:
         """The earliest deadline; NEVER_NS when the lane is empty."""
         return min((heap[0][0] for heap in self._shapes.values()), default=NEVER_NS)
 
+    def before(self, deadline_ns: int) -> tuple[int, int]:
+        """How many jobs, with how many rows, would be run before one with this deadline."""
+        rows = [e[2].rows for heap in self._shapes.values() for e in heap if e[0] <= deadline_ns]
+        return len(rows), sum(rows)
+
     def oldest_ns(self) -> int:
         """When the job was taken that has waited longest; NEVER_NS when the lane is empty."""
         taken = (entry[2].taken_ns for heap in self._shapes.values() for entry in heap)
@@ -167,6 +173,7 @@ class Lane:
             heap.clear()
             self.count -= 1
             self.rows -= first.rows
+            self.taken_rows = first.rows
             return [first]
         jobs: list[Job] = []
         rows = widest = 0
@@ -181,6 +188,8 @@ class Lane:
                 break
             jobs.append(self._pop(heap))
             rows = grown
+        if jobs:
+            self.taken_rows = rows
         return jobs
 
     def _pop(self, heap: Heap) -> Job:

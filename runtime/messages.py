@@ -7,7 +7,8 @@ whoever receives it owns them.  Extents are `(offset, length)` in bytes inside a
 Who sends what:
 
     supervisor -> all        Start, Drain, Stop
-    supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, ActivationFailed, Forget
+    supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, Expected, ActivationFailed,
+                             Withdrawn, Forget
     supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply
     supervisor -> mover      Load, CancelLoad, PromoteLoad
     supervisor -> packer     Pack
@@ -34,6 +35,7 @@ Kind = Literal["front_end", "worker", "mover", "packer"]
 Urgency = Literal["foreground", "prefetch"]
 BATCH_UNIT: Final = 1_000_000
 CANCELLED: Final = "cancelled"  # what LoadDone says of a load that CancelLoad ended
+NEVER_NS: Final = (1 << 63) - 1
 Extents = tuple[tuple[int, int], ...]
 
 
@@ -111,9 +113,14 @@ class VersionInfo(Message, frozen=True):
 
 
 class Activate(Message, frozen=True):
-    """Worker: requests wait here for this version; tell me when it is resident, and where."""
+    """Worker: requests wait here for this version; tell me when it is resident, and where.
+
+    The deadlines are those of the requests: the first, and the last.
+    """
 
     slot: int
+    earliest_ns: int = NEVER_NS
+    latest_ns: int = NEVER_NS
 
 
 class Placed(Message, frozen=True):
@@ -148,6 +155,13 @@ class Attaches(Message, frozen=True):
     attaches: tuple[Attach, ...]
 
 
+class Expected(Message, frozen=True):
+    """It will not be resident before then: a request whose deadline is earlier need not wait."""
+
+    slot: int
+    ready_ns: int
+
+
 class ActivationFailed(Message, frozen=True):
     """It cannot be made resident now; answer what waits with this error."""
 
@@ -155,6 +169,12 @@ class ActivationFailed(Message, frozen=True):
     code: str
     message: str
     retry_after_s: float | None = None
+
+
+class Withdrawn(Message, frozen=True):
+    """Nobody seemed to wait for the version any more; ask again if somebody does."""
+
+    slot: int
 
 
 class BindFailed(Message, frozen=True):
@@ -396,7 +416,9 @@ AnyMessage = (
     | VersionInfo
     | Activate
     | Placed
+    | Expected
     | ActivationFailed
+    | Withdrawn
     | BindFailed
     | Attaches
     | Forget

@@ -44,3 +44,29 @@ def no_room(name: str, capacity: int, waited_s: float) -> str:
         f"model '{name}' found no room in {mib(capacity)} of DEVICE memory for {waited_s:.0f} s, "
         f"because all of it is in use; send less, or raise device_memory_bytes"
     )
+
+
+def queue_too_long(name: str, waiting: int, wait_ms: int, left_ms: int, back_ms: int) -> str:
+    """What waits before a request in its worker takes longer than the request has."""
+    return (
+        f"{name}: the answer would be there in {wait_ms} ms ({waiting} requests wait for the model) "
+        f"and the request has {left_ms} ms; try again in {back_ms} ms, give it a longer timeout, or "
+        f"add workers"
+    )
+
+
+def not_in_time(name: str, wait_ms: int, left_ms: int) -> str:
+    """The weights will be there after the request's time."""
+    return (
+        f"{name}: its weights will be in DEVICE memory in {wait_ms} ms and the request has "
+        f"{left_ms} ms; try again then, give it a longer timeout, or raise device_memory_bytes"
+    )
+
+
+def too_much_before(name: str, queued: int, back_s: float) -> str:
+    """So many loads wait that this one is not even queued."""
+    return (
+        f"model '{name}' is not in DEVICE memory, and {queued} loads wait before its own, more than "
+        f"the requests for it have time for; try again in {back_s:.1f} s, or raise "
+        f"device_memory_bytes"
+    )

@@ -9,16 +9,17 @@ Pure: events and `now_ns` go in, actions come out; leases, counters and state wo
 Invariants
  1. A version is LOADING or has one place in the queue, however many wait for it; LOADING, each of
     its parts is on DEVICE or has a load in flight, which another version may have started.
- 2. Who waits gets exactly one Publish or Refuse, unless it is forgotten first: a wish ends in a
-    load, in a refusal, or after WISH_WAIT_S; a load ends when the mover says so.
+ 2. Who waits gets exactly one Publish, Refuse or Withdraw, unless it is forgotten first: a wish
+    ends in a load, in a refusal, when nobody waits for it any more, or after WISH_WAIT_S; a load
+    ends when the mover says so.
  3. A version holds all its parts on DEVICE exactly while LOADING or DEVICE, some on HOST while HOST
     and maybe then; on DISK it holds nothing.
  4. The state word is written with every transition: RESIDENT only after the bytes are there, and
     bytes are given to another only after the word says otherwise and no lease is held.
  5. The generation of a slot grows by one with each publish and never shrinks, not even when the
     slot gets another version.
- 6. Wishes are served in order.  A later one may overtake one that does not fit yet, but not one
-    that has waited for STARVING_S: from then on all that becomes free is for it.
+ 6. Wishes are served in the order of `wish_queue`.  A later one may overtake one that does not fit
+    yet, but not one that has waited for STARVING_S: from then on all that becomes free is for it.
  7. A failed load leaves nothing behind but a back-off (LOAD_BACKOFF_S, by failures in a row) for
     each version that waited for the part.  Loads of other parts go on for those who want them.
  8. A removed version takes its waiters with it at once, and its bytes as soon as no lease and no
@@ -71,11 +72,13 @@ from typing import Final
 
 from overcommit.runtime import refusals
 from overcommit.runtime._shm import ABSENT
+from overcommit.runtime.admission import Forecast
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
+from overcommit.runtime.messages import NEVER_NS
 from overcommit.runtime.parts import PartInfo, PartTable
 from overcommit.runtime.placement import STARVING_NS, DeviceRoom
 from overcommit.runtime.policy import Policy
@@ -93,9 +96,11 @@ from overcommit.runtime.residents import (
     Usage,
     Version,
     Wish,
+    Withdraw,
 )
 from overcommit.runtime.transfers import Transfers
 from overcommit.runtime.views import View, view_of
+from overcommit.runtime.wish_queue import WishQueue
 
 __all__ = [
     "Action",
@@ -107,6 +112,7 @@ __all__ = [
     "Terms",
     "Usage",
     "View",
+    "Withdraw",
 ]
 
 RETRY_NS: Final = 5_000_000  # for room, if no bell comes first
@@ -143,9 +149,12 @@ class Residency:
         self._versions: dict[int, Version] = {}
         self._leaving: dict[int, Version] = {}
         self._generations: dict[int, int] = {}  # of slots whose version was removed
-        self._wishes: dict[int, Wish] = {}  # by slot, in order of arrival
         self._parts = PartTable()
-        self._transfers = Transfers(self._on_device, self._on_host, port, self._totals, self._idle)
+        self.forecast = Forecast()
+        self._transfers = Transfers(
+            *(self._on_device, self._on_host, port, self._totals, self._idle), self.forecast
+        )
+        self._wishes = WishQueue(self.forecast, self._transfers.lacks)
         self._pinned: dict[int, Version] = {}
         self._pins: dict[int, int] = {}  # pinned versions that were refused: when to try again
         self._tried_ns = 0
@@ -195,7 +204,7 @@ class Residency:
         if version is None:
             return []
         actions: list[Action] = []
-        self._wishes.pop(slot, None)
+        self._wishes.forget(slot)
         if version.waiters:
             message = refusals.gone(version.name)
             actions.append(self._refuse(version, Unavailable.code, message, None, now_ns))
@@ -211,8 +220,8 @@ class Residency:
             self._parts.forget(version.parts)
         return actions + self._pump(now_ns)
 
-    def want(self, slot: int, waiter: int, now_ns: int) -> list[Action]:
-        """Somebody has requests for this version and cannot run them."""
+    def want(self, slot: int, waiter: int, now_ns: int, latest_ns: int = NEVER_NS) -> list[Action]:
+        """Somebody has requests for this version, the last one until `latest_ns`."""
         version = self._known(slot, now_ns)
         if version is None:
             self._totals.refusals += 1
@@ -230,13 +239,26 @@ class Residency:
             return [self._refuse_for_failure(version, now_ns)]
         if (reason := self._why_never(version)) is not None:
             return [self._refuse(version, OutOfMemory.code, reason, None, now_ns)]
-        self._wishes[slot] = Wish(version, now_ns)
+        if (back_s := self._wishes.back_s(version, latest_ns, now_ns)) is not None:
+            message = refusals.too_much_before(version.name, len(self._wishes), back_s)
+            return [self._refuse(version, Overloaded.code, message, back_s, now_ns)]
+        self._wishes.add(Wish(version, now_ns))
         return self._pump(now_ns)
 
     def _known(self, slot: int, now_ns: int) -> Version | None:
         if slot not in self._versions:
             self._introduce(slot, now_ns)
         return self._versions.get(slot)
+
+    def expect(self, slot: int, earliest_ns: int, now_ns: int) -> int | None:
+        """Return when a version that was wanted is resident at the earliest, if that is later.
+
+        Requests will be told to come back then; so it is loaded although nobody waits any more.
+        """
+        version = self._versions.get(slot)
+        if version is None or version.state is State.DEVICE:
+            return None
+        return self._wishes.expect(version, earliest_ns, now_ns)
 
     def on_load_done(
         self, job: int, ok: bool, message: str, now_ns: int, load_ns: int
@@ -257,10 +279,10 @@ class Residency:
         """A worker is gone: it gets no answers, and what only it wanted is wanted no more."""
         for version in self._transfers.loading.values():
             version.waiters -= {waiter}
-        for wish in list(self._wishes.values()):
+        for wish in list(self._wishes.by_arrival()):
             wish.version.waiters -= {waiter}
             if not wish.version.waiters:
-                del self._wishes[wish.version.slot]
+                self._wishes.drop(wish.version.slot)
         self._settle_hunger()
 
     def tick(self, now_ns: int) -> list[Action]:
@@ -285,7 +307,7 @@ class Residency:
         if self._is_hungry:
             times.append(self._tried_ns + RETRY_NS)
         elif self._wishes:
-            oldest = next(iter(self._wishes.values()))
+            oldest = next(self._wishes.by_arrival())
             times.append(oldest.asked_ns + int(WISH_WAIT_S * 1e9))
         return min(times, default=None)
 
@@ -318,21 +340,26 @@ class Residency:
         actions = self._refuse_overdue(now_ns)
         smallest_failed: int | None = None
         # A slot whose former version still leaves is nobody's fault: it holds up no one else.
-        free = (wish for slot, wish in self._wishes.items() if slot not in self._leaving)
+        turns = self._wishes.in_turn(now_ns)
+        free = (wish for wish in turns if wish.version.slot not in self._leaving)
         for wish in list(itertools.islice(free, WISHES_TRIED_MAX)):
             if len(self._transfers.loading) >= LOADS_IN_FLIGHT_MAX:
                 break
             version, is_starving = wish.version, now_ns - wish.asked_ns > STARVING_NS
+            if self._is_idle(wish, now_ns):
+                actions.append(self._withdraw(version))
+                continue
             lacks = self._on_device.holdings.missing(version.distinct_parts)
             size = self._on_device.holdings.footprint(lacks)
             if smallest_failed is not None and size >= smallest_failed and not is_starving:
                 continue
             started = self._transfers.try_begin(version, now_ns, desperate=is_starving)
             if started is not None:
-                del self._wishes[version.slot]
+                loaded = sum(step.nbytes for step in started if isinstance(step, StartLoad))
+                self._wishes.start(version.slot, loaded)
                 actions += started
             elif (reason := self._why_never(version)) is not None:
-                del self._wishes[version.slot]  # another was pinned since it was queued
+                self._wishes.drop(version.slot)  # another was pinned since it was queued
                 actions.append(self._refuse(version, OutOfMemory.code, reason, None, now_ns))
             elif is_starving:
                 break
@@ -355,7 +382,21 @@ class Residency:
         self._parts.forget(version.parts)
         self._port.set_state(version.slot, ABSENT, version.generation)
 
+    def _is_idle(self, wish: Wish, now_ns: int) -> bool:
+        """Whether everybody who waited has gone: a load would be for nobody."""
+        version = wish.version
+        if wish.asked_ns == now_ns or wish.is_promised or NOBODY in version.waiters:
+            return False
+        return not self._port.usage(version.slot).waiting
+
+    def _withdraw(self, version: Version) -> Withdraw:
+        self._wishes.drop(version.slot)
+        self._totals.withdrawals += 1
+        return Withdraw(version.slot, version.take_waiters())
+
     def _settle_hunger(self) -> None:
+        if not self._wishes and not self._transfers.loading:
+            self._wishes.rest()
         can_start = len(self._transfers.loading) < LOADS_IN_FLIGHT_MAX
         leased = any(version.state is State.DEVICE for version in self._leaving.values())
         is_hungry = leased or (can_start and bool(self._wishes))
@@ -381,10 +422,10 @@ class Residency:
 
     def _refuse_overdue(self, now_ns: int) -> list[Action]:
         refused: list[Action] = []
-        for wish in list(itertools.islice(self._wishes.values(), WISHES_TRIED_MAX)):
+        for wish in list(itertools.islice(self._wishes.by_arrival(), WISHES_TRIED_MAX)):
             if now_ns - wish.asked_ns < WISH_WAIT_S * 1e9:
                 break
-            del self._wishes[wish.version.slot]
+            self._wishes.drop(wish.version.slot)
             message = refusals.no_room(wish.version.name, self.device.capacity_bytes, WISH_WAIT_S)
             refused.append(self._refuse(wish.version, Overloaded.code, message, 1.0, now_ns))
         return refused

@@ -84,12 +84,13 @@ class Version:
         return waiters
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, eq=False)
 class Wish:
     """A place in the queue; who waits is in `Version.waiters`."""
 
     version: Version
     asked_ns: int
+    is_promised: bool = False  # requests were told to come back when it is loaded
 
 
 @dataclass(slots=True)
@@ -102,6 +103,7 @@ class Totals:
     evictions_host: int = 0
     expiries: int = 0  # versions that left DEVICE because they were idle for their ttl
     refusals: int = 0
+    withdrawals: int = 0  # wishes that nobody waited for any more when their turn came
     bytes_loaded: int = 0
     attaches: int = 0  # wishes answered without a load of their own
 
@@ -176,7 +178,15 @@ class Refuse:
     waiters: frozenset[int]
 
 
-Action = StartLoad | CancelStarted | PromoteStarted | Publish | Refuse
+@dataclass(slots=True, frozen=True)
+class Withdraw:
+    """The wish ends because nobody waits any more; whoever does must ask again."""
+
+    slot: int
+    waiters: frozenset[int]
+
+
+Action = StartLoad | CancelStarted | PromoteStarted | Publish | Refuse | Withdraw
 
 
 @dataclass(slots=True, frozen=True)

@@ -259,7 +259,7 @@ class Supervisor:
         if isinstance(message, Ready):
             self._on_ready(child, message, now_ns)
         elif isinstance(message, Activate):
-            house.activations.on_activate(child, message.slot, now_ns)
+            house.activations.on_activate(child, message, now_ns)
         elif isinstance(message, LoadDone):
             house.activations.on_load_done(message, now_ns)
         elif isinstance(message, LoadProgress):

@@ -25,6 +25,7 @@ from __future__ import annotations
 import itertools
 
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
+from overcommit.runtime.admission import Forecast, Need
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
 from overcommit.runtime.parts import Part
@@ -53,12 +54,14 @@ class Transfers:
         port: Port,
         totals: Totals,
         idle: IdleClock,
+        forecast: Forecast,
     ) -> None:
         self._device = device
         self._host = host
         self._port = port
         self._totals = totals
         self._idle = idle
+        self._forecast = forecast
         self._loads: dict[int, tuple[Part, StartLoad]] = {}
         self._jobs = itertools.count(1)
         self.loading: dict[int, Version] = {}
@@ -111,7 +114,7 @@ class Transfers:
         """Start the loads that nobody has started; publish a version that needs none."""
         steps: list[Step] = []
         for part in self._to_come(version):
-            load = self._start(version, part)
+            load = self._start(version, part, now_ns)
             version.source = "disk" if "disk" in (version.source, load.source) else "host"
             steps.append(load)
         places = self._device.holdings.places
@@ -140,11 +143,24 @@ class Transfers:
         places = self._device.holdings.places
         return tuple(p for p in version.device if not places[p].is_filled and not p.job)
 
-    def _start(self, version: Version, part: Part) -> StartLoad:
+    def lacks(self, version: Version) -> list[tuple[Part, Need]]:
+        """Return what has to be loaded for a version that is not LOADING, and from where."""
+        places = self._device.holdings.places
+        return [
+            (part, (self._source(part), part.nbytes))
+            for part in version.distinct_parts
+            if not part.job and (part not in places or not places[part].is_filled)
+        ]
+
+    def _source(self, part: Part) -> Source:
+        place = None if self._host is None else self._host.holdings.places.get(part)
+        return "host" if place is not None and place.is_filled else "disk"
+
+    def _start(self, version: Version, part: Part, now_ns: int) -> StartLoad:
         """Begin to bring a part to its places, from HOST if it is there."""
         on_device = self._device.holdings.places[part]
         on_host = None if self._host is None else self._host.holdings.places.get(part)
-        source: Source = "host" if on_host is not None and on_host.is_filled else "disk"
+        source = self._source(part)
         load = StartLoad(
             job=next(self._jobs),
             slot=version.slot,
@@ -155,6 +171,7 @@ class Transfers:
             device=on_device.extents,
         )
         part.job = load.job
+        self._forecast.on_started(load.job, version.slot, source, part.nbytes, now_ns)
         self._loads[load.job] = (part, load)
         return load
 
@@ -169,6 +186,7 @@ class Transfers:
         if part is None or load is None:
             return [], []
         part.job = 0
+        self._forecast.on_ended(job, ok, now_ns)
         place = self._device.holdings.places[part]
         place.is_filled = ok
         waiting = [version for version in self.loading.values() if version in place.holders]

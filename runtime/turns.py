@@ -27,6 +27,7 @@ import itertools
 from typing import Final, Protocol
 
 from overcommit.runtime.lanes import Lane
+from overcommit.runtime.pace import Pace
 from overcommit.runtime.signature import Form
 
 LOWER_SHARE: Final = 8
@@ -55,7 +56,7 @@ class Turn:
     """A lane with its place in the order."""
 
     __slots__ = (
-        *("can_run", "entry", "in_timers", "lane", "mates"),
+        *("can_run", "entry", "in_timers", "lane", "mates", "pace"),
         *("rooms", "start_ns", "state", "used_ns"),
     )
 
@@ -67,6 +68,7 @@ class Turn:
         self.start_ns = 0.0  # its entry's key, on the same clock
         self.entry = 0  # the number of its entry that counts; 0: there is none
         self.in_timers = False
+        self.pace = Pace()  # what its batches cost, over their rows
         self.rooms: Rooms | None = None
         # The lanes that it may share batches with and that became due; some are no longer.
         self.mates: dict[Turn, None] = {}

@@ -6,11 +6,13 @@ supervisor) and the program loaded (by the helper thread).  With both, the versi
 lane runs.
 
 Invariants
- 1. For each slot at most one `Activate` is on its way; there is one whenever jobs wait for a
-    version that is not placed.
+ 1. For each slot one `Activate` is on its way whenever jobs wait for a version that is not placed;
+    a second one only says that a job has come whose deadline is earlier than all before it.
  2. A lane is runnable in the batcher exactly if its version is bound and placed.
  3. Jobs wait only for what can still come: when it fails or is forgotten they are answered.
- 4. The page says how many jobs wait for a version before the supervisor is asked for it.
+ 4. A job whose deadline is before the time at which its version is expected does not wait: it is
+    answered, and the version still comes, for when it is asked again.
+ 5. The page says how many jobs wait for a version before the supervisor is asked for it.
 
 Called by the worker's loop.
 """
@@ -27,8 +29,9 @@ from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Version, Versions
 from overcommit.runtime.config import ATTACHES_UNSAID_MAX
 from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.door import Door
 from overcommit.runtime.errors import Unavailable
-from overcommit.runtime.lanes import Job, limits_of
+from overcommit.runtime.lanes import NEVER_NS, Job, limits_of
 from overcommit.runtime.links import Links
 from overcommit.runtime.messages import (
     Activate,
@@ -36,6 +39,7 @@ from overcommit.runtime.messages import (
     Attach,
     Attaches,
     BindFailed,
+    Expected,
     Placed,
     VersionInfo,
 )
@@ -55,6 +59,7 @@ class Wishes:
         runner: Runner,
         links: Links,
         leases: _shm.LeasePage,
+        door: Door,
     ) -> None:
         self._control = control
         self._batcher = batcher
@@ -65,20 +70,25 @@ class Wishes:
         self._asked: dict[int, int] = {}  # slot -> when
         self._attaching: dict[int, tuple[int, int, int]] = {}  # slot -> asked, placed, mapped
         self._attaches: deque[Attach] = deque(maxlen=ATTACHES_UNSAID_MAX)
+        self._door = door
+        self._told: dict[int, int] = {}  # slot -> the earliest deadline that was told
         self._noted: dict[int, int] = {}  # what the page says
         self.warm_ups: deque[Version] = deque()
 
-    def want(self, slot: int) -> None:
+    def want(self, slot: int, deadline_ns: int = NEVER_NS) -> None:
         """Jobs wait for this version: get its weights placed and its program loaded."""
         version = self._versions.get(slot)
         if version is not None:
             self._versions.open(version)
             if version.generation is not None:
                 return
-        if slot not in self._asked:
-            self._asked[slot] = time.monotonic_ns()
+        told_ns = self._told.get(slot)
+        if told_ns is None or (deadline_ns < told_ns and not self._door.has_expectation(slot)):
+            earliest_ns, latest_ns = self._batcher.deadlines(slot)
+            self._asked.setdefault(slot, time.monotonic_ns())
+            self._told[slot] = earliest_ns
             self.note_waiting(slot)
-            self._send(Activate(slot=slot))
+            self._send(Activate(slot=slot, earliest_ns=earliest_ns, latest_ns=latest_ns))
 
     def lose(self, version: Version, now_ns: int) -> None:
         """The lease was refused: the version was evicted, or moved, since it was placed."""
@@ -87,6 +97,11 @@ class Wishes:
         self._batcher.set_runnable(slot, False, now_ns)
         if self._batcher.waiting(slot):
             self.want(slot)
+
+    def _end_wish(self, slot: int) -> None:
+        """What was asked is answered."""
+        self._told.pop(slot, None)
+        self._door.settle(slot)
 
     def note_waiting(self, slot: int) -> None:
         """Tell the page how many jobs wait for this version."""
@@ -101,13 +116,15 @@ class Wishes:
         jobs = self._batcher.drain(info.slot, now_ns)
         self._versions.learn(info)
         self._batcher.configure(info.slot, limits_of(info.config))
-        self.note_waiting(info.slot)
+        if not jobs:  # else the page goes on saying that they wait: they come back at once
+            self.note_waiting(info.slot)
         return jobs
 
     def on_placed(self, placed: Placed, now_ns: int) -> None:
         """A version is resident: map it where it lies."""
         placed_ns = time.monotonic_ns()
         asked_ns = self._asked.pop(placed.slot, placed_ns)
+        self._end_wish(placed.slot)
         version = self._versions.get(placed.slot)
         if version is None or version.failing(now_ns) is not None:
             return
@@ -119,18 +136,43 @@ class Wishes:
             return
         self._try_bind(version, now_ns)
 
+    def on_expected(self, expected: Expected, now_ns: int) -> None:
+        """It will be resident at the earliest then; who has less time is answered now."""
+        slot = expected.slot
+        if slot not in self._told:
+            return  # it was placed, or failed, meanwhile
+        self._door.expect(slot, expected.ready_ns)
+        late = self._batcher.take_before(slot, expected.ready_ns, now_ns)
+        version = self._versions.get(slot)
+        title = "the model" if version is None else version.title
+        for job in late:
+            if not self._door.refuses_absent(job, title, now_ns):
+                self._batcher.add(job, now_ns)
+        if late:
+            self.note_waiting(slot)
+
     def on_activation_failed(self, failed: ActivationFailed, now_ns: int) -> None:
         """It cannot be made resident now."""
         self._asked.pop(failed.slot, None)
+        self._end_wish(failed.slot)
         version = self._versions.get(failed.slot)
         if version is None or not version.is_runnable:
             wait_ms = int((failed.retry_after_s or 0) * 1000)
             self._refuse_all(failed.slot, failed.code, failed.message, wait_ms, now_ns)
 
+    def on_withdrawn(self, slot: int) -> None:
+        """The supervisor saw nobody wait; a job may have come meanwhile."""
+        self._asked.pop(slot, None)
+        self._end_wish(slot)
+        if self._batcher.waiting(slot):
+            self.want(slot)
+
     def on_forget(self, slot: int, now_ns: int) -> None:
         """The version was removed or unloaded."""
         self._asked.pop(slot, None)
         self._attaching.pop(slot, None)
+        self._told.pop(slot, None)
+        self._door.forget(slot)
         version = self._versions.get(slot)
         title = "the model" if version is None else version.title
         text = f"{title} was removed or unloaded while the request waited"

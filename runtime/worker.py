@@ -39,11 +39,13 @@ from overcommit.runtime.batcher import Batch, Batcher
 from overcommit.runtime.bound import Loader, Opened, Opener, Version, Versions
 from overcommit.runtime.config import HEARTBEAT_NS, START_TIMEOUT_S, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, ProtocolError
 from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import (
     ActivationFailed,
+    Expected,
     Forget,
     LinkDown,
     LinkUp,
@@ -52,6 +54,7 @@ from overcommit.runtime.messages import (
     Start,
     Stop,
     VersionInfo,
+    Withdrawn,
 )
 from overcommit.runtime.mixing import Families
 from overcommit.runtime.page_tables import PageTables
@@ -101,8 +104,10 @@ class Worker:
         self._runner = Runner(
             *(self.links, self._table, self._leases, self._status, fds["supervisor_bell"])
         )
+        self.door = Door(self.batcher, self.links, judges=start.settings.admission)
         self.wishes = Wishes(
-            *(control, self.batcher, self.versions, self._runner, self.links, self._leases)
+            *(control, self.batcher, self.versions, self._runner, self.links, self._leases),
+            self.door,
         )
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = self._collected_ns = 0
@@ -212,10 +217,17 @@ class Worker:
             # A request without rows takes a place in its batch too.
             job.rows = max(1, form.rows)
             job.row_bytes = form.row_bytes
+            # The bound is crude and cheap; who is beyond it is looked at.
+            if version.is_runnable:
+                bound_ns = now_ns + self.batcher.slowest_ns * len(self.batcher)
+                if bound_ns > job.deadline_ns and self.door.refuses(job, version.title, now_ns):
+                    return
+            elif self.door.refuses_absent(job, version.title, now_ns):
+                return
         if not self.batcher.add(job, now_ns):
             self.links.complete(job, _shm.OVERLOADED, (now_ns, now_ns))
         elif version is None or not version.is_runnable:
-            self.wishes.want(job.slot)
+            self.wishes.want(job.slot, job.deadline_ns)
 
     def _readmit(self, job: Job, now_ns: int) -> None:
         """Check a job that came before its version was known."""
@@ -299,8 +311,12 @@ class Worker:
         elif isinstance(message, VersionInfo):
             for job in self.wishes.on_info(message, now_ns):
                 self._readmit(job, now_ns)
+        elif isinstance(message, Expected):
+            self.wishes.on_expected(message, now_ns)
         elif isinstance(message, ActivationFailed):
             self.wishes.on_activation_failed(message, now_ns)
+        elif isinstance(message, Withdrawn):
+            self.wishes.on_withdrawn(message.slot)
         elif isinstance(message, Forget):
             self.wishes.on_forget(message.slot, now_ns)
         elif isinstance(message, LinkUp):

@@ -18,6 +18,7 @@ import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.messages import Route
+from overcommit.server.exchange import retry_headers
 from overcommit.server.limits import ADMIN_PAGE_MAX
 from overcommit.server.routing import check_usable
 
@@ -55,7 +56,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: OvercommitError) -> Response:
         headers = {}
         if error.retry_after_s is not None:
-            headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+            headers = dict(retry_headers(error.retry_after_s))
         return _error(error.http_status, error.message, headers)
 
     @app.exception_handler(HTTPException)

@@ -92,6 +92,8 @@ def serve(
     min_resident: flags.MinResident = None,
     ttl: flags.Ttl = None,
     metrics_models: flags.MetricsModels = None,
+    admission: flags.Admission = None,
+    damping: flags.Damping = None,
     start_method: flags.StartMethod = None,
     verify: flags.Verify = None,
     payload_memory: flags.PayloadMemory = None,

@@ -17,6 +17,7 @@ Called by the protocol (in) and by the dispatch (out).
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -62,6 +63,15 @@ _NO_EVENT: Final = _NoEvent()
 def error_body(message: str) -> bytes:
     """The JSON body of every refusal."""
     return msgspec.json.encode({"error": message})
+
+
+def retry_headers(retry_after_s: float) -> tuple[tuple[str, str], ...]:
+    """When to come back: in whole seconds, as HTTP has it, and as it is meant, in milliseconds.
+
+    Both are rounded up: who comes back earlier would be refused again.
+    """
+    wait_ms = max(1, math.ceil(retry_after_s * 1000))
+    return ("retry-after", str(-(-wait_ms // 1000))), ("retry-after-ms", str(wait_ms))
 
 
 class Exchange:
@@ -216,7 +226,7 @@ class Exchange:
         body = error_body(error.message)
         lines = [STATUS_LINES[error.http_status], "content-type: application/json"]
         if error.retry_after_s is not None:
-            lines.append(f"retry-after: {max(1, round(error.retry_after_s))}")
+            lines += [f"{name}: {value}" for name, value in retry_headers(error.retry_after_s)]
         lines.append(f"content-length: {len(body)}\r\n")
         self._finish(["\r\n".join(lines).encode() + self._close_header() + b"\r\n" + body])
 

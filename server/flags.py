@@ -62,6 +62,20 @@ Ttl = Annotated[
 MetricsModels = Annotated[
     str | None, Option(metavar="N", help="Models with metric series of their own (100).")
 ]
+Admission = Annotated[
+    bool | None,
+    Option(
+        "--admission/--no-admission",
+        help="Refuse at once what cannot be answered within its time (yes).",
+    ),
+]
+Damping = Annotated[
+    bool | None,
+    Option(
+        "--damping/--no-damping",
+        help="While models push each other out, let each stay a while (yes).",
+    ),
+]
 StartMethod = Annotated[
     str | None, Option(metavar="NAME", help="Start workers by forkserver or spawn (forkserver).")
 ]

@@ -101,6 +101,8 @@ class ServeSettings(BaseSettings):
     min_resident: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
     ttl: Annotated[float, Field(ge=0, le=STAY_S_MAX)] = 0.0
     metrics_models: Annotated[int, Field(ge=0, le=METRICS_MODELS_MAX)] = METRICS_MODELS
+    admission: bool = True
+    damping: bool = True
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     verify: Literal["first", "always", "never"] = "first"
     payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES
@@ -140,6 +142,8 @@ def load_settings(flags: dict[str, object]) -> Settings:
         allow_code=chosen.allow_code,
         policy=chosen.policy,
         policy_half_life_s=chosen.policy_half_life,
+        admission=chosen.admission,
+        damping=chosen.damping,
         min_resident_s=chosen.min_resident,
         ttl_s=chosen.ttl,
         metrics_models=chosen.metrics_models,

@@ -9,10 +9,19 @@ from collections.abc import Sequence
 from overcommit.runtime._shm import ABSENT, EVICTING, LOADING, RESIDENT
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import MIB
+from overcommit.runtime.messages import NEVER_NS
 from overcommit.runtime.parts import PartInfo, round_up
 from overcommit.runtime.policy import make_policy
-from overcommit.runtime.residency import Action, Publish, Refuse, Residency, StartLoad, Usage
-from overcommit.runtime.residents import State, Terms
+from overcommit.runtime.residency import (
+    Action,
+    Publish,
+    Refuse,
+    Residency,
+    StartLoad,
+    Usage,
+    Withdraw,
+)
+from overcommit.runtime.residents import NOBODY, State, Terms
 
 CHUNK = 2 * MIB
 MS = 1_000_000
@@ -26,6 +35,7 @@ class FakePort:
         self.words: dict[int, tuple[int, int]] = {}
         self.leases: Counter[int] = Counter()
         self.waiting: Counter[int] = Counter()
+        self.asking: set[int] = set()  # slots that requests wait for until they are answered
         self.uses: Counter[int] = Counter()
         self.last_used_ns: Counter[int] = Counter()
         self.evicted: list[int] = []
@@ -47,7 +57,7 @@ class FakePort:
     def usage(self, slot: int) -> Usage:
         self.looks += 1
         return Usage(
-            waiting=self.waiting[slot],
+            waiting=self.waiting[slot] + (slot in self.asking),
             uses=self.uses[slot],
             last_used_ns=self.last_used_ns[slot],
             leases=self.leases[slot],
@@ -73,6 +83,7 @@ class World:
         self.loads: dict[int, StartLoad] = {}
         self.published: list[Publish] = []
         self.refused: list[Refuse] = []
+        self.withdrawn: list[Withdraw] = []
 
     # --- events ---------------------------------------------------------------------------------
     def add(
@@ -91,8 +102,10 @@ class World:
         nbytes = sum(round_up(part.nbytes, CHUNK) for part in parts) + int(chunks * CHUNK)
         self.residency.add(slot, f"model-{slot}", nbytes, self.now_ns, terms, parts)
 
-    def want(self, slot: int, waiter: int = 0) -> list[Action]:
-        return self.take(self.residency.want(slot, waiter, self.now_ns))
+    def want(self, slot: int, waiter: int = 0, latest_ns: int = NEVER_NS) -> list[Action]:
+        if waiter != NOBODY:
+            self.port.asking.add(slot)
+        return self.take(self.residency.want(slot, waiter, self.now_ns, latest_ns))
 
     def finish(self, job: int | None = None, *, ok: bool = True, message: str = "") -> list[Action]:
         """The mover ends a load, by default the oldest."""
@@ -144,6 +157,8 @@ class World:
 
     def take(self, actions: list[Action]) -> list[Action]:
         for action in actions:
+            if isinstance(action, Publish | Refuse | Withdraw):
+                self.port.asking.discard(action.slot)
             if isinstance(action, StartLoad):
                 assert action.job not in self.loads
                 assert action.source == "host" or not self.has_bytes(action.digest)
@@ -151,6 +166,8 @@ class World:
             elif isinstance(action, Publish):
                 assert self.port.words[action.slot] == (RESIDENT, action.generation)
                 self.published.append(action)
+            elif isinstance(action, Withdraw):
+                self.withdrawn.append(action)
             else:
                 self.refused.append(action)
         assert list(self.loads.values()) == self.residency.loads_in_flight()

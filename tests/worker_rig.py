@@ -33,7 +33,15 @@ from overcommit.runtime.config import (
 from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
-from overcommit.runtime.messages import LinkDown, LinkUp, Message, Placed, Start, VersionInfo
+from overcommit.runtime.messages import (
+    Activate,
+    LinkDown,
+    LinkUp,
+    Message,
+    Placed,
+    Start,
+    VersionInfo,
+)
 from overcommit.runtime.worker import Worker, serve
 
 ARENA_BYTES = 1024 * PAGE_BYTES
@@ -191,11 +199,15 @@ class Rig:
 
     # --- the supervisor's messages --------------------------------------------------------------
     def receive(self) -> Message | None:
-        """The worker's next message; None after the watchdog."""
+        """The worker's next message, without deadlines; None after the watchdog."""
         received = self.control.receive(WATCHDOG_S)
-        return None if received is None else received[0]
+        return None if received is None else plain(received[0])
 
     def heard(self) -> list[Message]:
+        """Everything that the worker has said, without deadlines."""
+        return [plain(message) for message in self.heard_in_full()]
+
+    def heard_in_full(self) -> list[Message]:
         """Everything that the worker has said."""
         messages: list[Message] = []
         while (received := self.control.try_receive()) is not None:
@@ -271,6 +283,11 @@ class Rig:
             front.close()
         for fd in self.fds.values():
             os.close(fd)
+
+
+def plain(message: Message) -> Message:
+    """A message without what differs from run to run."""
+    return Activate(slot=message.slot) if isinstance(message, Activate) else message
 
 
 def ready(rig: Rig, front: Front, slot: int = 3, **serve: object) -> None:

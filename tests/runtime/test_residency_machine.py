@@ -19,7 +19,7 @@ from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import RESIDENT
 from overcommit.runtime.parts import PartInfo, private_bytes
-from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse
+from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse, Withdraw
 from overcommit.runtime.residents import NOBODY, State
 
 SLOTS = st.integers(0, 6)
@@ -131,6 +131,18 @@ class ResidencyMachine(RuleBasedStateMachine):
     def queue(self, slot: int, waiting: int) -> None:
         self.world.port.waiting[slot] = waiting
 
+    @rule(slot=SLOTS)
+    def stop_asking(self, slot: int) -> None:
+        """The requests that wait for it expire."""
+        self.world.port.asking.discard(slot)
+
+    @rule(slot=SLOTS, patience_ns=st.sampled_from([0, MS, SECOND]))
+    def expect(self, slot: int, patience_ns: int) -> None:
+        """Requests are told when to come back: from then on its wish stays."""
+        now_ns = self.world.now_ns
+        ready_ns = self.world.residency.expect(slot, now_ns + patience_ns, now_ns)
+        assert ready_ns is None or ready_ns > now_ns + patience_ns
+
     @rule(count=st.integers(1, 2))
     def leases_are_taken_behind_our_back(self, count: int) -> None:
         self.world.port.lies = count
@@ -185,7 +197,9 @@ class ResidencyMachine(RuleBasedStateMachine):
                 known = self.generations[action.slot]
                 assert action.generation == (known if is_attach else known + 1)
                 self.generations[action.slot] = action.generation
-            if isinstance(action, Publish | Refuse):
+            if isinstance(action, Withdraw):
+                assert not self.world.port.waiting[action.slot], "somebody still waits"
+            if isinstance(action, Publish | Refuse | Withdraw):
                 for waiter in action.waiters:
                     assert (action.slot, waiter) in self.outstanding, "an answer nobody waits for"
                     self.outstanding.remove((action.slot, waiter))

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 from front_rig import Array, Front
-from worker_rig import Programs, Rig, X, info, ready, vector_config
+from worker_rig import Programs, Rig, X, info, plain, ready, vector_config
 
 from overcommit.runtime import _shm
 from overcommit.runtime.bound import Version
@@ -44,7 +44,8 @@ def test_the_page_says_that_requests_wait_before_the_supervisor_is_asked(
     seen: list[tuple[object, int]] = []
     rig.settle()
     monkeypatch.setattr(
-        rig.worker.control, "send", lambda message: seen.append((message, rig.leases.read(5)[1]))
+        *(rig.worker.control, "send"),
+        lambda message: seen.append((plain(message), rig.leases.read(5)[1])),
     )
     front.submit(5, [X])
     rig.settle()
