@@ -16,7 +16,7 @@ from serving import Answer, Server
 
 from overcommit.bench.models_repo import make_tables
 
-ROWS: Final = 1_000_000  # 64 MB: a load takes long beside what is done with it
+ROWS: Final = 3_000_000  # 192 MB: a load takes long beside what is done with it
 SLOW: Final = """\
 import time
 import torch
@@ -58,7 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (slow / "model.py").write_text(SLOW)
     (slow / "model.toml").write_text(SLOW_TOML)
     save_file({"scale": np.array([2.0], np.float32)}, slow / "model.safetensors")
-    flags = ("--allow-code", "--device-memory", "80MiB", "--host-memory", "192MiB")
+    flags = ("--allow-code", "--device-memory", "224MiB", "--host-memory", "512MiB")
     with Server(root / "models", cache=root / "cache", flags=flags) as running:
         names = ("slow/1", f"table-{ROWS}-0000/1", f"table-{ROWS}-0001/1")
         running.wait_until(
@@ -116,11 +116,13 @@ def test_a_request_that_cannot_wait_for_its_weights_is_refused_and_served_later(
     models = [f"table-{ROWS}-{number:04}" for number in range(2)]
     for model in models * 2:  # once from disk, and from then on from the host tier
         assert infer(server, model, [1, 16]).status == 200
+    loads = [row["total_ns"] for row in server.status()["activations"] if row["source"] == "host"]
+    half_us = max(1, min(loads) // 2000)
     refused = 0
     for number in range(40):
         model = models[number % 2]
         # Less than a load takes, and enough to hear that.
-        answer = infer(server, model, [1, 16], timeout_us=4_000)
+        answer = infer(server, model, [1, 16], timeout_us=half_us)
         if answer.status == 503:
             time.sleep(check_refusal(answer, model, "raise device_memory_bytes"))
             refused += 1
