@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from overcommit.bench import peers, plots, suite
 from overcommit.bench.errors import BenchError
-from overcommit.bench.prepare import Options
+from overcommit.bench.prepare import Options, ReplayPlan
 
 
 class Scenario(enum.Enum):
@@ -46,6 +46,10 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     scenario: Annotated[Scenario, typer.Argument(help="What to run.")],
+    trace: Annotated[
+        Path | None,
+        typer.Argument(help="replay: a CSV or JSONL file with time_s, model and maybe bytes."),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Shorter times, the same conditions.")] = False,
     check: Annotated[
         bool, typer.Option(help="Exit with status 1 when a condition is missed.")
@@ -71,6 +75,11 @@ def main(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=100, help="Turns of each server that is compared.")
     ] = None,
+    policies: Annotated[str, typer.Option(help="replay: policies, as lru,cost_aware.")] = "",
+    sizes: Annotated[
+        str, typer.Option(help="replay: laws of sizes, as equal,drawn, or files with model,bytes.")
+    ] = "",
+    caches: Annotated[str, typer.Option(help="replay: caches, as 6%,13%,40GB.")] = "",
     models: Annotated[
         int | None, typer.Option(min=100, max=60_000, help="Models of the scenario fleet.")
     ] = None,
@@ -79,7 +88,11 @@ def main(
     # So that every `with` block ends its processes; the default action would end us alone.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
     console = Console()
+    plan = ReplayPlan(trace, _words(policies), _words(sizes), _words(caches))
+    if plan != ReplayPlan() and scenario is not Scenario.replay:
+        raise typer.BadParameter("a trace, policies, sizes and caches are for the scenario replay")
     options = Options(
+        replay=plan,
         work=work.expanduser().resolve(),
         quick=quick,
         seconds=seconds,
@@ -113,8 +126,12 @@ def main(
         raise typer.Exit(CHECK_FAILED)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
 def _peers(against: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name for name in against.replace(" ", "").split(",") if name))
+    names = _words(against)
     for name in names:
         if name not in peers.PEERS:
             known = ", ".join(peers.PEERS)

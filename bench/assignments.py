@@ -41,7 +41,9 @@ def _lognormal(random: np.random.Generator, count: int) -> list[int]:
 
 
 def _wide(random: np.random.Generator, count: int) -> list[int]:
-    return [int(size) for size in np.exp(random.uniform(np.log(1e6), np.log(60 * GB), size=count))]
+    return [
+        int(size) for size in np.exp(random.uniform(np.log(50_000), np.log(30 * GB), size=count))
+    ]
 
 
 # Model 0 is the most popular one of the trace.
@@ -59,5 +61,5 @@ TITLES: Final = {
     "lognormal": "lognormal",
     "popular_large": "the popular are large",
     "popular_small": "the popular are small",
-    "wide": "1 MB to 60 GB, log-uniform",
+    "wide": "50 KB to 30 GB, log-uniform",
 }

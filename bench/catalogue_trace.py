@@ -48,25 +48,35 @@ def popularity() -> list[float]:
     return shares
 
 
-def make_trace(seed: int = 1, requests: int = REQUESTS) -> list[Request]:
-    """Draw a trace; model 0 is the most popular."""
+def draw_models(seed: int, requests: int) -> list[int]:
+    """Draw which model each request asks for; model 0 is the most popular."""
     random = np.random.default_rng(seed)
     shares = np.array(popularity())
     draws = random.choice(len(shares), size=requests, p=shares / shares.sum())
     recent = random.random(requests) < _RECENT_SHARE
     depths = random.geometric(1 - _RECENT_FALL, size=requests) - 1
-    gaps = random.exponential(DAYS * 86_400 / requests, size=requests)
     stack: list[int] = []
-    trace: list[Request] = []
-    for time_s, popular, is_recent, depth in zip(
-        np.cumsum(gaps).tolist(), draws.tolist(), recent.tolist(), depths.tolist(), strict=True
+    models: list[int] = []
+    for popular, is_recent, depth in zip(
+        draws.tolist(), recent.tolist(), depths.tolist(), strict=True
     ):
         model = stack[depth] if is_recent and depth < len(stack) else popular
         if model in stack:
             stack.remove(model)
         stack.insert(0, model)
-        trace.append(Request(time_s, model))
-    return trace
+        models.append(model)
+    return models
+
+
+def make_trace(seed: int = 1, requests: int = REQUESTS) -> list[Request]:
+    """Draw a trace; model 0 is the most popular."""
+    # The gaps have a generator of their own: who is asked for does not depend on when.
+    random = np.random.default_rng((seed, 1))
+    times = np.cumsum(random.exponential(DAYS * 86_400 / REQUESTS, size=requests)).tolist()
+    return [
+        Request(time_s, model)
+        for time_s, model in zip(times, draw_models(seed, requests), strict=True)
+    ]
 
 
 def lru_misses(trace: Sequence[Request], room: int) -> float:

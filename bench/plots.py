@@ -136,3 +136,32 @@ def activations(done: Sequence[Activation], limits: Mapping[str, float], path: P
         axes.set_xscale("log")
         axes.set_yscale("log")
     _save(figure, axes, path)
+
+
+def curves(
+    title: str, shares: Sequence[float], values: Mapping[str, Sequence[float]], y: str, path: Path
+) -> None:
+    """Draw a line a policy over the cache's share of all bytes."""
+    figure, axes = _axes(title, "cache, % of all bytes", y)
+    for number, (name, line) in enumerate(values.items()):
+        style = "--" if number >= len(_MARKS) else "-"
+        mark = _MARKS[number % len(_MARKS)]
+        axes.plot([100 * share for share in shares], line, style, marker=mark, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    _save(figure, axes, path)
+
+
+def ratios(title: str, found: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw all ratios to LRU that were found: a column a policy, a colour a trace."""
+    figure, axes = _axes(title, "", "load time / LRU's")
+    names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+    for number, (trace, by_name) in enumerate(found.items()):
+        shift = (number - (len(found) - 1) / 2) * 0.25
+        points = [(names.index(n) + shift, v) for n, values in by_name.items() for v in values]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.scatter(xs, ys, s=10, alpha=0.5, color=f"C{number}", label=trace)
+    axes.axhline(1.0, color="black", linestyle=":")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(bottom=0)
+    _save(figure, axes, path)

@@ -21,6 +21,16 @@ RUNS_KEPT_MAX: Final = 10  # folders of failed runs
 
 
 @dataclass(slots=True, frozen=True)
+class ReplayPlan:
+    """What the scenario `replay` is to do; empty: its own choice."""
+
+    trace: Path | None = None
+    policies: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()  # names of laws, or files
+    caches: tuple[str, ...] = ()  # shares of all bytes ("6%"), or bytes ("40GB")
+
+
+@dataclass(slots=True, frozen=True)
 class Options:
     """What the command line said."""
 
@@ -33,6 +43,7 @@ class Options:
     load_processes: int = 1
     against: tuple[str, ...] = ()  # peers, for the scenarios that compare
     rounds: int | None = None
+    replay: ReplayPlan = ReplayPlan()
     models: int | None = None  # how many, for the scenarios that may choose
 
 

@@ -44,7 +44,7 @@ def read_column(path: Path, column: str = "") -> list[str]:
 def read_seconds(path: Path, column: str = "") -> NDArray[np.float64]:
     """Return times, in order, as seconds since the first; cells are seconds or ISO timestamps."""
     try:
-        cells = [_seconds(cell) for cell in read_column(path, column)]
+        cells = [to_seconds(cell) for cell in read_column(path, column)]
     except ValueError as error:
         raise BenchError(f"the trace {path}: {error}") from error
     seconds: NDArray[np.float64] = np.sort(np.array(cells, np.float64))
@@ -54,13 +54,17 @@ def read_seconds(path: Path, column: str = "") -> NDArray[np.float64]:
 
 def _is_value(cell: str) -> bool:
     try:
-        _seconds(cell)
+        to_seconds(cell)
     except ValueError:
         return False
     return True
 
 
-def _seconds(cell: str) -> float:
+def to_seconds(cell: str) -> float:
+    """Return seconds, or the time of an ISO timestamp, which is taken as UTC.
+
+    Raises ValueError.
+    """
     try:
         return float(cell)
     except ValueError:

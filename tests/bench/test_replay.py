@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from overcommit.bench import catalogue_trace
+from overcommit.bench.__main__ import app
 from overcommit.bench.bounds import belady, next_uses, pfoo_l
 from overcommit.bench.catalogue_trace import Request, make_trace
 from overcommit.bench.simulate import Cache, cost_s, simulate
-from overcommit.runtime.policy import POLICIES, make_policy
+from overcommit.runtime.policy import POLICIES, Lru, make_policy
 
 SMALL = st.lists(st.integers(0, 4), min_size=1, max_size=12)
 SIZES = (1, 2, 3, 4, 5)
@@ -142,3 +147,96 @@ def test_asking_for_victims_evicts_nobody() -> None:
     assert cache.victims_for(0) == [4]
     assert 4 in cache
     assert cache.free == 0
+
+
+# --- the set that leaves, beside the knapsack ---------------------------------------------------
+def least_loss(losses: list[float], sizes: list[int], missing: int) -> float:
+    """The least summed loss of a set that frees enough."""
+    return min(
+        sum(losses[i] for i in chosen)
+        for count in range(len(sizes) + 1)
+        for chosen in itertools.combinations(range(len(sizes)), count)
+        if sum(sizes[i] for i in chosen) >= missing
+    )
+
+
+def chosen_loss(losses: list[float], sizes: list[int], missing: int) -> tuple[float, list[int]]:
+    """What the cache chooses, if these are what losses a byte say."""
+
+    class Given(Lru):
+        def rank(self, slot: int) -> tuple[float, ...]:
+            return losses[slot] / sizes[slot], slot
+
+    cache = Cache(Given(), [*sizes, missing], sum(sizes))
+    for model in range(len(sizes)):
+        cache.load(model, 0)
+    chosen = cache.victims_for(len(sizes))
+    return sum(losses[model] for model in chosen), chosen
+
+
+@given(
+    items=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    share=st.floats(0.05, 1.0),
+)
+def test_the_set_that_leaves_is_enough_minimal_and_at_most_one_victim_over_the_knapsack(
+    items: list[tuple[int, int]], share: float
+) -> None:
+    losses = [float(loss) for loss, _ in items]
+    sizes = [size for _, size in items]
+    missing = max(1, int(share * sum(sizes)))
+    loss, chosen = chosen_loss(losses, sizes, missing)
+    freed = sum(sizes[model] for model in chosen)
+    assert freed >= missing
+    assert all(freed - sizes[model] < missing for model in chosen)
+    # By loss a byte all but the last one of a run are no more than any set needs.
+    assert loss <= least_loss(losses, sizes, missing) + max(losses)
+
+
+# --- the command line ---------------------------------------------------------------------------
+def found(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    out = tmp_path / "out.json"
+    result = CliRunner().invoke(app, ["replay", *arguments, "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    figures: dict[str, Any] = json.loads(out.read_text())["figures"]
+    return figures
+
+
+def test_a_trace_of_ones_own_with_its_own_bytes_is_replayed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    rows = "".join(f"{n},m{n % 3},{10**9 * (1 + n % 3)}\n" for n in range(30))
+    path.write_text("time_s,model,bytes\n" + rows)
+    figures = found(tmp_path, str(path), "--policies", "gdsf,lru", "--caches", "50%,6GB")
+    cells = [figures[f"load time / LRU's: mine, trace, cache {c}"] for c in ("50%", "6GB")]
+    assert all(set(cell) == {"gdsf", "Belady", "PFOO-L"} for cell in cells)
+    assert cells[1]["gdsf"]["value"] == 1.0, "everything fits"
+
+
+def test_sizes_may_come_from_a_file(tmp_path: Path) -> None:
+    trace, sizes = tmp_path / "t.csv", tmp_path / "s.csv"
+    trace.write_text("time_s,model\n" + "".join(f"{n},{'ab'[n % 2]}\n" for n in range(10)))
+    sizes.write_text("model,bytes\na,1000000\nb,2000000\n")
+    found(tmp_path, str(trace), "--sizes", f"{sizes},equal", "--caches", "2MB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--policies", "fifo"), "unknown policy 'fifo'"),
+        (("--sizes", "huge"), "'huge' is neither a file"),
+        (("--sizes", "trace"), "has no bytes"),
+        (("--caches", "x%"), "'x%' is no share"),
+        (("--caches", "lots"), "'lots' is no share"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused_in_words(
+    tmp_path: Path, arguments: tuple[str, ...], problem: str
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("time_s,model\n1,a\n2,b\n")
+    result = CliRunner().invoke(app, ["replay", str(path), *arguments])
+    assert result.exit_code == 2
+    assert problem in " ".join(result.output.split())
+
+
+def test_only_replay_takes_a_trace() -> None:
+    assert CliRunner().invoke(app, ["chaos", "--caches", "6%"]).exit_code == 2
