@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -31,15 +30,15 @@ def main() -> None:
     """Run rounds until standard input ends."""
     loop = msgspec.json.decode(sys.stdin.buffer.readline(), type=Loop)
     from overcommit.runtime import engines, preload
-    from overcommit.runtime.image import read_header
+    from overcommit.runtime.image import read_payload
 
     preload.preload(())  # the environment of a worker
     engines.set_up(loop.threads)
-    header, offset = read_header(loop.image)
-    with Path(loop.image).open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    header, payload = read_payload(loop.image)
+    memory = mmap.mmap(-1, header.nbytes)  # aligned, as an arena is
+    memory[:] = payload
     program = engines.load_program(header, allow_code=False)
-    model = program.bind(header, memoryview(memory)[offset : offset + header.nbytes])
+    model = program.bind(header, memoryview(memory))
     random = np.random.default_rng(1)
     shape = (loop.batch, loop.tokens)
     ids = random.integers(1, loop.vocabulary, size=shape, dtype=np.int64)

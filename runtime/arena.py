@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PAGE_BYTES, SLAB_MODEL_BYTES_MAX
@@ -92,11 +92,16 @@ class Mapping:
         weakref.finalize(self._range, _shm.release, self.address, self._reserved).atexit = False
 
     def map(
-        self, extents: Sequence[tuple[int, int]], generation: int, populate: bool = True
+        self,
+        extents: Sequence[tuple[int, int]],
+        generation: int,
+        populate: bool = True,
+        shared: Collection[int] = (),
     ) -> None:
         """Map these extents in order, over whatever was mapped before.
 
-        `populate` also faults the pages in, which moves that cost out of the first request.
+        `shared` are the indices of those that other mappings may have at the same time.  `populate`
+        also faults the pages in, which moves that cost out of the first request.
         Raises ValueError when the extents are shorter than the image, OSError from mmap; after an
         error nothing is mapped.
         """
@@ -105,11 +110,11 @@ class Mapping:
         at = 0
         needed = -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
         try:
-            for offset, length in extents:
+            for index, (offset, length) in enumerate(extents):
                 length = min(length, self._reserved - at)
                 if length <= 0:
                     break
-                self._tables.place(self.address + at, offset, length, populate)
+                self._tables.place(self.address + at, offset, length, populate, index in shared)
                 at += length
             if at < needed:
                 raise ValueError(f"extents hold {at} bytes, the image has {self.nbytes}")

@@ -160,7 +160,7 @@ class Versions:
             version.mapping = Mapping(self.tables, version.info.nbytes)
         version.generation = None
         populate = version.info.nbytes <= POPULATE_BYTES_MAX
-        version.mapping.map(placed.extents, placed.generation, populate)
+        version.mapping.map(placed.extents, placed.generation, populate, placed.shared)
         version.generation = placed.generation
         self.on_run(placed.slot)
         return version

@@ -1,9 +1,9 @@
-"""An image file as a loader reads it: straight into an arena, with O_DIRECT, checked by pieces.
+"""An image's or a part's file as a loader reads it: straight into an arena, with O_DIRECT, checked by pieces.
 
 Where the payload starts is worked out from the file's size, which is its header and its payload and
 nothing else; so a short image comes in one read, header and all, and no read waits for another.
 What the header says is then held against that guess; where they differ, the file is not what the
-load expects, and `read_header` finds out why.
+load expects, and `read_stored` finds out why.
 
 Invariants
  1. `open` comes first, once, in one thread; `read` and `check` may then run in several.
@@ -25,14 +25,14 @@ from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import IMAGE_ALIGN_BYTES, READ_BYTES
-from overcommit.runtime.errors import ImageError
-from overcommit.runtime.image import (
+from overcommit.runtime.container import (
     HEADER_BYTES_MAX,
-    ImageHeader,
+    Stored,
     check_head,
-    parse_header,
-    read_header,
+    parse_stored,
+    read_stored,
 )
+from overcommit.runtime.errors import ImageError
 
 Span = tuple[int, int]  # address, length
 _SCRATCH_BYTES: Final = 1 << 20  # kept by each thread; a longer header gets memory of its own
@@ -71,9 +71,9 @@ class ImageFile:
         self._read([head, *_views(spans)], 0)
         try:
             if verify:
-                header, start = parse_header(self.path, head, size)
-                self._digests = header.piece_digests
-                is_likely = self._fits(header)
+                stored, start = parse_stored(self.path, head, size)
+                self._digests = stored.piece_digests
+                is_likely = self._fits(stored)
             else:
                 start, _ = check_head(self.path, head)
         except ImageError as error:
@@ -114,14 +114,14 @@ class ImageFile:
             fd = self._fall_back()
         return os.fstat(fd).st_size
 
-    def _fits(self, header: ImageHeader) -> bool:
-        return header.nbytes == self.nbytes
+    def _fits(self, stored: Stored) -> bool:
+        return stored.stored_bytes == self.nbytes
 
     def _explain(self) -> ImageError:
         """Say what is wrong with a file that is not what the load expects."""
-        header, _ = read_header(self.path)  # raises what it finds
+        stored, _ = read_stored(self.path)  # raises what it finds
         return ImageError(
-            f"{self.path} holds {header.nbytes} bytes, {self.nbytes} were expected; "
+            f"{self.path} holds {stored.stored_bytes} bytes, {self.nbytes} were expected; "
             f"the image was replaced while the server ran"
         )
 

@@ -35,6 +35,7 @@ import msgspec
 from overcommit.runtime.config import MIB, VERSIONS_MAX, ModelConfig
 from overcommit.runtime.image import made_by
 from overcommit.runtime.messages import PackDone
+from overcommit.runtime.parts import PartInfo, path_of, private_bytes
 
 log = logging.getLogger("overcommit.pack_index")
 
@@ -60,6 +61,7 @@ class Fact(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
     engine: str
     config: ModelConfig  # inputs and outputs filled in
+    parts: tuple[PartInfo, ...] = ()
 
 
 class PackIndex:
@@ -74,6 +76,7 @@ class PackIndex:
         self._facts: dict[bytes, Fact] = {}
         # Most versions of a big repository have the same config: keep one of each.
         self._configs: dict[bytes, ModelConfig] = {}
+        self._parts: dict[str, PartInfo] = {}  # one of each, too
         self._records = 0
         self._load()
 
@@ -94,8 +97,11 @@ class PackIndex:
         if fact is None:
             return None
         try:
-            if os.stat(fact.image_path).st_size < fact.nbytes:
+            if os.stat(fact.image_path).st_size < private_bytes(fact.nbytes, fact.parts):
                 return None
+            for part in fact.parts:
+                if os.stat(path_of(fact.image_path, part.digest)).st_size < part.nbytes:
+                    return None
         except OSError:
             return None
         return PackDone(
@@ -107,6 +113,7 @@ class PackIndex:
             nbytes=fact.nbytes,
             engine=fact.engine,
             config=fact.config,
+            parts=fact.parts,
         )
 
     def add(self, folder: str, fingerprint: str, config: ModelConfig, done: PackDone) -> PackDone:
@@ -122,13 +129,14 @@ class PackIndex:
             nbytes=done.nbytes,
             engine=done.engine,
             config=self._share(done.config),
+            parts=self._share_parts(done.parts),
         )
         self._facts[fact.key] = self._lean(fact)
         try:
             self._append(fact)
         except OSError as error:
             log.warning("the pack index %s cannot be written: %s", self._path, error)
-        return msgspec.structs.replace(done, config=fact.config)
+        return msgspec.structs.replace(done, config=fact.config, parts=fact.parts)
 
     # --- the file -------------------------------------------------------------------------------
     def _load(self) -> None:
@@ -197,10 +205,14 @@ class PackIndex:
             program_key=sys.intern(fact.program_key),
             engine=sys.intern(fact.engine),
             config=self._share(fact.config),
+            parts=self._share_parts(fact.parts),
         )
 
     def _share(self, config: ModelConfig) -> ModelConfig:
         return self._configs.setdefault(self._encoder.encode(config), config)
+
+    def _share_parts(self, parts: tuple[PartInfo, ...]) -> tuple[PartInfo, ...]:
+        return tuple(self._parts.setdefault(part.digest, part) for part in parts)
 
 
 def _record(content: bytes) -> bytes:

@@ -57,6 +57,7 @@ from overcommit.runtime.image import (
     FORMAT_VERSION,
     ImageHeader,
     TensorFacts,
+    is_there,
     lay_out,
     layout_hash,
     read_header,
@@ -218,6 +219,9 @@ def _reusable(path: Path) -> ImageHeader | None:
     if not Path(header.program.get("file", "/")).exists():
         log.warning("%s is made again: its program is gone", path)
         return None
+    if not all(is_there(path, part) for part in header.parts):
+        log.warning("%s is made again: a part of it is gone", path)
+        return None
     return header
 
 
@@ -286,6 +290,7 @@ def _done(job: Pack, path: Path, key: str, header: ImageHeader) -> PackDone:
         content_key=key,
         program_key=header.program_key,
         nbytes=header.nbytes,
+        parts=header.parts,
         engine=header.engine,
         config=header.config,
     )
@@ -349,7 +354,7 @@ def main(control_fd: int) -> None:
 def _sweep(cache_dir: str) -> None:
     """Remove what packers that were killed have left half written."""
     oldest = time.time() - STALE_S
-    for pattern in ("images", "programs/*"):
+    for pattern in ("images", "parts", "programs/*"):
         for path in Path(cache_dir).glob(f"{pattern}/{store.TEMPORARY_PREFIX}*"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest:

@@ -6,21 +6,29 @@ first batch takes the faults.  But a chunk that holds other weights now is the s
 8 MiB and 16 us for 64 MiB (measured; the kernel moves whole tables where both ends are 2 MiB aligned).
 What is left behind is PROT_NONE.
 
+Chunks of a part that several versions hold are in all their ranges at once: these are mapped plainly,
+each version pays for its own page tables, and they stay where they are while the part does.
+
 A unit is 2 MiB of the arena, aligned.
 
     UNSEEN -> HERE, at an address     [place: mapped]
-    HERE -> HERE, at another address  [place: moved]
+    HERE -> HERE, at another address  [place, for one alone: moved]
+    HERE -> HERE, at one more         [place, shared: mapped there too]
+    HERE, at several -> at one        [place, for one alone: the others become PROT_NONE]
     HERE -> UNSEEN                    [forget: its range was closed, or something was put over it]
 
 Invariants
- 1. A unit is at one address at most, and an address holds one unit at most.
+ 1. An address holds one unit at most; a unit is at several addresses only since it was shared.
  2. After `place` the whole range is mapped to the extents given, whichever way each unit took.
+ 3. After `place` for one alone no other range has these units: what a former version left mapped
+    would read another's weights.
 
 Called by `Mapping`; one for each arena that a process maps.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Final
@@ -39,21 +47,30 @@ class PageTables:
     def __init__(self, arena_fd: int) -> None:
         self._fd = arena_fd
         self._address_of: dict[int, int] = {}  # offset in the arena -> address
-        self._unit_at: dict[int, int] = {}  # the reverse
+        self._more: dict[int, set[int]] = {}  # the further addresses of units that were shared
+        self._unit_at: dict[int, int] = {}  # the reverse of both
         self.moved_bytes = 0
 
     def __len__(self) -> int:
         return len(self._address_of)
 
-    def place(self, address: int, offset: int, nbytes: int, populate: bool) -> None:
+    def place(
+        self, address: int, offset: int, nbytes: int, populate: bool, shared: bool = False
+    ) -> None:
         """Map this piece of the arena here; whole units bring their page tables along.
 
-        Raises OSError, and then what is mapped is not known.
+        `shared`: others may have it mapped at the same time, and keep it.  Raises OSError, and then
+        what is mapped is not known.
         """
         if address % UNIT or offset % UNIT or nbytes % UNIT:
             self.forget(address, nbytes)
             _shm.map_fixed(address, self._fd, offset, nbytes, False, populate)
             return
+        if shared:
+            self._place_too(address, offset, nbytes, populate)
+            return
+        if self._more:
+            self._leave_one(address, offset, nbytes)
         for source, at, length in list(self._runs(address, offset, nbytes)):
             target = address + (at - offset)
             if source != target:
@@ -67,9 +84,50 @@ class PageTables:
         for each in range(start, address + nbytes, UNIT):
             unit = self._unit_at.pop(each, None)
             if unit is not None:
-                del self._address_of[unit]
+                self._drop(unit, each)
 
     # --- inside ---------------------------------------------------------------------------------
+    def _place_too(self, address: int, offset: int, nbytes: int, populate: bool) -> None:
+        """Map what is not here yet; what others have stays theirs too."""
+        steps = range(0, nbytes, UNIT)
+        absent = [k for k in steps if self._unit_at.get(address + k) != offset + k]
+        for _, run in itertools.groupby(enumerate(absent), key=lambda at: at[1] // UNIT - at[0]):
+            first, *rest = (k for _, k in run)
+            length = (len(rest) + 1) * UNIT
+            self.forget(address + first, length)
+            _shm.map_fixed(address + first, self._fd, offset + first, length, False, populate)
+            for k in (first, *rest):
+                self._unit_at[address + k] = offset + k
+                if self._address_of.setdefault(offset + k, address + k) != address + k:
+                    self._more.setdefault(offset + k, set()).add(address + k)
+
+    def _leave_one(self, address: int, offset: int, nbytes: int) -> None:
+        """Units that were shared are at one address from now on: here, if they are here."""
+        for k in range(0, nbytes, UNIT):
+            unit = offset + k
+            if unit not in self._more:
+                continue
+            known = {self._address_of[unit], *self._more[unit]}
+            kept = address + k if address + k in known else self._address_of[unit]
+            for other in known - {kept}:
+                del self._unit_at[other]
+                _shm.unmap_fixed(other, UNIT)
+            del self._more[unit]
+            self._address_of[unit] = kept
+
+    def _drop(self, unit: int, address: int) -> None:
+        """The unit is not at this address any more."""
+        more = self._more.get(unit)
+        if more is None:
+            del self._address_of[unit]
+            return
+        if address in more:
+            more.discard(address)
+        else:
+            self._address_of[unit] = more.pop()
+        if not more:
+            del self._more[unit]
+
     def _runs(
         self, address: int, offset: int, nbytes: int
     ) -> Iterator[tuple[int | None, int, int]]:
@@ -118,6 +176,6 @@ class PageTables:
             del self._unit_at[old]
         other = self._unit_at.get(address)
         if other is not None:
-            del self._address_of[other]
+            self._drop(other, address)
         self._address_of[unit] = address
         self._unit_at[address] = unit

@@ -13,7 +13,8 @@ before it; so two versions of one architecture are cut alike, whichever is packe
                ^ a multiple of a chunk              ^ a multiple of a chunk
 
  * The head is the last top-level module (`classifier`, `fc`, `lm_head`), or the last few if they are
-   small.  It begins at a chunk of its own: the gap before it, less than a chunk, is the price.
+   small, unless it is a large share of the whole (then it is an encoder).  It begins at a chunk of
+   its own: the gap before it, less than a chunk, is the price.
  * Inside, cuts fall where a block begins (`encoder.layer.3`), once PART_BYTES_MIN have come together,
    rounded down to a whole chunk: that leaves no gap, and a tensor may lie across the cut, since every
    process maps the parts one after the other.
@@ -45,6 +46,7 @@ from overcommit.runtime.config import (
 )
 
 SUFFIX: Final = ".part"
+HEAD_SHARE: Final = 0.4  # MobileNet's classifier is 0.36 of it, MiniLM's encoder 0.47
 
 
 class PartInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -124,7 +126,7 @@ def plan(tensors: Sequence[tuple[str, int]]) -> Plan:
     """Lay (name, bytes) out in this order and cut; aliases are not among them."""
     names = _without_common_prefix([name.split(".") for name, _ in tensors])
     sizes = [nbytes for _, nbytes in tensors]
-    head = _head([name[0] for name in names], sizes)
+    head = _head([name[0] if len(name) > 1 else "" for name in names], sizes)
     offsets, end = _place(sizes[:head], 0)
     if end < SMALL_CHUNK_BYTES:  # no trunk worth a chunk
         head = len(sizes)
@@ -169,6 +171,8 @@ def _head(modules: Sequence[str], sizes: Sequence[int]) -> int:
     if len(runs) < 2:
         return len(sizes)
     head, nbytes = runs[-1][0], sum(sizes[i] for i in runs[-1])
+    if nbytes > HEAD_SHARE * sum(sizes):
+        return len(sizes)
     for run in reversed(runs[1:-1]):
         nbytes += sum(sizes[i] for i in run)
         if nbytes >= SMALL_CHUNK_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -11,16 +12,9 @@ from typing import TypeVar
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena
-from overcommit.runtime.config import ModelConfig, Settings
+from overcommit.runtime.config import PAGE_BYTES, Settings
+from overcommit.runtime.container import Stored, read_stored, write_container
 from overcommit.runtime.control import ControlSocket, socket_pair
-from overcommit.runtime.image import (
-    FORMAT_VERSION,
-    ImageHeader,
-    lay_out,
-    layout_hash,
-    read_header,
-    write_image,
-)
 from overcommit.runtime.messages import (
     Extents,
     Load,
@@ -39,28 +33,15 @@ Kind = TypeVar("Kind", bound=Message)
 
 
 def make_image(path: Path, nbytes: int, seed: int = 0) -> bytes:
-    """Write an image with one tensor of random bytes; return its payload, padding included."""
-    data = random.Random(seed).randbytes(nbytes)
-    entries, payload_bytes = lay_out(
-        [("w", "parameter", True, "uint8", (nbytes,), (1,), nbytes, None)]
-    )
-    header = ImageHeader(
-        format_version=FORMAT_VERSION,
-        engine="torch",
-        program_key="key",
-        program={},
-        layout_hash=layout_hash(entries),
-        nbytes=payload_bytes,
-        tensors=entries,
-        config=ModelConfig(),
-    )
-    write_image(path, header, [(entries[0], memoryview(data))], None)
-    return data + bytes(payload_bytes - nbytes)
+    """Write a file as images and parts are, of random bytes; return its payload, with padding."""
+    data = random.Random(seed).randbytes(nbytes) + bytes(-nbytes % PAGE_BYTES)
+    write_container(path, functools.partial(Stored, len(data)), len(data), [memoryview(data)])
+    return data
 
 
 def flip_byte(path: Path, at: int) -> None:
     """Damage one byte of the payload."""
-    _, start = read_header(path)
+    _, start = read_stored(path)
     with open(path, "r+b") as file:
         file.seek(start + at)
         byte = file.read(1)[0]

@@ -9,7 +9,7 @@ from typing import Any
 from overcommit.runtime import engines
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.engines.bound_module import BoundModule
-from overcommit.runtime.image import ImageHeader, read_header
+from overcommit.runtime.image import ImageHeader, read_payload
 from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.packer import pack
 
@@ -49,9 +49,8 @@ class Opened:
 
     def __init__(self, done: PackDone, *, allow_code: bool = False) -> None:
         self.header: ImageHeader
-        self.header, start = read_header(done.image_path)
+        self.header, self.payload = read_payload(done.image_path)
         self.memory = mmap.mmap(-1, self.header.nbytes)
-        self.payload = Path(done.image_path).read_bytes()[start : start + self.header.nbytes]
         self.memory[:] = self.payload
         self.program = engines.load_program(self.header, allow_code=allow_code)
         self.model: BoundModule = self.program.bind(self.header, memoryview(self.memory))

@@ -24,6 +24,7 @@ from overcommit.runtime.config import (
     ModelConfig,
     TensorSpec,
 )
+from overcommit.runtime.container import read_stored, write_container
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image import (
     FORMAT_VERSION,
@@ -35,6 +36,7 @@ from overcommit.runtime.image import (
     read_header,
     write_image,
 )
+from overcommit.runtime.parts import path_of
 
 CONFIG = ModelConfig(
     engine="torch",
@@ -145,16 +147,18 @@ def test_what_was_written_is_read_back(
 
 
 def test_every_piece_has_its_own_digest(tmp_path: Path) -> None:
-    path = tmp_path / "an.image"
-    header = write(path, [fact("a", READ_BYTES - 100), fact("b", READ_BYTES), fact("c", 77)])
-    _, start = read_header(path)
-    payload = path.read_bytes()[start:]
+    path = tmp_path / "images" / "an.image"
+    header = write(path, [fact("a", READ_BYTES - 100), fact("b", READ_BYTES), fact("c", 177)])
+    (part,) = header.parts
+    file = path_of(path, part.digest)
+    stored, start = read_stored(file)
+    payload = file.read_bytes()[start:]
     pieces = [payload[at : at + READ_BYTES] for at in range(0, len(payload), READ_BYTES)]
     assert len(pieces) == 3
-    assert header.piece_digests == tuple(zlib.crc32(piece) for piece in pieces)
+    assert stored.piece_digests == tuple(zlib.crc32(piece) for piece in pieces)
 
 
-def test_progress_ends_with_the_last_tensor(tmp_path: Path) -> None:
+def test_progress_ends_with_the_whole(tmp_path: Path) -> None:
     header = header_of([fact("a", 5000), fact("b", 300)])
     seen: list[tuple[int, int]] = []
     write_image(
@@ -163,8 +167,7 @@ def test_progress_ends_with_the_last_tensor(tmp_path: Path) -> None:
         given_tensors(header),
         lambda done, total: seen.append((done, total)),
     )
-    assert [total for _, total in seen] == [header.nbytes] * 2
-    assert seen[-1][0] == header.tensors[-1].offset + 300
+    assert seen == [(header.nbytes, header.nbytes)]
 
 
 def test_a_later_release_may_add_header_fields(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,24 +276,22 @@ def test_a_flipped_byte_before_the_payload_is_found_or_harmless(path: Path) -> N
         patch(path, at, data[at : at + 1])
 
 
-def test_a_flipped_byte_in_the_payload_is_found_by_the_digest_of_its_piece(tmp_path: Path) -> None:
-    path = tmp_path / "an.image"
-    write(path, [fact("a", READ_BYTES + 5000)])
-    header, start = read_header(path)
-    at = start + READ_BYTES + 1234
-    patch(path, at, bytes([path.read_bytes()[at] ^ 1]))
-    payload = path.read_bytes()[start:]
-    is_good = [
-        zlib.crc32(payload[i * READ_BYTES : (i + 1) * READ_BYTES]) == digest
-        for i, digest in enumerate(header.piece_digests)
-    ]
-    assert is_good == [True, False]
-
-
 def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "an.image"
     header = header_of([fact("a", 10)])
-    broken = msgspec.structs.replace(header, nbytes=header.nbytes + 1)
-    write_image(path, broken, given_tensors(broken), None)
+    broken = msgspec.structs.replace(header, stored_bytes=header.nbytes + PAGE_BYTES)
+    payload = [memoryview(bytes(header.nbytes + PAGE_BYTES))]
+    write_container(path, lambda digests: _with(broken, digests), broken.stored_bytes, payload)
     with pytest.raises(ImageError, match="contradicts itself"):
         read_header(path)
+
+
+def test_tensors_that_lie_elsewhere_than_the_layout_says_are_refused(tmp_path: Path) -> None:
+    header = header_of([fact("a", 10)])
+    longer = msgspec.structs.replace(header, nbytes=header.nbytes + PAGE_BYTES)
+    with pytest.raises(ImageError, match="lay_out"):
+        write_image(tmp_path / "an.image", longer, given_tensors(longer), None)
+
+
+def _with(header: ImageHeader, digests: tuple[int, ...]) -> ImageHeader:
+    return msgspec.structs.replace(header, piece_digests=digests)

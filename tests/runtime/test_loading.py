@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mover_rig import WATCHDOG_S, Memory, flip_byte, make_image
 
-from overcommit.runtime import _shm, image, image_file, loading
+from overcommit.runtime import _shm, container, image_file, loading
 from overcommit.runtime.arena import Arena
 from overcommit.runtime.config import (
     COPY_BYTES_MAX,
@@ -108,7 +108,7 @@ def scatter(pages: list[int], cuts: list[int]) -> Extents:
 def test_any_extents_get_the_image_and_nothing_else_changes(
     data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (image, image_file, loading):  # many pieces from few bytes
+    for module in (container, image_file, loading):  # many pieces from few bytes
         monkeypatch.setattr(module, "READ_BYTES", 16 * KIB)
     arena_pages = 48
     nbytes = data.draw(st.integers(1, arena_pages * PAGE_BYTES))
@@ -319,7 +319,7 @@ def test_a_piece_is_copied_on_while_later_ones_are_read(memory: Memory, tmp_path
 def test_a_load_has_no_more_reads_in_flight_than_its_urgency_allows(
     memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (image, image_file, loading):
+    for module in (container, image_file, loading):
         monkeypatch.setattr(module, "READ_BYTES", 16 * KIB)
     path = tmp_path / "an.image"
     payload = make_image(path, 20 * 16 * KIB)

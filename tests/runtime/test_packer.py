@@ -17,7 +17,7 @@ from torch import nn
 from overcommit.runtime import engines
 from overcommit.runtime.config import Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import Forbidden
-from overcommit.runtime.image import read_header
+from overcommit.runtime.image import read_header, read_payload
 from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.packer import pack
 
@@ -51,11 +51,11 @@ def refused(folder: Path, cache: Path, server_allows: bool = False, **config: An
 
 
 def open_bound(done: PackDone, allow_code: bool = False) -> engines.BoundModel:
-    header, start = read_header(done.image_path)
-    with open(done.image_path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    header, payload = read_payload(done.image_path)
+    memory = mmap.mmap(-1, header.nbytes)
+    memory[:] = payload
     program = engines.load_program(header, allow_code=allow_code)
-    return program.bind(header, memoryview(memory)[start : start + header.nbytes])
+    return program.bind(header, memoryview(memory).toreadonly())
 
 
 class Scale(nn.Module):

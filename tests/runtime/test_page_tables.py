@@ -123,36 +123,88 @@ def test_where_the_kernel_cannot_move_everything_is_mapped_anew(
         mapping.close()
 
 
+def test_versions_that_share_a_chunk_have_it_at_the_same_time(arena: int) -> None:
+    tables = PageTables(arena)
+    first, second = Mapping(tables, 3 * UNIT), Mapping(tables, 2 * UNIT + PAGE_BYTES)
+    first.map(extents([0, 1, 2]), 1)  # alone
+    second.map([(0, 2 * UNIT), (7 * UNIT, PAGE_BYTES)], 1, shared={0})
+    assert (seen(first), seen(second)) == ([0, 1, 2], [0, 1, 7])
+    assert tables.moved_bytes == 0
+    before = faults()
+    second.map([(0, 2 * UNIT), (6 * UNIT, PAGE_BYTES)], 2, shared={0})
+    assert seen(second) == [0, 1, 6]
+    assert faults() - before < 8, "what is there already is not mapped again"
+    first.close()
+    assert seen(second) == [0, 1, 6], "it loses nothing when the other goes"
+    second.close()
+    assert len(tables) == 0
+
+
+def test_chunks_that_were_shared_are_taken_from_all_when_one_alone_gets_them(arena: int) -> None:
+    tables = PageTables(arena)
+    mappings = [Mapping(tables, 2 * UNIT) for _ in range(4)]
+    for mapping in mappings[:3]:
+        mapping.map(extents([3, 4]), 1, shared={0, 1})
+    mappings[3].map(extents([4, 5]), 1)
+    assert seen(mappings[3]) == [4, 5]
+    for mapping in mappings[:3]:
+        assert flags(mapping.address) == "r--s"
+        assert flags(mapping.address + UNIT) == "---p", "another's weights can be read there"
+    mappings[1].map(extents([3, 2]), 2)
+    assert [flags(m.address) for m in mappings[:3]] == ["---p", "r--s", "---p"]
+    for mapping in mappings:
+        mapping.close()
+    assert len(tables) == 0
+    assert not tables._more
+
+
+def test_a_part_may_come_twice_in_one_version(arena: int) -> None:
+    tables = PageTables(arena)
+    mapping = Mapping(tables, 4 * UNIT)
+    mapping.map(extents([1, 2, 1, 2]), 1, shared={0, 1, 2, 3})
+    assert seen(mapping) == [1, 2, 1, 2]
+    mapping.map(extents([1, 2, 3, 4]), 2)
+    assert seen(mapping) == [1, 2, 3, 4]
+    mapping.close()
+    assert len(tables) == 0
+
+
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3), st.permutations(range(UNITS)), st.booleans()), max_size=40
+        st.tuples(st.integers(0, 3), st.permutations(range(UNITS)), st.sampled_from("unmap")),
+        max_size=40,
     )
 )
 @settings(deadline=None)
 def test_whatever_moves_where_each_version_reads_its_own(
-    arena: int, steps: list[tuple[int, list[int], bool]]
+    arena: int, steps: list[tuple[int, list[int], str]]
 ) -> None:
+    """Steps are (mapping, order of the units, u: unmap, n or m: share nothing, a or p: share it)."""
     tables = PageTables(arena)
     sizes = (1, 2, 3, 5)
     mappings = [Mapping(tables, size * UNIT - PAGE_BYTES) for size in sizes]
     placed: list[list[int]] = [[] for _ in sizes]
-    for number, order, unmap in steps:
+    for number, order, step in steps:
         mapping, mine = mappings[number], order[: sizes[number]]
-        if unmap:
+        shared = range(len(mine)) if step in "ap" else ()
+        if step == "u":
             mapping.unmap()
             mine = []
         else:
-            mapping.map(extents(mine), 1, populate=False)
+            mapping.map(extents(mine), 1, populate=False, shared=shared)
         placed[number] = mine
         for other in range(len(sizes)):
-            if other != number and set(placed[other]) & set(mine):
+            if other != number and set(placed[other]) & set(mine) and not shared:
                 placed[
                     other
                 ] = []  # its chunks are another's now: it is placed again before it runs
             if placed[other]:
                 assert seen(mappings[other]) == placed[other]
-        held = list(tables._address_of.items())
-        assert {address: unit for unit, address in held} == tables._unit_at
+        held = [(address, unit) for unit, address in tables._address_of.items()]
+        held += [(address, unit) for unit, more in tables._more.items() for address in more]
+        assert dict(held) == tables._unit_at
+        assert len(held) == len(tables._unit_at)
+        assert all(tables._more.values())
     for mapping in mappings:
         mapping.close()
     assert len(tables) == 0

@@ -14,7 +14,7 @@ from worker_rig import Rig
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PAGE_BYTES, ModelConfig
-from overcommit.runtime.image import read_header
+from overcommit.runtime.image import read_payload
 from overcommit.runtime.messages import Activate, Pack, Placed, Stop, VersionInfo
 from overcommit.runtime.packer import pack
 
@@ -23,8 +23,7 @@ COMMAND = [sys.executable, "-P", "-m", "overcommit.runtime.child", "worker"]
 
 def put_in_arena(rig: Rig, image_path: str, first_page: int) -> tuple[tuple[int, int], ...]:
     """Copy an image's payload into the arena, in two pieces that are not adjacent nor in order."""
-    header, start = read_header(image_path)
-    data = Path(image_path).read_bytes()[start : start + header.nbytes]
+    header, data = read_payload(image_path)
     half = header.nbytes // PAGE_BYTES // 2 * PAGE_BYTES
     high, low = (first_page + 200) * PAGE_BYTES, first_page * PAGE_BYTES
     rig.device[high : high + half] = data[:half]
