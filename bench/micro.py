@@ -24,6 +24,15 @@ ROUNDS: Final = 15
 QUICK_ROUNDS: Final = 5
 ROUND_NS: Final = 20_000_000
 COUNT_MAX: Final = 1 << 22
+# What the README's table shows.
+HEADLINES: Final = (
+    "ring push and pop",
+    "link round trip, two processes",
+    "decode and check a request, JSON [1,16]",
+    "encode an answer, JSON [1,16]",
+    "batcher, a job in and out, batches of 16",
+    "residency, evict one of 200 and load one",
+)
 
 
 @dataclass(slots=True, frozen=True)
@@ -102,3 +111,9 @@ def run(options: Options, report: Report) -> None:
                     f"{values[0]:,.0f} to {values[-1]:,.0f}",
                 ),
             )
+    for name in HEADLINES:
+        values = found[name]
+        limit = next(operation.limit for operation in chosen if operation.name == name)
+        beside = f"{limit}: {medians[limit]:,.0f} ns" if limit else ""
+        spread = f"{values[0]:,.0f} to {values[-1]:,.0f}"
+        report.headlines.append((name, f"{medians[name]:,.0f} ns ({spread})", beside))

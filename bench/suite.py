@@ -117,6 +117,8 @@ def table(reports: Sequence[Report]) -> str:
     for report in reports:
         for headline in report.headlines:
             lines.append(f"| `{report.scenario}` | {' | '.join(headline)} |")
+        if not report.conditions:
+            continue
         missed = len(report.missed())
         held = f"{len(report.conditions) - missed} of {len(report.conditions)} conditions hold"
         lines.append(f"| `{report.scenario}` | {held} | | |")

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from overcommit.runtime import _shm
+
 WATCHDOG_S = 90.0  # a test that waits longer than this has failed
 
 
@@ -77,6 +79,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Tests that are killed must not leave a server behind.
+            preexec_fn=lambda: _shm.set_parent_death_signal(signal.SIGTERM),
         )
         self.log: list[str] = []
         self.port = 0
@@ -95,9 +99,13 @@ class Server:
         self._serving.set()
 
     def __enter__(self) -> Server:
-        self._serving.wait(WATCHDOG_S)
-        assert self.port, "the server did not start:\n" + "\n".join(self.log)
-        self.wait_until(lambda: self.get("/v2/health/ready").status == 200)
+        try:
+            self._serving.wait(WATCHDOG_S)
+            assert self.port, "the server did not start:\n" + "\n".join(self.log)
+            self.wait_until(lambda: self.get("/v2/health/ready").status == 200)
+        except BaseException:
+            self._kill()
+            raise
         return self
 
     def __exit__(
@@ -110,8 +118,12 @@ class Server:
             print("\n".join(self.log[-80:]))
         if self.process.poll() is None:
             self.stop()
+        self._kill()
+
+    def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(WATCHDOG_S)
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""

@@ -17,6 +17,7 @@ def test_every_operation_runs_and_has_a_time() -> None:
     assert set(found) == {operation.name for operation in chosen}
     assert all(len(values) == 2 and values[0] > 0 for values in found.values())
     assert {operation.limit for operation in chosen} - {""} <= set(found)
+    assert set(micro.HEADLINES) <= set(found)
     del chosen  # the link's mapping goes with it
     assert len(os.listdir("/proc/self/fd")) <= before
 
