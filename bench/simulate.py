@@ -77,19 +77,31 @@ class Cache:
 
     def victims_for(self, model: int) -> list[int]:
         """Return who would leave if this model came now; nobody is evicted by asking."""
-        return self._choose(self.used + self.sizes[model] - self.capacity)
+        return self._choose(self.used + self.sizes[model] - self.capacity) or []
 
     def use(self, model: int, now_ns: int) -> None:
         """A request runs.  Nobody is told, as in the server: workers only count."""
         self._uses[model] += 1
         self._last_ns[model] = now_ns
 
-    def load(self, model: int, now_ns: int) -> None:
-        """Bring a model in, evicting whom that takes; one that is too large is not kept."""
+    def idle_s(self, model: int, now_s: float) -> float:
+        """Return for how long nobody has used it."""
+        return now_s - self._last_ns[model] / 1e9
+
+    def load(
+        self, model: int, now_ns: int, may_leave: Callable[[int], bool] | None = None
+    ) -> list[int] | None:
+        """Bring a model in and return whom that has evicted; one that is too large is not kept.
+
+        None: of those who may leave there were not enough, and nothing has changed.
+        """
         assert model not in self.held
         if self.sizes[model] > self.capacity:
-            return
-        for victim in self.victims_for(model):
+            return []
+        victims = self._choose(self.used + self.sizes[model] - self.capacity, may_leave)
+        if victims is None:
+            return None
+        for victim in victims:
             self._order.discard(victim)
             self.held.discard(victim)
             self.used -= self.sizes[victim]
@@ -99,6 +111,7 @@ class Cache:
         self.policy.on_load(model, int(self.cost(self.sizes[model]) * 1e9), "disk")
         self.policy.on_use(model, self._told[model], now_ns)
         self._order.add(model)
+        return victims
 
     def _offers(self) -> Generator[int, None, None]:
         with contextlib.closing(self._order.victims()) as models:
@@ -111,15 +124,20 @@ class Cache:
                         continue  # it comes again in its right place
                 yield model
 
-    def _choose(self, missing: int) -> list[int]:
+    def _choose(
+        self, missing: int, may_leave: Callable[[int], bool] | None = None
+    ) -> list[int] | None:
         if missing <= 0:
             return []
         chosen: list[int] = []
         freed = 0
         with contextlib.closing(self._offers()) as offers:
             while freed < missing and (model := next(offers, None)) is not None:
-                chosen.append(model)
-                freed += self.sizes[model]
+                if may_leave is None or may_leave(model):
+                    chosen.append(model)
+                    freed += self.sizes[model]
+        if freed < missing:
+            return None
         kept: list[int] = []
         for model in reversed(chosen):  # the precious first: they stay if they can
             if freed - self.sizes[model] >= missing:
@@ -145,6 +163,13 @@ class Prefetcher(Protocol):
         Called when `next_s` is reached, which must then be later than `time_s`, or None.
         """
         ...
+
+    def may_displace(self, model: int, victim: int, time_s: float, cache: Cache) -> bool:
+        """Whether this one may leave for what is wished for."""
+        ...
+
+    def on_loaded(self, model: int, victims: Sequence[int], time_s: float) -> None:
+        """What was wished for is on its way, and these have left for it."""
 
 
 def simulate(
@@ -191,12 +216,19 @@ class _Ahead:
         while (at_s := prefetcher.next_s()) is not None and at_s <= until_s:
             for model in prefetcher.wishes(at_s, self._cache):
                 if model not in self._cache and self._cache.sizes[model] <= self._cache.capacity:
-                    self._load(model, at_s)
+                    self._load(prefetcher, model, at_s)
             following = prefetcher.next_s()
             assert following is None or following > at_s, "time does not stand still"
 
-    def _load(self, model: int, at_s: float) -> None:
-        self._cache.load(model, int(at_s * 1e9))
+    def _load(self, prefetcher: Prefetcher, model: int, at_s: float) -> None:
+        victims = self._cache.load(
+            model,
+            int(at_s * 1e9),
+            lambda victim: prefetcher.may_displace(model, victim, at_s, self._cache),
+        )
+        if victims is None:
+            return
+        prefetcher.on_loaded(model, victims, at_s)
         takes_s = self._cache.cost(self._cache.sizes[model])
         self._busy_s = max(self._busy_s, at_s) + takes_s
         self._ready_s[model] = self._busy_s

@@ -1,7 +1,8 @@
 """Making room in HOST: only the mover touches it, so nobody has to be asked.
 
 Invariants
- 1. A copy that a load reads or writes is never a victim, nor one that a queued wish will read.
+ 1. A copy that a load reads or writes is never a victim, nor one that a queued wish will read; so is
+    one that a prefetch is filling.
  2. Victims are first those that DEVICE also holds, the youngest first: losing that copy costs nothing
     now, and what stays on DEVICE longest needs it last.  Of the others the policy decides, which here
     hears of loads from disk alone: that is what losing the last copy costs.
@@ -46,6 +47,13 @@ class HostRoom(Room):
             self._policy.on_load(version.slot, version.load_ns, version.source)
         self._policy.on_use(version.slot, version.uses_host, now_ns)
 
+    def on_filled(self, version: Version, load_ns: int, now_ns: int) -> None:
+        """A prefetch has brought a part here; it counts as recent, though nobody has asked yet."""
+        if all(self.holdings.places[part].is_filled for part in version.host):
+            self._device.on_copy(version, len(version.host) == len(version.distinct_parts))
+            self._policy.on_load(version.slot, load_ns, "disk")
+            self._policy.on_use(version.slot, version.uses_host, now_ns)
+
     def held(self, version: Version) -> Parts:
         """Return the version's parts on HOST, which may be some of them."""
         return version.host
@@ -60,7 +68,8 @@ class HostRoom(Room):
                 _, version = self._doubles.popitem()
                 if version.state is State.DEVICE:  # else the copy became the only one
                     looked_at.append(version)
-                    yield version
+                    if not self._is_spared(version):
+                        yield version
         finally:
             self._doubles |= {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
         refreshed: set[int] = set()
@@ -79,7 +88,9 @@ class HostRoom(Room):
                     yield version
 
     def _may_leave(self, version: Version, now_ns: int, desperate: bool) -> bool:
-        return version.state is not State.LOADING and not version.waiters
+        if version.state is State.LOADING or version.waiters:
+            return False
+        return not any(part.job for part in version.host) and not self._is_spared(version)
 
     def _try_evict(self, version: Version, now_ns: int) -> bool:
         if version.state is State.HOST:

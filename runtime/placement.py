@@ -18,6 +18,8 @@ Invariants
     What counts is what the set frees: a part that others hold too is freed with the last of them.
     Small models that share a slab leave together where a part of a chunk helps nobody.
  5. For the policy a version on DEVICE has the size of what it alone holds there.
+ 6. For a prefetch only those leave that its judge lets go, of the first PREFETCH_VICTIMS_MAX that the
+    policy offers.
 
 Called by residency.
 """
@@ -27,18 +29,24 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Final
 
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
+from overcommit.runtime.config import (
+    PREFETCH_VICTIMS_MAX,
+    SLAB_MODEL_BYTES_MAX,
+    SMALL_CHUNK_BYTES,
+)
 from overcommit.runtime.holdings import Choice, Holdings
 from overcommit.runtime.policy import Policy, make_order
 from overcommit.runtime.residents import Parts, Port, State, Totals, Usage, Version
 
 STARVING_S: Final = 1.0  # a wish that waited so long may take what others wait for
 STARVING_NS: Final = int(STARVING_S * 1e9)
+
+Judge = Callable[[Version], bool]  # whether this one may leave for a prefetch
 
 
 class Room:
@@ -52,6 +60,8 @@ class Room:
         self._order = make_order(policy)
         self._totals = totals
         self._slabs: collections.defaultdict[int, set[int]] = collections.defaultdict(set)
+        self._judge: Judge | None = None  # while a prefetch is placed
+        self._looks = 0  # of the judge
 
     # --- what a tier must say -------------------------------------------------------------------
     def held(self, version: Version) -> Parts:
@@ -92,6 +102,20 @@ class Room:
         if (slab := self.holdings.slab_of(held)) is not None:
             self._slabs[slab].add(version.slot)
         return True
+
+    def try_place_ahead(self, version: Version, parts: Parts, now_ns: int, judge: Judge) -> bool:
+        """Hold these parts before somebody asks for them; see invariant 6."""
+        self._judge, self._looks = judge, 0
+        try:
+            return self.try_place(version, parts, now_ns)
+        finally:
+            self._judge = None
+
+    def _is_spared(self, version: Version) -> bool:
+        if self._judge is None:
+            return False
+        self._looks += 1
+        return self._looks > PREFETCH_VICTIMS_MAX or not self._judge(version)
 
     def release(self, version: Version) -> None:
         """The version holds nothing here any more."""
@@ -309,8 +333,10 @@ class DeviceRoom(Room):
                     queued_for.append(version)
                 elif self._is_fresh(version, now_ns):
                     fresh.append(version)
-                else:
+                elif not self._is_spared(version):
                     yield version
+                elif self._looks > PREFETCH_VICTIMS_MAX:
+                    return
         if desperate:
             yield from fresh
             # What was published a moment ago has not had its turn: two models that want the same
@@ -323,7 +349,7 @@ class DeviceRoom(Room):
         if self._is_fresh(version, now_ns) and not desperate:
             return False
         usage = self._port.usage(version.slot)
-        return not usage.leases and not usage.waiting
+        return not usage.leases and not usage.waiting and not self._is_spared(version)
 
     def _is_fresh(self, version: Version, now_ns: int) -> bool:
         stay_ns = max(version.terms.min_resident_ns, self.min_resident_ns)

@@ -22,7 +22,9 @@ Invariants
     yet, but not one that has waited for STARVING_S: from then on all that becomes free is for it.
  7. A failed load leaves nothing behind but a back-off (LOAD_BACKOFF_S, by failures in a row) for
     each version that waited for the part.  Loads of other parts go on for those who want them.
- 8. A removed version takes its waiters with it at once, and its bytes as soon as no lease and no
+ 8. A prefetch begins only while nobody waits for a load.  Who wants its version promotes it; in the
+    way of a wish it is cancelled, which is nobody's failure.
+ 9. A removed version takes its waiters with it at once, and its bytes as soon as no lease and no
     load needs them; its slot may have a new version meanwhile, which is not loaded before that.
 
                            want                      want
@@ -41,14 +43,17 @@ DISK      no bytes anywhere; ABSENT
 LOADING   parts that were not on DEVICE are being filled, from disk (through HOST if there is room)
           or from HOST; the last one that ends, whoever started it, publishes
 DEVICE    RESIDENT for `generation`; may have a host copy too
-HOST      ABSENT; it holds a host copy, so the next load reads from disk only what it lacks
+HOST      ABSENT; a host copy is there, or a prefetch makes one: the next load reads what it lacks
 leaving   removed, LOADING or DEVICE as before but out of reach: never a victim, never published
 
 (none) -> DISK [add]
 DISK -> LOADING [Transfers.try_begin, by want, tick, and whatever makes room]
 HOST -> LOADING [Transfers.try_begin]
+DISK -> LOADING [Transfers.try_ahead, by prefetch]
+DISK -> HOST [Transfers.try_ahead, by prefetch]
 LOADING -> DEVICE [on_load_done, ok; or at once, if others had all its parts there]
-LOADING -> DISK [on_load_done, failed]
+LOADING -> DISK [on_load_done, failed or cancelled]
+HOST -> DISK [on_load_done, a prefetch to HOST failed or was cancelled]
 DEVICE -> DISK [DeviceRoom.try_let_go, no host copy]
 DEVICE -> HOST [DeviceRoom.try_let_go, host copy]; both by a victim's turn or by IdleClock.expire
 DEVICE -> DEVICE [HostRoom.drop: it loses its host copy]
@@ -74,15 +79,15 @@ from overcommit.runtime import refusals
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.admission import Forecast
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import LOAD_BACKOFF_S, LOADS_IN_FLIGHT_MAX, REQUEST_TIMEOUT_MS
+from overcommit.runtime.config import LOAD_BACKOFF_S, REQUEST_TIMEOUT_MS
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
-from overcommit.runtime.messages import NEVER_NS
+from overcommit.runtime.messages import CANCELLED, NEVER_NS
 from overcommit.runtime.parts import PartInfo, PartTable
-from overcommit.runtime.placement import STARVING_NS, DeviceRoom
+from overcommit.runtime.pins import Pins
+from overcommit.runtime.placement import STARVING_NS, DeviceRoom, Judge
 from overcommit.runtime.policy import Policy
-from overcommit.runtime.refusals import mib
 from overcommit.runtime.residents import (
     NOBODY,
     Action,
@@ -99,21 +104,11 @@ from overcommit.runtime.residents import (
     Withdraw,
 )
 from overcommit.runtime.transfers import Transfers
-from overcommit.runtime.views import View, view_of
+from overcommit.runtime.views import Tier, View, summary_of, view_of
 from overcommit.runtime.wish_queue import WishQueue
 
-__all__ = [
-    "Action",
-    "Port",
-    "Publish",
-    "Refuse",
-    "Residency",
-    "StartLoad",
-    "Terms",
-    "Usage",
-    "View",
-    "Withdraw",
-]
+__all__ = ["Action", "Port", "Publish", "Refuse", "Residency", "StartLoad"]
+__all__ += ["Terms", "Usage", "View", "Withdraw"]
 
 RETRY_NS: Final = 5_000_000  # for room, if no bell comes first
 WISH_WAIT_S: Final = REQUEST_TIMEOUT_MS / 1000  # nobody's request waits longer
@@ -155,17 +150,14 @@ class Residency:
             *(self._on_device, self._on_host, port, self._totals, self._idle), self.forecast
         )
         self._wishes = WishQueue(self.forecast, self._transfers.lacks)
-        self._pinned: dict[int, Version] = {}
-        self._pins: dict[int, int] = {}  # pinned versions that were refused: when to try again
+        self._pins = Pins()
         self._tried_ns = 0
         self._is_hungry = False
 
     def __repr__(self) -> str:
-        text = f"<Residency {len(self._versions)} versions, "
-        for name, room in zip(("DEVICE", "HOST"), self._rooms, strict=False):
-            used, capacity = room.allocator.used_bytes, room.allocator.capacity_bytes
-            text += f"{len(room.holders)} in {name} ({mib(used)} of {mib(capacity)}), "
-        return f"{text}{len(self._transfers.loading)} loading, {len(self._wishes)} waiting>"
+        tiers = [(room.allocator, len(room.holders)) for room in self._rooms]
+        loading = len(self._transfers.loading)
+        return summary_of(len(self._versions), tiers, loading, len(self._wishes))
 
     # --- events ---------------------------------------------------------------------------------
     def add(
@@ -192,24 +184,18 @@ class Residency:
         self._idle.watch(version, now_ns)
         for room in self._rooms:
             room.on_terms(version)
-        if terms.pinned:
-            self._pinned[slot] = version
-        else:
-            self._pinned.pop(slot, None)
-            self._pins.pop(slot, None)
+        self._pins.settle(version)
 
     def remove(self, slot: int, now_ns: int) -> list[Action]:
         """A version is served no more; does nothing for one that is not known."""
-        version = self._versions.pop(slot, None)
-        if version is None:
+        if (version := self._versions.pop(slot, None)) is None:
             return []
         actions: list[Action] = []
         self._wishes.forget(slot)
         if version.waiters:
             message = refusals.gone(version.name)
             actions.append(self._refuse(version, Unavailable.code, message, None, now_ns))
-        self._pins.pop(slot, None)
-        self._pinned.pop(slot, None)
+        self._pins.discard(slot)
         for room in self._rooms:
             room.on_leaving(version)
         self._generations[slot] = version.generation
@@ -233,7 +219,9 @@ class Residency:
         if version.state is State.DEVICE:
             self._totals.attaches += 1
             return [self._transfers.answer(version)]
-        if version.state is State.LOADING or slot in self._wishes:
+        if version.state is State.LOADING:
+            return [*self._transfers.promote(version)]
+        if slot in self._wishes:
             return []
         if now_ns < version.retry_ns:
             return [self._refuse_for_failure(version, now_ns)]
@@ -264,16 +252,29 @@ class Residency:
         self, job: int, ok: bool, message: str, now_ns: int, load_ns: int
     ) -> list[Action]:
         """The mover ended a load; one that is not known (said twice) is ignored."""
-        actions: list[Action] = []
+        ahead = set(self._transfers.ahead)
         steps, failed = self._transfers.end(job, ok, now_ns, load_ns)
-        actions += steps
+        actions: list[Action] = [*steps]
         for version in failed:
+            if message == CANCELLED:
+                if version.waiters:  # since its load was cancelled
+                    self._wishes.add(Wish(version, now_ns))
+                continue
             step = min(version.failures, len(LOAD_BACKOFF_S) - 1)
             version.failures += 1
             version.retry_ns = now_ns + int(LOAD_BACKOFF_S[step] * 1e9)
             version.last_error = message or "the load failed for a reason that is not known"
-            actions.append(self._refuse_for_failure(version, now_ns))
+            if version.slot not in ahead:
+                actions.append(self._refuse_for_failure(version, now_ns))
         return actions + self._pump(now_ns)
+
+    def prefetch(self, slot: int, tier: Tier, now_ns: int, judge: Judge) -> list[Action] | None:
+        """Bring a version to a tier unasked, if whom `judge` lets go makes room; None: not now."""
+        version = self._known(slot, now_ns)
+        if version is None or self._wishes or slot in self._leaving or now_ns < version.retry_ns:
+            return None
+        steps = self._transfers.try_ahead(version, tier, now_ns, judge)
+        return None if steps is None else [*steps]
 
     def forget_waiter(self, waiter: int) -> None:
         """A worker is gone: it gets no answers, and what only it wanted is wanted no more."""
@@ -289,8 +290,7 @@ class Residency:
         """Try again what waited for room, a lease or a back-off; let go what was idle for long."""
         actions: list[Action] = []
         self._idle.expire(now_ns)
-        for slot in [slot for slot, at_ns in self._pins.items() if now_ns >= at_ns]:
-            del self._pins[slot]
+        for slot in self._pins.take_due(now_ns):
             actions += self.want(slot, NOBODY, now_ns)
         return actions + self._pump(now_ns)
 
@@ -301,7 +301,7 @@ class Residency:
     # --- asking ---------------------------------------------------------------------------------
     def next_tick_ns(self) -> int | None:
         """Return when `tick` is due, None if only an event can change something."""
-        times = list(self._pins.values())
+        times = self._pins.times()
         if (expiry_ns := self._idle.next_ns()) is not None:
             times.append(expiry_ns)
         if self._is_hungry:
@@ -343,7 +343,7 @@ class Residency:
         turns = self._wishes.in_turn(now_ns)
         free = (wish for wish in turns if wish.version.slot not in self._leaving)
         for wish in list(itertools.islice(free, WISHES_TRIED_MAX)):
-            if len(self._transfers.loading) >= LOADS_IN_FLIGHT_MAX:
+            if self._transfers.is_full:
                 break
             version, is_starving = wish.version, now_ns - wish.asked_ns > STARVING_NS
             if self._is_idle(wish, now_ns):
@@ -364,6 +364,7 @@ class Residency:
             elif is_starving:
                 break
             else:
+                actions += self._transfers.cancel_ahead()
                 smallest_failed = size if smallest_failed is None else min(size, smallest_failed)
         self._settle_hunger()
         return actions
@@ -397,7 +398,7 @@ class Residency:
     def _settle_hunger(self) -> None:
         if not self._wishes and not self._transfers.loading:
             self._wishes.rest()
-        can_start = len(self._transfers.loading) < LOADS_IN_FLIGHT_MAX
+        can_start = not self._transfers.is_full
         leased = any(version.state is State.DEVICE for version in self._leaving.values())
         is_hungry = leased or (can_start and bool(self._wishes))
         if is_hungry != self._is_hungry:
@@ -410,9 +411,7 @@ class Residency:
     ) -> Refuse:
         """Answer everybody who waits for this version; a pinned one is tried again by itself."""
         self._totals.refusals += 1
-        if version.pinned:
-            delay_s = LOAD_BACKOFF_S[-1] if retry_after_s is None else retry_after_s
-            self._pins[version.slot] = now_ns + int(delay_s * 1e9)
+        self._pins.on_refused(version, retry_after_s, now_ns)
         return Refuse(version.slot, code, message, retry_after_s, version.take_waiters())
 
     def _refuse_for_failure(self, version: Version, now_ns: int) -> Refuse:
@@ -432,7 +431,7 @@ class Residency:
 
     def _why_never(self, version: Version) -> str | None:
         """Say why no eviction could ever make room for this version; None if one could."""
-        others = [v for v in self._pinned.values() if v is not version and v.device]
+        others = self._pins.others_on_device(version)
         size = self._on_device.bytes_needed(version, others)
         pinned = self._on_device.bytes_out_of_reach(version, others)
         if size <= self.device.capacity_bytes - pinned:

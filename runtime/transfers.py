@@ -5,7 +5,9 @@ loaded once.  The last part that arrives, whoever had started its load, publishe
 
     part     (none) -> in flight          [_start: it has a place on DEVICE, and no load]
              in flight -> (none)          [end: its places are filled, or its load failed]
-    version  DISK, HOST -> LOADING        [try_begin]
+             ahead: in flight without a request that waits, until promoted, cancelled or ended
+    version  DISK, HOST -> LOADING        [try_begin; try_ahead]
+             DISK -> HOST                 [try_ahead: a load into HOST alone; DISK if it fails]
              LOADING -> DEVICE            [try_begin, if others had all its parts there; end]
              LOADING -> DISK              [give_up]
 
@@ -16,6 +18,8 @@ Invariants
  3. The places of a part with a load in flight do not move and are not given back.
  4. A load that fails is the failure of every version that waits for its part, and of no other; the
     part is not trusted on HOST any more.
+ 5. A load that is ahead serves prefetches alone: it is promoted at once when a version needs it that
+    requests wait for, and only such a load is ever cancelled.  The forecast of waits leaves it out.
 
 Called by residency; pure.
 """
@@ -26,13 +30,18 @@ import itertools
 
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
 from overcommit.runtime.admission import Forecast, Need
+from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
+from overcommit.runtime.messages import Urgency
 from overcommit.runtime.parts import Part
-from overcommit.runtime.placement import DeviceRoom
+from overcommit.runtime.placement import DeviceRoom, Judge
 from overcommit.runtime.residents import (
+    CancelStarted,
+    Extents,
     Parts,
     Port,
+    PromoteStarted,
     Publish,
     Source,
     StartLoad,
@@ -40,8 +49,9 @@ from overcommit.runtime.residents import (
     Totals,
     Version,
 )
+from overcommit.runtime.views import Tier
 
-Step = StartLoad | Publish
+Step = StartLoad | PromoteStarted | Publish
 
 
 class Transfers:
@@ -65,6 +75,9 @@ class Transfers:
         self._loads: dict[int, tuple[Part, StartLoad]] = {}
         self._jobs = itertools.count(1)
         self.loading: dict[int, Version] = {}
+        self.ahead: set[int] = set()  # slots of those of them that no request waits for
+        self._jobs_ahead: set[int] = set()
+        self._cancelled: set[int] = set()  # of these
 
     def in_flight(self) -> list[StartLoad]:
         """Return every load that was started and has not ended, in order."""
@@ -76,6 +89,55 @@ class Transfers:
         parts = version.distinct_parts
         if not self._device.try_place(version, parts, now_ns, desperate=desperate):
             return None
+        return self._begin(version, now_ns)
+
+    def try_ahead(
+        self, version: Version, tier: Tier, now_ns: int, judge: Judge
+    ) -> list[Step] | None:
+        """Begin to bring a version to a tier, though no request waits for it.
+
+        None: it is there, or other loads are under way, or nobody may leave for it.
+        """
+        if self.loading or self._jobs_ahead:
+            return None
+        parts = version.distinct_parts
+        if tier is Tier.DEVICE and version.state in (State.DISK, State.HOST):
+            if not self._device.try_place_ahead(version, parts, now_ns, judge):
+                return None
+            self.ahead.add(version.slot)
+            return self._begin(version, now_ns)
+        if tier is not Tier.HOST or version.state is not State.DISK or self._host is None:
+            return None
+        if not self._host.try_place_ahead(version, parts, now_ns, judge):
+            return None
+        version.state = State.HOST
+        steps: list[Step] = []
+        for part in parts:
+            place = self._host.holdings.places[part]
+            if not place.is_filled and not part.job:
+                steps.append(self._load(version, part, "disk", place.extents, None, "prefetch"))
+        return steps
+
+    def promote(self, version: Version) -> list[PromoteStarted]:
+        """Requests wait for the version now, and for every load of its parts."""
+        self.ahead.discard(version.slot)
+        promotable = self._jobs_ahead - self._cancelled
+        jobs = [part.job for part in version.distinct_parts if part.job in promotable]
+        self._jobs_ahead.difference_update(jobs)
+        return [PromoteStarted(job) for job in jobs]
+
+    def cancel_ahead(self) -> list[CancelStarted]:
+        """Have every load stopped that no request waits for; each is said once."""
+        jobs = sorted(self._jobs_ahead - self._cancelled)
+        self._cancelled.update(jobs)
+        return [CancelStarted(job) for job in jobs]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many versions are loading that no wish may begin now."""
+        return len(self.loading) - len(self.ahead) >= LOADS_IN_FLIGHT_MAX
+
+    def _begin(self, version: Version, now_ns: int) -> list[Step]:
         self.loading[version.slot] = version
         version.state = State.LOADING
         version.source, version.load_ns = None, 0
@@ -88,6 +150,7 @@ class Transfers:
         """LOADING -> DISK; loads of its parts go on, for others or for nobody."""
         assert version.state is State.LOADING
         del self.loading[version.slot]
+        self.ahead.discard(version.slot)
         self._device.release(version)
         version.state = State.DISK
         if self._host is not None:
@@ -107,12 +170,23 @@ class Transfers:
         places = host.holdings.places
         for passing in (self._to_come(version), ()):
             parts = tuple(p for p in version.distinct_parts if p in places or p in passing)
-            if parts and host.try_place(version, parts, now_ns):
+            if not parts:
+                continue
+            if version.slot in self.ahead:
+                # Nobody's last copy leaves for a guess.
+                is_placed = host.try_place_ahead(
+                    version, parts, now_ns, lambda victim: victim.state is State.DEVICE
+                )
+            else:
+                is_placed = host.try_place(version, parts, now_ns)
+            if is_placed:
                 return
 
     def _carry_on(self, version: Version, now_ns: int) -> list[Step]:
         """Start the loads that nobody has started; publish a version that needs none."""
         steps: list[Step] = []
+        if version.slot not in self.ahead:
+            steps += self.promote(version)
         for part in self._to_come(version):
             load = self._start(version, part, now_ns)
             version.source = "disk" if "disk" in (version.source, load.source) else "host"
@@ -125,6 +199,7 @@ class Transfers:
     def _publish(self, version: Version, now_ns: int) -> Publish:
         """LOADING -> DEVICE."""
         del self.loading[version.slot]
+        self.ahead.discard(version.slot)
         version.state = State.DEVICE
         version.generation += 1
         version.published_ns = now_ns
@@ -161,18 +236,28 @@ class Transfers:
         on_device = self._device.holdings.places[part]
         on_host = None if self._host is None else self._host.holdings.places.get(part)
         source = self._source(part)
-        load = StartLoad(
-            job=next(self._jobs),
-            slot=version.slot,
-            digest=part.digest,
-            nbytes=part.nbytes,
-            source=source,
-            host=None if on_host is None else on_host.extents,
-            device=on_device.extents,
-        )
-        part.job = load.job
+        host = None if on_host is None else on_host.extents
+        if version.slot in self.ahead:
+            return self._load(version, part, source, host, on_device.extents, "prefetch")
+        load = self._load(version, part, source, host, on_device.extents, "foreground")
         self._forecast.on_started(load.job, version.slot, source, part.nbytes, now_ns)
-        self._loads[load.job] = (part, load)
+        return load
+
+    def _load(
+        self,
+        version: Version,
+        part: Part,
+        source: Source,
+        host: Extents | None,
+        device: Extents | None,
+        urgency: Urgency,
+    ) -> StartLoad:
+        job = next(self._jobs)
+        load = StartLoad(job, version.slot, part.digest, part.nbytes, source, host, device, urgency)
+        part.job = job
+        self._loads[job] = (part, load)
+        if urgency == "prefetch":
+            self._jobs_ahead.add(job)
         return load
 
     def end(
@@ -187,15 +272,24 @@ class Transfers:
             return [], []
         part.job = 0
         self._forecast.on_ended(job, ok, now_ns)
-        place = self._device.holdings.places[part]
-        place.is_filled = ok
-        waiting = [version for version in self.loading.values() if version in place.holders]
+        self._jobs_ahead.discard(job)
+        self._cancelled.discard(job)
+        place = self._device.holdings.places.get(part)
+        if place is not None and load.device is not None:
+            place.is_filled = ok
+        holders = () if place is None else place.holders
+        waiting = [version for version in self.loading.values() if version in holders]
         steps: list[Step] = []
         failed: list[Version] = []
         if ok:
             self._totals.bytes_loaded += part.nbytes
             if load.host is not None and self._host is not None:
-                self._host.holdings.places[part].is_filled = True
+                copy = self._host.holdings.places[part]
+                copy.is_filled = True
+                if load.device is None:
+                    for version in copy.holders:
+                        if version.state is State.HOST and not version.is_leaving:
+                            self._host.on_filled(version, load_ns, now_ns)
         elif self._host is not None:
             self._host.distrust(part)
         for version in waiting:

@@ -5,12 +5,14 @@ Called by residency, for status and metrics; pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.holdings import Holdings
 from overcommit.runtime.parts import Part
+from overcommit.runtime.refusals import mib
 from overcommit.runtime.residents import State, Version
 
 
@@ -59,6 +61,17 @@ def view_of(version: Version, device: Holdings, host: Holdings | None) -> View:
         evictions=version.evictions,
         last_error=version.last_error,
     )
+
+
+def summary_of(
+    versions: int, tiers: Sequence[tuple[ChunkAllocator, int]], loading: int, waiting: int
+) -> str:
+    """Say in a line who is where: DEVICE and, if there is one, HOST, with their holders."""
+    text = f"{versions} versions, "
+    for name, (allocator, holders) in zip(("DEVICE", "HOST"), tiers, strict=False):
+        used, capacity = allocator.used_bytes, allocator.capacity_bytes
+        text += f"{holders} in {name} ({mib(used)} of {mib(capacity)}), "
+    return f"<Residency {text}{loading} loading, {waiting} waiting>"
 
 
 def _is_filled(part: Part, holdings: Holdings | None) -> bool:

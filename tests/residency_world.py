@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from overcommit.runtime._shm import ABSENT, EVICTING, LOADING, RESIDENT
 from overcommit.runtime.allocator import ChunkAllocator
@@ -21,7 +21,15 @@ from overcommit.runtime.residency import (
     Usage,
     Withdraw,
 )
-from overcommit.runtime.residents import NOBODY, State, Terms
+from overcommit.runtime.residents import (
+    NOBODY,
+    CancelStarted,
+    PromoteStarted,
+    State,
+    Terms,
+    Version,
+)
+from overcommit.runtime.views import Tier
 
 CHUNK = 2 * MIB
 MS = 1_000_000
@@ -84,6 +92,8 @@ class World:
         self.published: list[Publish] = []
         self.refused: list[Refuse] = []
         self.withdrawn: list[Withdraw] = []
+        self.cancelled: list[int] = []
+        self.promoted: list[int] = []
 
     # --- events ---------------------------------------------------------------------------------
     def add(
@@ -115,6 +125,13 @@ class World:
         self.take(actions)
         self.now_ns += 1  # no two events are at one time
         return actions
+
+    def prefetch(
+        self, slot: int, tier: Tier, judge: Callable[[Version], bool] = lambda version: True
+    ) -> list[Action]:
+        """Nothing, if it is not the time for it."""
+        actions = self.residency.prefetch(slot, tier, self.now_ns, judge)
+        return self.take(actions or [])
 
     def remove(self, slot: int) -> list[Action]:
         return self.take(self.residency.remove(slot, self.now_ns))
@@ -168,6 +185,13 @@ class World:
                 self.published.append(action)
             elif isinstance(action, Withdraw):
                 self.withdrawn.append(action)
+            elif isinstance(action, CancelStarted):
+                assert self.loads[action.job].urgency == "prefetch"
+                assert action.job not in self.promoted
+                self.cancelled.append(action.job)
+            elif isinstance(action, PromoteStarted):
+                assert self.loads[action.job].urgency == "prefetch"
+                self.promoted.append(action.job)
             else:
                 self.refused.append(action)
         assert list(self.loads.values()) == self.residency.loads_in_flight()
@@ -239,8 +263,9 @@ def check(residency: Residency, port: FakePort) -> None:
         known_doubles = set(residency._on_host._doubles.values())
         assert doubles <= known_doubles <= copies, "HOST does not know what DEVICE holds too"
     for part, load in jobs.values():
-        device = residency._on_device.holdings.places[part]
-        assert load.device == device.extents, "a load lost its bytes"
+        if load.device is not None:
+            device = residency._on_device.holdings.places[part]
+            assert load.device == device.extents, "a load lost its bytes"
         if load.host is not None:
             assert residency._on_host is not None
             host = residency._on_host.holdings.places[part]

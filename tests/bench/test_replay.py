@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ class Timetable:
     def __init__(self, wishes: list[tuple[float, int]]) -> None:
         self.left = sorted(wishes)
         self.seen: list[tuple[int, float, bool]] = []
+        self.spared: set[int] = set()
+        self.loaded: list[tuple[int, list[int]]] = []
 
     def on_request(self, model: int, time_s: float, was_held: bool) -> None:
         self.seen.append((model, time_s, was_held))
@@ -106,6 +108,12 @@ class Timetable:
     def wishes(self, time_s: float, cache: Cache) -> Iterable[int]:
         while self.left and self.left[0][0] <= time_s:
             yield self.left.pop(0)[1]
+
+    def may_displace(self, model: int, victim: int, time_s: float, cache: Cache) -> bool:
+        return victim not in self.spared
+
+    def on_loaded(self, model: int, victims: Sequence[int], time_s: float) -> None:
+        self.loaded.append((model, list(victims)))
 
 
 def test_what_was_prefetched_in_time_costs_no_request_anything() -> None:
@@ -139,6 +147,17 @@ def test_a_prefetch_that_is_evicted_before_its_use_is_wasted_and_what_is_held_is
     outcome = simulate("lru", trace, SIZES, 3, ahead)
     assert (outcome.prefetches, outcome.prefetches_used) == (1, 0)
     assert outcome.misses == 3
+
+
+def test_a_prefetch_displaces_only_whom_its_judge_lets_go() -> None:
+    trace = trace_of(0, 1, 2)
+    ahead = Timetable([(1.5, 2)])
+    ahead.spared = {0, 1}
+    assert simulate("lru", trace, SIZES, 3, ahead).prefetches == 0
+    ahead = Timetable([(1.5, 2)])
+    ahead.spared = {0}
+    assert simulate("lru", trace, SIZES, 4, ahead).prefetches == 1
+    assert ahead.loaded == [(2, [1])]
 
 
 def test_asking_for_victims_evicts_nobody() -> None:

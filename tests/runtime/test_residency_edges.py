@@ -9,7 +9,9 @@ import pytest
 from residency_world import World
 
 from overcommit.runtime import residency as module
+from overcommit.runtime.messages import CANCELLED
 from overcommit.runtime.residents import State
+from overcommit.runtime.views import Tier
 
 
 def _add() -> World:
@@ -110,10 +112,33 @@ def _left() -> World:
     return world
 
 
+def _filling() -> World:
+    world = World(1, host_chunks=1)
+    world.add(1)
+    world.prefetch(1, Tier.HOST)
+    return world
+
+
+def _loading_ahead() -> World:
+    world = World(1)
+    world.add(1)
+    world.prefetch(1, Tier.DEVICE)
+    return world
+
+
+def _not_filled() -> World:
+    world = _filling()
+    world.finish(ok=False, message=CANCELLED)
+    return world
+
+
 EDGES: dict[str, tuple[Callable[[], World], State | None]] = {
     "(none) -> DISK [add]": (_add, State.DISK),
     "DISK -> LOADING [Transfers.try_begin]": (_disk_to_loading, State.LOADING),
     "HOST -> LOADING [Transfers.try_begin]": (_host_to_loading, State.LOADING),
+    "DISK -> LOADING [Transfers.try_ahead]": (_loading_ahead, State.LOADING),
+    "DISK -> HOST [Transfers.try_ahead]": (_filling, State.HOST),
+    "HOST -> DISK [on_load_done]": (_not_filled, State.DISK),
     "LOADING -> DEVICE [on_load_done]": (_on_device, State.DEVICE),
     "LOADING -> DISK [on_load_done]": (_failed, State.DISK),
     "DEVICE -> DISK [DeviceRoom.try_let_go]": (_evicted, State.DISK),

@@ -18,9 +18,11 @@ from hypothesis.stateful import (
 from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import RESIDENT
+from overcommit.runtime.messages import CANCELLED
 from overcommit.runtime.parts import PartInfo, private_bytes
 from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse, Withdraw
 from overcommit.runtime.residents import NOBODY, State
+from overcommit.runtime.views import Tier
 
 SLOTS = st.integers(0, 6)
 WAITERS = st.integers(0, 2)
@@ -44,6 +46,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.known: dict[int, bool] = {}  # slot -> pinned
         self.infos: dict[int, list[PartInfo]] = {}
         self.generations: Counter[int] = Counter()
+        self.ahead_evicted: list[int] = []
         self.leaving: set[int] = set()  # slots whose former version is not gone yet
 
     @initialize(host_chunks=st.sampled_from([0, 3, 12]))
@@ -105,6 +108,19 @@ class ResidencyMachine(RuleBasedStateMachine):
         is_attach = slot in self.known and self.world.state(slot) is State.DEVICE
         self._settle(self.world.want(slot, waiter), is_attach=is_attach)
 
+    @rule(
+        slot=SLOTS,
+        tier=st.sampled_from([Tier.HOST, Tier.DEVICE]),
+        spared=st.sets(SLOTS, max_size=3),
+    )
+    def prefetch(self, slot: int, tier: Tier, spared: set[int]) -> None:
+        port = self.world.port
+        port.evicted.clear()
+        before = set(self.world.residency._leaving)
+        self._settle_ahead(self.world.prefetch(slot, tier, lambda v: v.slot not in spared))
+        for victim in self.ahead_evicted:
+            assert victim in before or (victim not in spared and not port.waiting[victim])
+
     @rule(slot=SLOTS)
     def want_for_nobody(self, slot: int) -> None:
         self.asked_ns.setdefault(slot, self.world.now_ns)
@@ -114,7 +130,10 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 3), ok=st.sampled_from([True, True, True, False]))
     def load_done(self, pick: int, ok: bool) -> None:
         jobs = list(self.world.loads)
-        self._settle(self.world.finish(jobs[pick % len(jobs)], ok=ok, message="bad sector"))
+        job = jobs[pick % len(jobs)]
+        # The mover may have been faster than the word that cancels.
+        message = CANCELLED if job in self.world.cancelled else "bad sector"
+        self._settle(self.world.finish(job, ok=ok, message=message))
 
     @rule(slot=SLOTS)
     def take_lease(self, slot: int) -> None:
@@ -187,6 +206,10 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert not self.world.residency._parts
             assert not self.world.port.is_hungry
             assert self.world.residency.next_tick_ns() is None
+
+    def _settle_ahead(self, actions: Sequence[Action]) -> None:
+        self.ahead_evicted = list(self.world.port.evicted)
+        self._settle(actions)
 
     # --- what must hold -------------------------------------------------------------------------
     def _settle(self, actions: Sequence[Action], *, is_attach: bool = False) -> None:
