@@ -251,6 +251,7 @@ class Administration:
                     "bytes_read": activations.timings.bytes_read,
                     "bytes_copied": activations.timings.bytes_copied,
                 },
+                "thrashing": self.house.pressure.describe(),
                 "packing": len(self.catalogue.packing),
                 "activations": list(activations.timings.activations),
                 "attaches": list(activations.timings.attaches),

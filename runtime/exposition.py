@@ -46,6 +46,7 @@ class _Snapshot(Collector):
         yield from self._requests()
         yield from self._models()
         yield from self._residency()
+        yield from self._pressure()
         yield from self._processes()
 
     def _requests(self) -> Iterator[Metric]:
@@ -101,6 +102,22 @@ class _Snapshot(Collector):
                 used.add_metric((tier,), allocator.used_bytes)
         yield capacity
         yield used
+
+    def _pressure(self) -> Iterator[Metric]:
+        reading = self._house.pressure.reading
+        for name, text, value in (
+            ("thrashing", "1 while models push each other out of DEVICE", reading.is_thrashing),
+            ("working_set_bytes", "Bytes of the models used lately", reading.working_set_bytes),
+            ("loads_per_second", "Activations a second, lately", reading.loads_per_s),
+            ("load_busy_share", "Share of the time with a load in flight", reading.busy_share),
+            ("uses_per_load", "Requests that a load serves, lately", reading.uses_per_load),
+            (
+                "min_resident_seconds",
+                "That a loaded model stays, by damping",
+                reading.stay_ns / 1e9,
+            ),
+        ):
+            yield GaugeMetricFamily(f"overcommit_{name}", text, float(value))
 
     def _processes(self) -> Iterator[Metric]:
         deaths = CounterMetricFamily(

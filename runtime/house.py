@@ -16,6 +16,7 @@ from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.memory import SharedMemory
 from overcommit.runtime.policy import Policy, make_policy
+from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.process import Process
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Residency
@@ -49,6 +50,7 @@ class House:
         self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
         self.residency = Residency(device, host, new_policy, self.gate, self._introduce)
         self.activations = Activations(settings, self.residency, self.registry, self.fleet)
+        self.pressure = Pressure(settings, self.residency, self.activations, self.gate, self.fleet)
 
     def _introduce(self, slot: int, now_ns: int) -> None:
         self.activations.introduce(slot, now_ns)

@@ -9,7 +9,7 @@ Who sends what:
     supervisor -> all        Start, Drain, Stop
     supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, Expected, ActivationFailed,
                              Withdrawn, Forget
-    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply
+    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure
     supervisor -> mover      Load, CancelLoad, PromoteLoad
     supervisor -> packer     Pack
     all -> supervisor        Ready
@@ -175,6 +175,12 @@ class Withdrawn(Message, frozen=True):
     """Nobody seemed to wait for the version any more; ask again if somebody does."""
 
     slot: int
+
+
+class Pressure(Message, frozen=True):
+    """Front end: what is wrong with the memory, in words for people; "": nothing."""
+
+    thrashing: str = ""
 
 
 class BindFailed(Message, frozen=True):
@@ -419,6 +425,7 @@ AnyMessage = (
     | Expected
     | ActivationFailed
     | Withdrawn
+    | Pressure
     | BindFailed
     | Attaches
     | Forget

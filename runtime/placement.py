@@ -49,6 +49,10 @@ STARVING_NS: Final = int(STARVING_S * 1e9)
 Judge = Callable[[Version], bool]  # whether this one may leave for a prefetch
 
 
+# Whether the first has to wait before it may push out the others.
+Objection = Callable[[Version, list[Version], int], bool]
+
+
 class Room:
     """One tier; subclasses say who may leave it and how."""
 
@@ -149,6 +153,10 @@ class Room:
         return self._policy.rank(version.slot) != former
 
     # --- making room ----------------------------------------------------------------------------
+    def _may_displace(self, version: Version, victims: list[Version], now_ns: int) -> bool:
+        """Whether it is worth it."""
+        return True
+
     def _try_make_room(self, version: Version, parts: Parts, now_ns: int, desperate: bool) -> bool:
         holdings = self.holdings
         with contextlib.closing(self._offers(now_ns, desperate)) as offers:
@@ -159,6 +167,8 @@ class Room:
                 chosen.append(victim)
                 choice.add(self.held(victim))
             if choice.freed < needed and not desperate:
+                return False
+            if chosen and not self._may_displace(version, chosen, now_ns):
                 return False
             kept, spared = self._without_superfluous(chosen, choice, needed)
             mates: list[Version] = []
@@ -258,6 +268,7 @@ class DeviceRoom(Room):
         self._port = port
         # Of every version, whatever its own is: raise it where evictions come too fast.
         self.min_resident_ns = 0
+        self.objects: Objection | None = None
 
     def held(self, version: Version) -> Parts:
         """Return the version's parts on DEVICE: all or none."""
@@ -342,6 +353,9 @@ class DeviceRoom(Room):
             # What was published a moment ago has not had its turn: two models that want the same
             # bytes would evict each other before either runs.
             yield from (v for v in queued_for if now_ns - v.published_ns >= STARVING_NS)
+
+    def _may_displace(self, version: Version, victims: list[Version], now_ns: int) -> bool:
+        return self.objects is None or not self.objects(version, victims, now_ns)
 
     def _may_leave(self, version: Version, now_ns: int, desperate: bool) -> bool:
         if not _is_evictable(version, now_ns):

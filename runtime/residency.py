@@ -71,7 +71,7 @@ Called by the supervisor's activations, from its one thread.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -80,6 +80,7 @@ from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.admission import Forecast
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import LOAD_BACKOFF_S, REQUEST_TIMEOUT_MS
+from overcommit.runtime.displacement import Demand, Displacement
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
@@ -309,6 +310,8 @@ class Residency:
         elif self._wishes:
             oldest = next(self._wishes.by_arrival())
             times.append(oldest.asked_ns + int(WISH_WAIT_S * 1e9))
+            held = [w.not_before_ns for w in self._wishes.by_arrival() if w.not_before_ns]
+            times += [at_ns for at_ns in held if at_ns > self._tried_ns]
         return min(times, default=None)
 
     def loads_in_flight(self) -> list[StartLoad]:
@@ -322,6 +325,15 @@ class Residency:
             return None
         on_host = None if self._on_host is None else self._on_host.holdings
         return view_of(version, self._on_device.holdings, on_host)
+
+    def device_slots(self) -> Iterator[int]:
+        """Yield the slots of all versions that hold bytes on DEVICE."""
+        return iter(self._on_device.holders)
+
+    def unique_bytes(self, slots: Iterable[int]) -> int:
+        """Return what these versions weigh together; what several share counts once."""
+        known = (version for slot in slots if (version := self._versions.get(slot)) is not None)
+        return sum(part.nbytes for part in {part for each in known for part in each.parts})
 
     def saved_bytes(self) -> tuple[int, ...]:
         """Return what sharing saves on DEVICE and, if there is one, in HOST."""
@@ -345,7 +357,10 @@ class Residency:
         for wish in list(itertools.islice(free, WISHES_TRIED_MAX)):
             if self._transfers.is_full:
                 break
-            version, is_starving = wish.version, now_ns - wish.asked_ns > STARVING_NS
+            version = wish.version
+            if now_ns < wish.not_before_ns:
+                continue
+            is_starving = now_ns - max(wish.asked_ns, wish.not_before_ns) > STARVING_NS
             if self._is_idle(wish, now_ns):
                 actions.append(self._withdraw(version))
                 continue
@@ -361,6 +376,8 @@ class Residency:
             elif (reason := self._why_never(version)) is not None:
                 self._wishes.drop(version.slot)  # another was pinned since it was queued
                 actions.append(self._refuse(version, OutOfMemory.code, reason, None, now_ns))
+            elif now_ns < wish.not_before_ns:
+                continue  # it was held up just now, and holds up nobody
             elif is_starving:
                 break
             else:
@@ -383,6 +400,10 @@ class Residency:
         self._parts.forget(version.parts)
         self._port.set_state(version.slot, ABSENT, version.generation)
 
+    def weigh_displacement(self, demand: Demand) -> None:
+        """From now on a load may have to wait before it pushes out what is asked for more."""
+        self._on_device.objects = Displacement(self._wishes, self.forecast, demand).objects
+
     def _is_idle(self, wish: Wish, now_ns: int) -> bool:
         """Whether everybody who waited has gone: a load would be for nobody."""
         version = wish.version
@@ -400,7 +421,8 @@ class Residency:
             self._wishes.rest()
         can_start = not self._transfers.is_full
         leased = any(version.state is State.DEVICE for version in self._leaving.values())
-        is_hungry = leased or (can_start and bool(self._wishes))
+        waits = any(wish.not_before_ns <= self._tried_ns for wish in self._wishes.by_arrival())
+        is_hungry = leased or (can_start and waits)
         if is_hungry != self._is_hungry:
             self._is_hungry = is_hungry
             self._port.set_hungry(is_hungry)

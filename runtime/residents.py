@@ -90,6 +90,8 @@ class Wish:
 
     version: Version
     asked_ns: int
+    held_until_ns: int = 0  # when it may push out what is worth more, as reckoned last
+    not_before_ns: int = 0  # it is not tried: what it would push out is worth more
     is_promised: bool = False  # requests were told to come back when it is loaded
 
 

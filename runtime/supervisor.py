@@ -173,6 +173,7 @@ class Supervisor:
         for child in house.fleet.children.values():
             self._watch(child.process, child)
         house.activations.tick(now_ns)
+        house.pressure.tick(now_ns)
         house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
         self.catalogue.step(now_ns)
         if self.catalogue.packing.process is not None:
@@ -278,6 +279,8 @@ class Supervisor:
     def _on_ready(self, child: Child, message: Ready, now_ns: int) -> None:
         house = self.house
         house.fleet.on_ready(child, message.pid, now_ns)
+        if child.seat.kind == "front_end":
+            house.pressure.greet(child)
         if child.seat.kind == "mover":
             house.activations.on_mover_ready(now_ns)
         if self.phase is Phase.STARTING and all(

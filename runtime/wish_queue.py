@@ -161,6 +161,8 @@ class WishQueue:
         else:
             foreseen = self.wait_ns(version, now_ns)
             wait_ns = None if foreseen is None else foreseen[0]
+            if foreseen is not None and wish.not_before_ns > now_ns:
+                wait_ns = max(foreseen[0], wish.held_until_ns - now_ns + foreseen[1])
         if wait_ns is None or now_ns + wait_ns <= earliest_ns:
             return None
         if wish is not None:

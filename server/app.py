@@ -81,7 +81,11 @@ def _add_health(app: FastAPI, front: FrontEnd) -> None:
 
     @app.get("/v2/health/ready", tags=["health"])
     async def ready() -> Response:
-        return _json({"ready": front.is_ready}, 200 if front.is_ready else 503)
+        body: dict[str, Any] = {"ready": front.is_ready}
+        if front.thrashing:
+            # Ready all the same: a load balancer that took this box out would make others thrash.
+            body["thrashing"] = front.thrashing
+        return _json(body, 200 if front.is_ready else 503)
 
     @app.get("/v2", tags=["health"])
     @app.get("/v2/", include_in_schema=False)

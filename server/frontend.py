@@ -37,6 +37,7 @@ from overcommit.runtime.messages import (
     Drain,
     LinkDown,
     LinkUp,
+    Pressure,
     Ready,
     Route,
     Routes,
@@ -78,6 +79,7 @@ class FrontEnd:
         self.bodies_bytes = 0  # of long bodies that are being received
         self.clock_s = time.monotonic()  # as of the last sweep
         self.is_draining = False
+        self.thrashing = ""  # what is wrong with the memory, for health
         self._control = control
         self._bell = fds["doorbell"]
         self._listener = socket.socket(fileno=fds["listen"])
@@ -200,6 +202,8 @@ class FrontEnd:
                 self.on_bell()
             elif isinstance(message, AdminReply):
                 self._on_reply(message)
+            elif isinstance(message, Pressure):
+                self.thrashing = message.thrashing
             elif isinstance(message, Drain):
                 self._drain_task = asyncio.get_running_loop().create_task(
                     self._drain(message.timeout_s)

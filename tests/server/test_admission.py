@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from serving import Answer, Server
+from serving import WATCHDOG_S, Answer, Server
 
 from overcommit.bench.models_repo import make_tables
 
@@ -135,3 +135,33 @@ def test_without_a_short_timeout_nobody_is_refused(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: infer(server, models[n % 2], [1, 16]), range(40)))
     assert {answer.status for answer in answers} == {200}
+
+
+def test_thrashing_is_reported_and_the_server_stays_ready(server: Server) -> None:
+    status = server.status()["thrashing"]
+    assert status["memory_bytes"] == server.status()["device"]["capacity"]
+    assert not status["active"]
+    metrics = server.get("/metrics").body.decode()
+    for name in ("thrashing", "working_set_bytes", "loads_per_second", "min_resident_seconds"):
+        assert re.search(rf"^overcommit_{name} ", metrics, re.MULTILINE), name
+    stop = time.monotonic() + WATCHDOG_S
+
+    def ask(number: int) -> None:
+        while time.monotonic() < stop and not server.get("/v2/health/ready").json().get(
+            "thrashing"
+        ):
+            infer(server, f"table-{ROWS}-{number:04}", [1, 16])
+
+    # Two models of which one fits, each asked by a client of its own.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(ask, range(2)))
+    ready = server.get("/v2/health/ready")
+    assert ready.status == 200
+    assert "raise device_memory_bytes" in ready.json()["thrashing"]
+    found = server.status()["thrashing"]
+    assert found["active"]
+    assert found["working_set_bytes"] > found["memory_bytes"]
+    assert found["min_resident_ms"] > 0
+    assert any("thrashing: the models in use need" in line for line in server.log)
+    # It ends by itself when nobody asks any more.
+    server.wait_until(lambda: "thrashing" not in server.get("/v2/health/ready").json())

@@ -1,0 +1,130 @@
+"""What a giant may push out, and when."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from residency_world import MS, SECOND, World
+
+from overcommit.runtime.displacement import MANY, PATIENCE_S, SHARE, Demand, patience_s
+from overcommit.runtime.residents import State
+
+GIANT: Final = 99
+
+
+def demand_of(rates: dict[int, float]) -> Demand:
+    demand = Demand()
+    demand.look(dict.fromkeys(rates, 0), SECOND)
+    demand.look({slot: int(rate * 10) for slot, rate in rates.items()}, 11 * SECOND)
+    return demand
+
+
+def test_a_rate_is_what_was_run_a_second() -> None:
+    demand = demand_of({1: 5.0, 2: 0.0})
+    assert (demand.rate(1), demand.rate(2), demand.rate(3)) == (5.0, 0.0, 0.0)
+
+
+def test_a_rate_fades_and_of_what_is_not_looked_at_is_forgotten() -> None:
+    demand = demand_of({1: 8.0, 2: 8.0})
+    demand.look({1: 80}, 12 * SECOND)
+    assert demand.rate(1) == 4.0
+    assert demand.rate(2) == 0.0
+
+
+def test_a_counter_that_falls_is_no_negative_rate() -> None:
+    demand = demand_of({1: 8.0})
+    demand.look({1: 0}, 12 * SECOND)
+    assert demand.rate(1) == 4.0
+
+
+def test_a_giant_waits_that_would_push_out_what_is_asked_for_more() -> None:
+    hot = dict.fromkeys(range(10), 20.0)
+    cost = {**dict.fromkeys(range(10), 0.01), GIANT: 0.2}
+    wait_s = patience_s(GIANT, list(hot), demand_of({**hot, GIANT: 1.0}), cost.__getitem__)
+    assert wait_s == pytest.approx(SHARE * (0.2 + 10 * 0.01))
+
+
+def test_nobody_waits_for_ever() -> None:
+    cost = {**dict.fromkeys(range(10), 100.0), GIANT: 100.0}
+    wait_s = patience_s(GIANT, range(10), demand_of(dict.fromkeys(range(10), 99.0)), cost.get)  # type: ignore[arg-type]
+    assert wait_s == PATIENCE_S
+
+
+def test_a_giant_that_is_worth_as_much_need_not_wait() -> None:
+    hot = dict.fromkeys(range(10), 1.0)
+    cost = {**dict.fromkeys(range(10), 0.01), GIANT: 0.2}
+    assert patience_s(GIANT, list(hot), demand_of({**hot, GIANT: 5.0}), cost.__getitem__) == 0
+
+
+@given(st.integers(0, MANY - 1), st.floats(0, 1e6))
+def test_who_pushes_out_a_few_never_waits(count: int, rate: float) -> None:
+    rates = dict.fromkeys(range(count), rate)
+    assert patience_s(GIANT, list(rates), demand_of(rates), lambda slot: 1.0) == 0
+
+
+# --- in residency -------------------------------------------------------------------------------
+def hot_world() -> World:
+    """Eight hot models that fill DEVICE, and a giant that needs all of it."""
+    world = World(8)
+    demand = Demand()
+    world.residency.weigh_displacement(demand)
+    for slot in range(8):
+        world.add(slot)
+        world.want(slot)
+        world.now_ns += 10 * MS
+        world.finish()
+    world.add(GIANT, 8)
+    for _ in range(3):
+        world.now_ns += SECOND
+        for slot in range(8):
+            for _ in range(20):
+                world.use(slot)
+        demand.look(dict(world.port.uses), world.now_ns)
+    return world
+
+
+def test_a_cold_giant_does_not_push_out_the_hot_ones_at_once_and_gets_its_turn() -> None:
+    world = hot_world()
+    world.want(GIANT)
+    asked_ns = world.now_ns
+    assert world.port.evicted == []
+    assert not world.port.is_hungry, "nobody rings for a wish that is held up"
+    while world.state(GIANT) is State.DISK:
+        next_ns = world.residency.next_tick_ns()
+        assert next_ns is not None
+        world.tick(max(1, next_ns - world.now_ns))
+    cost_ns = world.residency.forecast.cost_ns([("disk", 8 * 2 << 20)])
+    assert cost_ns is not None
+    assert 8 * cost_ns < world.now_ns - asked_ns <= PATIENCE_S * SECOND
+    assert sorted(world.port.evicted) == list(range(8))
+
+
+def test_others_are_not_held_up_with_it() -> None:
+    world = hot_world()
+    world.want(GIANT)
+    world.add(50)
+    world.want(50)
+    assert world.state(50) is State.LOADING
+    assert len(world.port.evicted) == 1
+
+
+def test_requests_for_it_are_told_when_its_turn_comes() -> None:
+    world = hot_world()
+    world.want(GIANT)
+    ready_ns = world.residency.expect(GIANT, world.now_ns + 10 * MS, world.now_ns)
+    wish = world.residency._wishes.get(GIANT)
+    assert ready_ns is not None
+    assert wish is not None
+    assert ready_ns > wish.held_until_ns > world.now_ns
+
+
+def test_it_comes_earlier_when_the_hot_ones_have_cooled() -> None:
+    world = hot_world()
+    demand = Demand()
+    world.want(GIANT)
+    world.residency.weigh_displacement(demand)  # nobody was asked for anything lately
+    world.tick(200 * MS)
+    assert world.state(GIANT) is State.LOADING
