@@ -75,6 +75,7 @@ _BODY: Final = msgspec.json.encode(
         ]
     }
 )
+_MAPPINGS_MAX: Final = Path("/proc/sys/vm/max_map_count")
 _DROP: Final = Path("/proc/sys/vm/drop_caches")
 
 
@@ -247,6 +248,16 @@ class FleetRun:
             f"load: the process tree takes less than {TREE_BYTES_MAX / 1e9:g} GB",
             0 < watch.largest_bytes < TREE_BYTES_MAX,
             f"{watch.largest_bytes / 1e9:.2f} GB",
+        )
+        rows = server.status()["processes"]
+        ranges = max(
+            processes.mappings(row["pid"]) for row in rows if row["kind"] == "worker" and row["pid"]
+        )
+        allowed = int(_MAPPINGS_MAX.read_text())
+        report.expect(
+            "load: a worker has room for four times as many mappings",
+            0 < 4 * ranges <= allowed,
+            f"{ranges:,} of {allowed:,}",
         )
         self._listings(server)
 

@@ -140,6 +140,15 @@ def _rollup(pid: int, names: tuple[str, ...]) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
 
 
+def mappings(pid: int) -> int:
+    """How many ranges of memory a process has mapped; 0 for one that is gone."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
+
+
 def cpu_s(pid: int) -> float:
     """Seconds of CPU that a process has used; 0 for one that is gone."""
     try:

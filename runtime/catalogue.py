@@ -23,17 +23,13 @@ import threading
 import time
 from pathlib import Path
 
-from overcommit.runtime.config import (
-    CONTROL_MESSAGE_BYTES_MAX,
-    RETIRE_GRACE_S,
-)
-from overcommit.runtime.control import encoded_bytes
+from overcommit.runtime.announcer import Announcer
+from overcommit.runtime.config import RETIRE_GRACE_S
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
-from overcommit.runtime.fleet import Child
 from overcommit.runtime.house import House
 from overcommit.runtime.image import read_header
-from overcommit.runtime.messages import Pack, PackDone, Route, Routes
+from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
 from overcommit.runtime.process import ForkServer, Process
@@ -42,22 +38,6 @@ from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.scanner import Scanner
 
 log = logging.getLogger("overcommit.catalogue")
-
-
-def route_messages(routes: list[Route]) -> list[Routes]:
-    """Split a table into messages that fit a datagram; the last one is `complete`."""
-    messages: list[Routes] = []
-    part: list[Route] = []
-    nbytes = 0
-    for route in routes:
-        size = encoded_bytes(Routes(upsert=(route,)))
-        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
-            messages.append(Routes(upsert=tuple(part), complete=False))
-            part, nbytes = [], 0
-        part.append(route)
-        nbytes += size
-    messages.append(Routes(upsert=tuple(part), complete=True))
-    return messages
 
 
 class Catalogue:
@@ -79,7 +59,8 @@ class Catalogue:
         self._scan_now = threading.Event()
         self._thread: threading.Thread | None = None
         self._retiring: dict[int, int] = {}  # slot -> not before
-        self._told_fronts: set[tuple[int, int]] = set()
+        self._announcer = Announcer(house.fleet)
+        self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False
         self._is_serving = False
         self._is_example_shown = False
@@ -184,11 +165,18 @@ class Catalogue:
             self.house.activations.add(entry, now_ns)
             self._note_program(entry)
             self._show_example(entry)
+        if slot not in self._awaited and not removed and entry is not None:
+            self._announcer.note(entry, now_ns)
+            return
+        self._awaited.discard(slot)
         self.announce_routes(changed, removed, now_ns)
 
     def ensure(self, slot: int) -> None:
         """A request waits for this version's image."""
-        self.packing.hurry(slot)
+        if self._announcer.is_unsaid(slot):  # it is packed
+            self._announcer.say((), (), time.monotonic_ns())
+        elif self.packing.hurry(slot):
+            self._awaited.add(slot)
 
     def on_bind_failed(self, slot: int, message: str) -> None:
         """A worker cannot load the program of a version."""
@@ -223,24 +211,11 @@ class Catalogue:
     # --- front ends -----------------------------------------------------------------------------
     def announce_routes(self, changed: list[Entry], removed: list[int], now_ns: int) -> None:
         """Tell every front end; take what is removed out of memory when nothing uses it."""
-        if changed or removed:
-            messages = route_messages([to_route(entry) for entry in changed])
-            if removed:
-                messages[-1] = Routes(
-                    upsert=messages[-1].upsert, removed=tuple(removed), complete=True
-                )
-            for front in self.house.fleet.of_kind("front_end", ready=False):
-                if (front.seat.index, front.epoch) in self._told_fronts:
-                    for message in messages:
-                        front.post(message)
+        self._announcer.say(changed, removed, now_ns)
         for slot in removed:
             self.packing.drop(slot)
+            self._awaited.discard(slot)
             self._retiring[slot] = now_ns + int(RETIRE_GRACE_S * 1e9)
-
-    def _tell_all(self, front: Child) -> None:
-        for message in route_messages([to_route(entry) for entry in self.registry.entries()]):
-            front.post(message)
-        self._told_fronts.add((front.seat.index, front.epoch))
 
     # --- time -----------------------------------------------------------------------------------
     def step(self, now_ns: int) -> None:
@@ -250,9 +225,8 @@ class Catalogue:
         if self._is_serving and (self._new_programs or is_new_server):
             self.preload()
         if self._is_scanned:
-            for front in self.house.fleet.of_kind("front_end", ready=False):
-                if (front.seat.index, front.epoch) not in self._told_fronts:
-                    self._tell_all(front)
+            self._announcer.tell_new(self.registry.entries())
+            self._announcer.step(now_ns)
         for slot, not_before_ns in list(self._retiring.items()):
             usage = self.house.gate.usage(slot)
             if now_ns >= not_before_ns and not usage.waiting and not usage.leases:

@@ -34,6 +34,7 @@ from overcommit.runtime.container import (
     parse_stored,
     read_head,
     read_stored,
+    sync_folder,
     write_container,
 )
 from overcommit.runtime.errors import ImageError
@@ -165,6 +166,8 @@ def write_image(
                 *(file, functools.partial(Stored, nbytes), nbytes, payload.pieces(start, nbytes))
             )
         payload.tell(start + nbytes)
+    if infos:
+        sync_folder(path_of(path, infos[0].digest).parent)  # an image never outlives its parts
     private = payload.plan.private_bytes
     header = msgspec.structs.replace(header, parts=tuple(infos), stored_bytes=private)
 

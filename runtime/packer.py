@@ -69,6 +69,7 @@ log = logging.getLogger("overcommit.packer")
 
 Progress = Callable[[int, int], None]
 MESSAGE_CHARS_MAX: Final = 4000
+PROGRESS_S: Final = 0.2
 STALE_S: Final = 3600.0  # a temporary file this old is of a packer that was killed
 
 
@@ -343,12 +344,23 @@ def main(control_fd: int) -> None:
         if isinstance(message, Stop):
             return
         if isinstance(message, Pack):
-            job = message.job
+            control.send(pack(message, _Telling(control, message.job).on_progress))
 
-            def on_progress(done: int, total: int, job: int = job) -> None:
-                control.send(PackProgress(job=job, done=done, total=total))
 
-            control.send(pack(message, on_progress))
+class _Telling:
+    """Tells how a job gets on, now and then: each message wakes the supervisor."""
+
+    def __init__(self, control: ControlSocket, job: int) -> None:
+        self._control = control
+        self._job = job
+        self._told_s = time.monotonic()
+
+    def on_progress(self, done: int, total: int) -> None:
+        """So many bytes are written."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= PROGRESS_S:
+            self._told_s = now_s
+            self._control.send(PackProgress(job=self._job, done=done, total=total))
 
 
 def _sweep(cache_dir: str) -> None:

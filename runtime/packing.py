@@ -65,11 +65,15 @@ class Packing:
         if slot != self.current and slot not in self._urgent:
             self._queue[slot] = None
 
-    def hurry(self, slot: int) -> None:
-        """Somebody waits for this one: it goes before those that nobody waits for."""
+    def hurry(self, slot: int) -> bool:
+        """Somebody waits for this one: it goes before those that nobody waits for.
+
+        False: it is neither queued nor being packed.
+        """
         if slot in self._queue:
             del self._queue[slot]
             self._urgent[slot] = None
+        return slot in self._urgent or slot == self.current
 
     def drop(self, slot: int) -> None:
         """The version is gone."""

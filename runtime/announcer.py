@@ -1,0 +1,100 @@
+"""Telling front ends which versions there are: everything once, then what changes.
+
+While thousands of versions are packed, each of them changes: front ends hear of them together, a few
+times a second, because every announcement makes them forget what they had worked out for requests.
+
+Invariants
+ 1. A front end gets the whole table first, and then every change, in order.
+ 2. A change that somebody waits for is told at once, and so is a removal; any other within SAY_NS of
+    the next call, or with the next one that is told.
+
+Called by the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
+from overcommit.runtime.control import encoded_bytes
+from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.messages import Route, Routes
+from overcommit.runtime.registry import Entry, to_route
+
+SAY_NS: Final = 100_000_000
+
+
+def route_messages(routes: Iterable[Route], removed: Iterable[int] = ()) -> list[Routes]:
+    """Split a table into messages that fit a datagram; the last one is `complete`."""
+    messages: list[Routes] = []
+    part: list[Route] = []
+    nbytes = 0
+    for route in routes:
+        size = encoded_bytes(Routes(upsert=(route,)))
+        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
+            messages.append(Routes(upsert=tuple(part), complete=False))
+            part, nbytes = [], 0
+        part.append(route)
+        nbytes += size
+    messages.append(Routes(upsert=tuple(part), removed=tuple(removed), complete=True))
+    return messages
+
+
+class Announcer:
+    """What front ends were told, and what they are still to be told."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._told: set[tuple[int, int]] = set()  # front ends that have the whole table
+        self._unsaid: dict[int, Entry] = {}  # by slot
+        self._said_ns = 0
+
+    def is_unsaid(self, slot: int) -> bool:
+        """Whether a change of this version waits to be told."""
+        return slot in self._unsaid
+
+    def note(self, entry: Entry, now_ns: int) -> None:
+        """A version has changed, and nobody waits for it."""
+        self._unsaid[entry.slot] = entry
+        self.step(now_ns)
+
+    def step(self, now_ns: int) -> None:
+        """Tell what has waited."""
+        if self._unsaid and now_ns - self._said_ns >= SAY_NS:
+            self.say((), (), now_ns)
+
+    def say(self, changed: Iterable[Entry], removed: Iterable[int], now_ns: int) -> None:
+        """Tell these changes now, and those that wait before them."""
+        self._unsaid |= {entry.slot: entry for entry in changed}
+        gone = tuple(removed)
+        for slot in gone:
+            self._unsaid.pop(slot, None)
+        if not self._unsaid and not gone:
+            return
+        self._said_ns = now_ns
+        messages = route_messages([to_route(entry) for entry in self._unsaid.values()], gone)
+        self._unsaid.clear()
+        for front in self._fleet.of_kind("front_end", ready=False):
+            if _name(front) in self._told:
+                for message in messages:
+                    front.post(message)
+
+    def tell_new(self, entries: Iterable[Entry]) -> None:
+        """Give the whole table to every front end that has none yet."""
+        new = [
+            front
+            for front in self._fleet.of_kind("front_end", ready=False)
+            if _name(front) not in self._told
+        ]
+        if not new:
+            return
+        messages = route_messages([to_route(entry) for entry in entries])
+        for front in new:
+            self._told.add(_name(front))
+            for message in messages:
+                front.post(message)
+
+
+def _name(front: Child) -> tuple[int, int]:
+    return front.seat.index, front.epoch
