@@ -127,7 +127,7 @@ class Versions:
     loader: Loader
     families: Families
     bound_max: int = BOUND_MODELS_MAX
-    released: int = 0  # models let go of, since somebody set this to 0
+    released: int = 0  # models let go of, ever
     _versions: dict[int, Version] = field(default_factory=dict)
     _recent: dict[int, None] = field(default_factory=dict)  # slots with a mapping, by last run
 

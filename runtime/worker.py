@@ -25,7 +25,6 @@ Started as a child by the supervisor, see `child.py`.
 
 from __future__ import annotations
 
-import gc
 import logging
 import mmap
 import os
@@ -41,6 +40,7 @@ from overcommit.runtime.config import HEARTBEAT_NS, START_TIMEOUT_S, VERSIONS_MA
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, ProtocolError
+from overcommit.runtime.garbage import Garbage
 from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import (
@@ -67,12 +67,6 @@ CONTROL_PERIOD_NS: Final = 200_000  # how often a busy worker looks at its contr
 # Batches of one turn.  A bell costs as much as a small batch: answers share it.
 BATCHES_MAX: Final = 8
 BATCHES_NS: Final = 100_000
-# Garbage.  Young objects alone, as a rule: with 500 bound models a look at all takes 75 ms.  Cycles
-# that were old when they died, such as a released model's, wait for a look at all.
-COLLECT_PERIOD_NS: Final = 1_000_000_000  # when idle
-COLLECT_BUSY_NS: Final = 10_000_000_000  # when never idle
-COLLECT_ALL_NS: Final = 600_000_000_000  # everything, when idle ...
-COLLECT_ALL_RELEASED: Final = 256  # ... or as soon as so many models were let go of
 # The helper thread imports code for seconds; with CPython's 5 ms it would delay each batch by that.
 SWITCH_INTERVAL_S: Final = 0.0005
 
@@ -110,8 +104,8 @@ class Worker:
             self.door,
         )
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
-        self._heartbeat_ns = self._control_ns = self._collected_ns = 0
-        self._collected_all_ns = time.monotonic_ns()
+        self._heartbeat_ns = self._control_ns = 0
+        self.garbage = Garbage(time.monotonic_ns())
         self._was_helped = False
         self.is_stopping = False
 
@@ -157,8 +151,7 @@ class Worker:
                 break
         self.links.ring_bells()
         self._drop_broken(now_ns)
-        if now_ns - self._collected_ns >= COLLECT_BUSY_NS:
-            self._collect(now_ns)
+        self.garbage.look_if_due(now_ns, self.versions.released, is_idle=False)
         return did
 
     def sleep(self) -> None:
@@ -347,21 +340,7 @@ class Worker:
                 self._runner.try_warm_up(version)
                 return True
         now_ns = time.monotonic_ns()
-        if gc.get_count()[0] and now_ns - self._collected_ns >= COLLECT_PERIOD_NS:
-            self._collect(now_ns)
-            return True
-        return False
-
-    def _collect(self, now_ns: int) -> None:
-        self._collected_ns = now_ns
-        if gc.isenabled():
-            return
-        is_old = now_ns - self._collected_all_ns >= COLLECT_ALL_NS and not len(self.batcher)
-        if is_old or self.versions.released >= COLLECT_ALL_RELEASED:
-            self._collected_all_ns, self.versions.released = now_ns, 0
-            gc.collect()
-        else:
-            gc.collect(1)
+        return self.garbage.look_if_due(now_ns, self.versions.released, is_idle=True)
 
 
 def main(control_fd: int) -> None:
@@ -390,10 +369,7 @@ def serve(control: ControlSocket, start: Start, fds: dict[str, int], open_progra
     """Run a worker in this process, which is its own."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     worker = Worker(control, start, fds, open_program)
-    # Collections come when the worker is idle, not in the middle of a batch.
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    worker.garbage.take_over()
     worker.run()
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from worker_rig import FakeModel, Programs, Rig, X, info, ready, vector_config
 from overcommit.runtime import _shm
 from overcommit.runtime.lanes import RUN_ALONE
 from overcommit.runtime.messages import Forget, Stop
-from overcommit.runtime.worker import COLLECT_ALL_RELEASED, COLLECT_PERIOD_NS
 
 
 # --- the way of a request -----------------------------------------------------------------------
@@ -234,32 +231,6 @@ def test_a_suspect_runs_alone(rig: Rig, front: Front) -> None:
 
 
 # --- garbage ------------------------------------------------------------------------------------
-class _Cycle:
-    """Only the collector frees it."""
-
-    def __init__(self) -> None:
-        self.itself = self
-
-
-def test_garbage_of_released_models_is_collected_however_old_it_was(rig: Rig) -> None:
-    gc.disable()  # as in a worker's own process
-    try:
-        gc.collect()
-        cycle = _Cycle()
-        gc.collect()  # it is old now
-        young, old = weakref.ref(_Cycle()), weakref.ref(cycle)
-        del cycle
-        rig.worker._collect(COLLECT_PERIOD_NS)
-        assert young() is None
-        assert old() is not None, "only the young are looked at"
-        rig.worker.versions.released = COLLECT_ALL_RELEASED
-        rig.worker._collect(2 * COLLECT_PERIOD_NS)
-        assert old() is None
-        assert not rig.worker.versions.released
-    finally:
-        gc.enable()
-
-
 def test_models_that_are_let_go_of_are_counted(rig: Rig, front: Front) -> None:
     ready(rig, front)
     assert not rig.worker.versions.released
