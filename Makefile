@@ -12,7 +12,7 @@ HAS_GPU := $(wildcard /dev/nvidiactl)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints.txt)
 SOURCES := $(wildcard runtime/*.c runtime/*.h)
 
-.PHONY: install serve test test-quick lint bench clean
+.PHONY: install serve test test-quick lint bench bench-memory clean
 
 install: $(VENV)/.installed
 
@@ -38,8 +38,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Each in under ten minutes: how requests are served, and where models are.
 bench: install
-	$(BIN)/python -m overcommit.bench all --quick --json bench/results/$(shell date +%F)-cpu.json \
+	$(BIN)/python -m overcommit.bench serving --quick --json bench/results/$(shell date +%F)-cpu.json \
+		--plot bench/results/plots --readme README.md
+
+bench-memory: install
+	$(BIN)/python -m overcommit.bench memory --quick \
+		--json bench/results/$(shell date +%F)-cpu-memory.json \
 		--plot bench/results/plots --readme README.md
 
 clean:

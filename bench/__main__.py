@@ -32,7 +32,9 @@ class Scenario(enum.Enum):
     variants = "variants"
     fleet = "fleet"
     chaos = "chaos"
-    all = suite.ALL
+    serving = "serving"
+    memory = "memory"
+    all = "all"
 
 
 CHECK_FAILED: Final = 1

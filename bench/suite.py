@@ -1,7 +1,8 @@
-"""All scenarios: by name, one after the other, and their results together.
+"""All scenarios: by name, or a group of them one after the other, and their results together.
 
-`all` is what `make bench` runs: every scenario with the peers that it is usually compared with.  One
-that cannot run (a peer that does not install) is a missed condition of its own, and the others go on.
+`serving` is what `make bench` runs, `memory` what `make bench-memory` does, `all` is both: each scenario
+with the peers that it is usually compared with.  One that cannot run (a peer that does not install) is a
+missed condition of its own, and the others go on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from overcommit.bench.errors import BenchError
 from overcommit.bench.prepare import Options
 from overcommit.bench.report import Report, machine
 
-ALL: Final = "all"
 SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "micro": micro.run,
     "small_requests": small_requests.run,
@@ -47,28 +47,43 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "fleet": fleet.run,
     "chaos": chaos.run,
 }
+SERVING: Final = (  # how requests are served; the others are about where models are
+    *("micro", "small_requests", "front_ends", "many_models", "large_payload", "embedding"),
+    *("overcommit", "variants", "chaos"),
+)
+GROUPS: Final = ("serving", "memory", "all")
 AGAINST: Final = {"small_requests": ("triton", "mosec"), "overcommit": ("ray", "ray-haproxy")}
-BEGIN: Final = "<!-- bench:begin -->"
-END: Final = "<!-- bench:end -->"
+BEGIN: Final = "<!-- bench:{group}:begin -->"
+END: Final = "<!-- bench:{group}:end -->"
+
+
+def members(group: str) -> list[str]:
+    """Return the scenarios of a group, in their order."""
+    is_member = {
+        "serving": lambda name: name in SERVING,
+        "memory": lambda name: name not in SERVING,
+        "all": lambda name: True,
+    }[group]
+    return [name for name in SCENARIOS if is_member(name)]
 
 
 def run(name: str, options: Options, console: Console) -> list[Report]:
-    """Run one scenario, or all of them; each is shown as soon as it is done.
+    """Run one scenario or a group of them; each is shown as soon as it is done.
 
     Raises BenchError when the only one fails.
     """
-    if name != ALL:
+    if name not in GROUPS:
         report = Report(name, console)
         SCENARIOS[name](options, report)
         report.show()
         return [report]
     reports: list[Report] = []
-    for each, scenario in SCENARIOS.items():
+    for each in members(name):
         report = Report(each, console)
         reports.append(report)
         against = options.against or AGAINST.get(each, ())
         try:
-            scenario(dataclasses.replace(options, against=against), report)
+            SCENARIOS[each](dataclasses.replace(options, against=against), report)
         except BenchError as error:
             report.expect("it runs", False, error.message)
         report.show()
@@ -88,16 +103,22 @@ def to_json(reports: Sequence[Report]) -> bytes:
 
 
 def write_table(path: Path, reports: Sequence[Report]) -> None:
-    """Put the reports' headlines between the marks of a Markdown file.
+    """Put the reports' headlines between the marks of their groups in a Markdown file.
 
     Raises BenchError when it has no such marks.
     """
     text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise BenchError(f"{path} has no lines {BEGIN} and {END} to write between")
-    path.write_text(f"{before}{BEGIN}\n{table(reports)}{END}{after}")
+    for group in ("serving", "memory"):
+        mine = [report for report in reports if report.scenario in members(group)]
+        if not mine:
+            continue
+        begin, end = BEGIN.format(group=group), END.format(group=group)
+        before, found, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found or not found_end:
+            raise BenchError(f"{path} has no lines {begin} and {end} to write between")
+        text = f"{before}{begin}\n{table(mine)}{end}{after}"
+    path.write_text(text)
 
 
 def table(reports: Sequence[Report]) -> str:

@@ -31,11 +31,11 @@ def reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Report]:
         monkeypatch.delitem(suite.SCENARIOS, name)
     monkeypatch.setitem(suite.SCENARIOS, "chaos", bad)
     monkeypatch.setitem(suite.SCENARIOS, "overcommit", good)
-    return suite.run(suite.ALL, Options(work=tmp_path), Console(file=io.StringIO()))
+    return suite.run("all", Options(work=tmp_path), Console(file=io.StringIO()))
 
 
 def test_every_scenario_can_be_named_on_the_command_line() -> None:
-    assert {each.value for each in command.Scenario} == {*suite.SCENARIOS, suite.ALL}
+    assert {each.value for each in command.Scenario} == {*suite.SCENARIOS, *suite.GROUPS}
 
 
 def test_one_that_cannot_run_is_missed_and_the_others_go_on(reports: list[Report]) -> None:
@@ -54,18 +54,32 @@ def test_results_are_one_file_with_one_description_of_the_machine(reports: list[
 
 
 def test_the_table_goes_between_the_marks_and_nowhere_else(
-    reports: list[Report], tmp_path: Path
+    reports: list[Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "README.md"
-    file.write_text(f"before\n{suite.BEGIN}\nstale\n{suite.END}\nafter\n")
+    monkeypatch.setattr(suite, "SERVING", ("overcommit",))
+    marks = [
+        mark.format(group=group)
+        for group in ("serving", "memory")
+        for mark in (suite.BEGIN, suite.END)
+    ]
+    file.write_text("before\n{}\nstale\n{}\nbetween\n{}\n{}\nafter\n".format(*marks))
     for _ in range(2):
         suite.write_table(file, reports)
         text = file.read_text()
         assert text.startswith("before\n")
         assert text.endswith("after\n")
         assert "stale" not in text
-        assert text.count("| `overcommit` | pigs | 2 fly | the sky |") == 1
-        assert "| `chaos` | 0 of 1 conditions hold | | |" in text
+        serving, memory = text.split("between")
+        assert serving.count("| `overcommit` | pigs | 2 fly | the sky |") == 1
+        assert memory.count("| `chaos` | 0 of 1 conditions hold | | |") == 1
     file.write_text("nothing")
-    with pytest.raises(BenchError, match="bench:begin"):
+    with pytest.raises(BenchError, match="bench:serving:begin"):
         suite.write_table(file, reports)
+
+
+def test_groups_together_are_all_and_share_nothing() -> None:
+    assert [*suite.members("serving")] == [n for n in suite.SCENARIOS if n in suite.SERVING]
+    assert {*suite.members("serving"), *suite.members("memory")} == {*suite.members("all")}
+    assert set(suite.SERVING) <= set(suite.SCENARIOS)
+    assert suite.members("all") == list(suite.SCENARIOS)
