@@ -31,6 +31,7 @@ class Scenario(enum.Enum):
     churn = "churn"
     variants = "variants"
     fleet = "fleet"
+    sharing = "sharing"
     chaos = "chaos"
     serving = "serving"
     memory = "memory"

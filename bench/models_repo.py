@@ -60,7 +60,7 @@ class Table(nn.Module):
         return {"y": x * self.table[row]}
 """
 
-_TOML: Final = """\
+TABLE_TOML: Final = """\
 engine = "torch"
 allow_code = true
 [batching]
@@ -101,7 +101,7 @@ def make_echo(
     root: Path, name: str, scale: float = 1.0, *, columns: int = 16, batch: int = 32
 ) -> Path:
     """Make one echo: `y = x * scale`, FP32 `[b, columns]`; columns -1 takes any length."""
-    toml = _TOML.format(columns=columns, batch=batch)
+    toml = TABLE_TOML.format(columns=columns, batch=batch)
     _make(root / name, ECHO_CODE, toml, {"scale": np.array([scale], np.float32)})
     return root / name
 
@@ -127,9 +127,9 @@ def make_tables(
     """
     seeds = {f"table-{rows}-{number:04}": number for number in range(count)}
     missing = [name for name in seeds if not (root / name).exists()]
-    _check_space(root, 2 * len(missing) * rows * ROW_BYTES)
+    check_space(root, 2 * len(missing) * rows * ROW_BYTES)
     code = TABLE_CODE.replace("ROWS", str(rows)).replace("COLUMNS", str(COLUMNS))
-    toml = _TOML.format(columns=COLUMNS, batch=batch)
+    toml = TABLE_TOML.format(columns=COLUMNS, batch=batch)
     for done, (name, seed) in enumerate(seeds.items()):
         on_progress(done, count)
         if not (root / name).exists():
@@ -138,7 +138,8 @@ def make_tables(
     return seeds
 
 
-def _check_space(root: Path, needed: int) -> None:
+def check_space(root: Path, needed: int) -> None:
+    """Raise BenchError when the disk under `root` has less than that free."""
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     if free < needed:

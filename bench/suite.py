@@ -26,6 +26,7 @@ from overcommit.bench import (
     micro,
     overcommit,
     replay,
+    sharing,
     small_requests,
     variants,
 )
@@ -45,6 +46,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "churn": churn.run,
     "variants": variants.run,
     "fleet": fleet.run,
+    "sharing": sharing.run,
     "chaos": chaos.run,
 }
 SERVING: Final = (  # how requests are served; the others are about where models are

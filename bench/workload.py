@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from overcommit.bench.echo import EchoPlan, EchoWorkload
 from overcommit.bench.embedding import EmbeddingPlan, EmbeddingWorkload
+from overcommit.bench.headed import HeadedPlan, HeadedWorkload
 from overcommit.bench.payloads import PayloadPlan, PayloadWorkload
 from overcommit.bench.request import Request, Workload
 from overcommit.bench.small_models import SmallModelsPlan, SmallModelsWorkload
@@ -16,6 +17,7 @@ from overcommit.bench.tables import TablePlan, TableWorkload
 __all__ = [
     "EchoPlan",
     "EmbeddingPlan",
+    "HeadedPlan",
     "PayloadPlan",
     "Request",
     "SmallModelsPlan",
@@ -25,7 +27,7 @@ __all__ = [
     "make_workload",
 ]
 
-WorkloadPlan = EmbeddingPlan | EchoPlan | TablePlan | PayloadPlan | SmallModelsPlan
+WorkloadPlan = EmbeddingPlan | EchoPlan | TablePlan | PayloadPlan | SmallModelsPlan | HeadedPlan
 
 
 def make_workload(plan: WorkloadPlan, seed: int, part: int = 0, parts: int = 1) -> Workload:
@@ -36,6 +38,8 @@ def make_workload(plan: WorkloadPlan, seed: int, part: int = 0, parts: int = 1) 
         return EchoWorkload(plan, seed, part, parts)
     if isinstance(plan, TablePlan):
         return TableWorkload(plan, seed, part, parts)
+    if isinstance(plan, HeadedPlan):
+        return HeadedWorkload(plan, seed, part, parts)
     if isinstance(plan, SmallModelsPlan):
         return SmallModelsWorkload(plan, seed, part, parts)
     return PayloadWorkload(plan, seed, part, parts)

@@ -225,14 +225,17 @@ class Administration:
     def _tiers(self) -> dict[str, object]:
         residency = self.house.residency
         host = residency.host
+        saved = (*residency.saved_bytes(), 0)
         return {
             "device": {
                 "capacity": residency.device.capacity_bytes,
                 "used": residency.device.used_bytes,
+                "saved": saved[0],
             },
             "host": {
                 "capacity": host.capacity_bytes if host is not None else 0,
                 "used": host.used_bytes if host is not None else 0,
+                "saved": saved[1],
             },
         }
 

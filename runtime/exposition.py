@@ -96,6 +96,14 @@ class _Snapshot(Collector):
         used = GaugeMetricFamily(
             "overcommit_tier_used_bytes", "Bytes a tier holds", labels=("tier",)
         )
+        saved = GaugeMetricFamily(
+            "overcommit_tier_saved_bytes",
+            "Bytes that a tier would hold more if versions shared nothing",
+            labels=("tier",),
+        )
+        for tier, nbytes in zip(("device", "host"), residency.saved_bytes(), strict=False):
+            saved.add_metric((tier,), nbytes)
+        yield saved
         for tier, allocator in (("device", residency.device), ("host", residency.host)):
             if allocator is not None:
                 capacity.add_metric((tier,), allocator.capacity_bytes)

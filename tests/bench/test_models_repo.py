@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from pack_rig import Opened, packed
 
-from overcommit.bench import models_repo
+from overcommit.bench import headed, models_repo
 from overcommit.bench.echo import EchoPlan, EchoWorkload
 from overcommit.bench.errors import BenchError
+from overcommit.bench.headed import HeadedPlan, HeadedWorkload
 from overcommit.bench.known import KnownWorkload
 from overcommit.bench.tables import TablePlan, TableWorkload
 from overcommit.runtime.config import ModelConfig
@@ -19,7 +21,8 @@ from overcommit.runtime.model_toml import read_toml, to_config
 
 def opened(folder: Path, cache: Path) -> Opened:
     config: ModelConfig = to_config(read_toml(folder / "model.toml"))
-    keys = {"inputs": config.inputs, "outputs": config.outputs, "batching": config.batching}
+    keys: dict[str, Any] = {"inputs": config.inputs, "outputs": config.outputs, "batching": config.batching}
+    keys |= {"entry": config.entry}
     done = packed(folder, cache, server_allows=True, allow_code=True, **keys)
     return Opened(done, allow_code=True)
 
@@ -65,3 +68,15 @@ def test_no_room_is_said_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="free"):
         models_repo.make_tables(tmp_path, 10**6)
     assert not list(tmp_path.iterdir())
+
+
+def test_headed_models_answer_with_the_trunk_s_rows_and_their_own_head_s(tmp_path: Path) -> None:
+    root = tmp_path / "headed" / "repository"
+    seeds = headed.make_headed(root, 2, rows=5000)
+    plan = HeadedPlan(models=tuple(seeds), seeds=tuple(seeds.values()), rows=5000, inputs=5)
+    check(HeadedWorkload(plan, 0), root, tmp_path / "cache")
+    parts = list((tmp_path / "cache" / "parts").iterdir())
+    images = list((tmp_path / "cache" / "images").iterdir())
+    assert (len(parts), len(images)) == (1, 2)
+    trunk_bytes = headed.LAYERS * 5000 * 64
+    assert trunk_bytes < parts[0].stat().st_size < trunk_bytes + 16384
