@@ -108,11 +108,14 @@ class Transfers:
             return self._begin(version, now_ns)
         if tier is not Tier.HOST or version.state is not State.DISK or self._host is None:
             return None
-        if not self._host.try_place_ahead(version, parts, now_ns, judge):
+        # What DEVICE has would have to be read again.
+        on_device, on_host = self._device.holdings.places, self._host.holdings.places
+        wanted = tuple(part for part in parts if part in on_host or part not in on_device)
+        if not wanted or not self._host.try_place_ahead(version, wanted, now_ns, judge):
             return None
         version.state = State.HOST
         steps: list[Step] = []
-        for part in parts:
+        for part in wanted:
             place = self._host.holdings.places[part]
             if not place.is_filled and not part.job:
                 steps.append(self._load(version, part, "disk", place.extents, None, "prefetch"))

@@ -21,7 +21,11 @@ from overcommit.runtime.model_toml import read_toml, to_config
 
 def opened(folder: Path, cache: Path) -> Opened:
     config: ModelConfig = to_config(read_toml(folder / "model.toml"))
-    keys: dict[str, Any] = {"inputs": config.inputs, "outputs": config.outputs, "batching": config.batching}
+    keys: dict[str, Any] = {
+        "inputs": config.inputs,
+        "outputs": config.outputs,
+        "batching": config.batching,
+    }
     keys |= {"entry": config.entry}
     done = packed(folder, cache, server_allows=True, allow_code=True, **keys)
     return Opened(done, allow_code=True)
