@@ -267,7 +267,8 @@ def run_fleet(
         report.step("packing")
         chaos.pack()
         (folder / "tmp").mkdir(exist_ok=True)
-        watched = [folder / "tmp", fleet.cache / "images", fleet.cache / "programs"]
+        folders = ("images", "parts", "programs")
+        watched = [folder / "tmp", *(fleet.cache / name for name in folders)]
         residue = Residue(*watched)
         with chaos.server("chaos") as server:
             report.step(f"ready after {server.ready_s:.1f} s; warming up")

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from overcommit.bench import processes, snapshot
 from overcommit.bench.processes import Io
 from overcommit.bench.report import Report
 from overcommit.bench.server import Server
 from overcommit.bench.snapshot import Snapshot
-from overcommit.runtime.config import (
-    MIB,
-    READ_BYTES,
-    SLAB_MODEL_BYTES_MAX,
-    SMALL_CHUNK_BYTES,
-)
+from overcommit.runtime.config import MIB, READ_BYTES
 
 # Read calls of the mover that are not weights: image headers, doorbells.
 OTHER_READS_BYTES: Final = 1 * MIB
@@ -132,12 +127,12 @@ def check_tiers(report: Report, server: Server, names: Sequence[str]) -> None:
     if late:
         report.notes.append(f"{late} completions came for requests that had ended (allowed)")
     for tier in ("device", "host"):
-        used, held = quiet.status[tier]["used"], _held(quiet.models.values(), f"{tier}_bytes")
-        slabs = any(row["bytes"] <= SLAB_MODEL_BYTES_MAX for row in quiet.models.values())
+        used, saved = quiet.status[tier]["used"], quiet.status[tier]["saved"]
+        held = sum(row[f"{tier}_bytes"] for row in quiet.models.values())
         report.expect(
             f"books: {tier.upper()} holds what its models take",
-            used == held or slabs,
-            f"{used:,} used, {held:,} held" + (", slab models among them" if slabs else ""),
+            used + saved == held,
+            f"{used:,} used, {saved:,} saved by sharing, {held:,} held",
         )
     for name in names:
         server.request("POST", f"/v2/repository/models/{name}/unload", b"{}")
@@ -150,8 +145,3 @@ def check_tiers(report: Report, server: Server, names: Sequence[str]) -> None:
     for name in names:
         server.request("POST", f"/v2/repository/models/{name}/load", b"{}")
     server.wait_packed(names)
-
-
-def _held(rows: Any, field: str) -> int:
-    """Sum what models take of a tier, in whole chunks."""
-    return sum(-(-int(row[field]) // SMALL_CHUNK_BYTES) * SMALL_CHUNK_BYTES for row in rows)

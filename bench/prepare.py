@@ -61,8 +61,9 @@ class Fleet:
         return self.references.names
 
     def images(self) -> list[Path]:
-        """The weight images that the server has made."""
-        return sorted((self.cache / "images").glob("*.image"))
+        """The files with weights that the server has made: parts and images."""
+        parts = sorted((self.cache / "parts").glob("*.part"))
+        return [*parts, *sorted((self.cache / "images").glob("*.image"))]
 
 
 def minilm_variants(options: Options, report: Report, count: int) -> Fleet:
