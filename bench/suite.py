@@ -61,7 +61,7 @@ END: Final = "<!-- bench:{group}:end -->"
 
 def members(group: str) -> list[str]:
     """Return the scenarios of a group, in their order."""
-    is_member = {
+    is_member: Callable[[str], bool] = {
         "serving": lambda name: name in SERVING,
         "memory": lambda name: name not in SERVING,
         "all": lambda name: True,
