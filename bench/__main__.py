@@ -27,6 +27,7 @@ class Scenario(enum.Enum):
     large_payload = "large_payload"
     embedding = "embedding"
     overcommit = "overcommit"
+    pressure = "pressure"
     replay = "replay"
     churn = "churn"
     variants = "variants"

@@ -31,11 +31,16 @@ class V2(msgspec.Struct, frozen=True, kw_only=True, tag="v2"):
     output: str = "y"
     binary: bool = False
     path: str = wire.INFER_PATH
+    timeout_us: int = 0  # in each request's parameters; 0: none
 
     def request(self, model: str, array: Array) -> bytes:
         """Return a whole HTTP request."""
         path = self.path.format(model=model)
-        return wire.infer_request(path, {self.input: array}, self.output, binary=self.binary)
+        return wire.infer_request(
+            *(path, {self.input: array}, self.output),
+            binary=self.binary,
+            timeout_us=self.timeout_us,
+        )
 
     def read(self, model: str, headers: Mapping[bytes, bytes], body: bytes) -> Array:
         """Read an answer; ValueError, KeyError or MsgspecError for one that is none."""

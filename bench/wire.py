@@ -87,6 +87,7 @@ def infer_request(
     *,
     binary: bool,
     id_: str = "",
+    timeout_us: int = 0,
 ) -> bytes:
     """Return an inference request that asks for one output; without an id, always the same."""
     tensors: list[dict[str, Any]] = []
@@ -105,8 +106,11 @@ def infer_request(
         tensors.append(tensor)
     content: dict[str, Any] = {"id": id_} if id_ else {}
     content |= {"inputs": tensors, "outputs": [{"name": output}]}
+    parameters: dict[str, Any] = {"timeout": timeout_us} if timeout_us else {}
     if binary:
-        content["parameters"] = {"binary_data_output": True}
+        parameters["binary_data_output"] = True
+    if parameters:
+        content["parameters"] = parameters
     text = json.dumps(content, separators=(",", ":")).encode()
     body = text + b"".join(raw)
     if not binary:

@@ -118,9 +118,10 @@ class Activations:
         latest_ns = message.latest_ns if self._settings.admission else NEVER_NS
         self.apply(self._residency.want(slot, worker.seat.index, now_ns, latest_ns), now_ns)
         if self._settings.admission:
-            ready_ns = self._residency.expect(slot, message.earliest_ns, now_ns)
-            if ready_ns is not None:
-                worker.post(Expected(slot=slot, ready_ns=ready_ns))
+            expected = self._residency.expect(slot, message.earliest_ns, now_ns)
+            if expected is not None:
+                ready_ns, likely_ns = expected
+                worker.post(Expected(slot=slot, ready_ns=ready_ns, likely_ns=likely_ns))
 
     def on_worker_gone(self, worker: Child, now_ns: int) -> None:
         """Read from a dead worker's status what it was doing; let go of what it waited for."""

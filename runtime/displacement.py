@@ -5,8 +5,8 @@ many of them at once: a model of 1 GB that one client asks for would empty DEVIC
 that are asked all the time, and they it, in turn.  So a load that would evict MANY or more versions is
 weighed against them: what they would cost, in seconds of loading a second, if they had to come back
 for every request; against the same of its own.  Where they are worth TIMES its own and more it has to
-wait: SHARE times as long as the disturbance lasts, its load and theirs, at most PATIENCE_S.  So it
-takes one part in SHARE of the time, and it does come.
+wait: SHARE times as long as the loads take, its own and theirs, at most PATIENCE_S.  So it takes a
+small part of the time, and it does come.
 
 Invariants
  1. A version of which fewer than MANY would have to leave is never held up.
@@ -28,7 +28,7 @@ from overcommit.runtime.wish_queue import WishQueue
 HELD_NS: Final = 100_000_000  # between two tries of a wish that is held up
 MANY: Final = 4
 TIMES: Final = 2.0
-SHARE: Final = 8.0
+SHARE: Final = 32.0  # loads disturb others for three to four times as long as they take at least
 PATIENCE_S: Final = 10.0
 FADE: Final = 0.5  # of a rate, with every look
 RATE_MIN: Final = 0.1  # requests/s of a version that somebody waits for

@@ -31,12 +31,14 @@ class Door:
         self._links = links
         self._judges = judges
         self._promises: dict[int, Promises] = {}
-        self._expected: dict[int, int] = {}  # slot -> when it is resident, at the earliest
+        self._expected: dict[
+            int, tuple[int, int]
+        ] = {}  # slot -> when it is resident: least, likely
 
     # --- weights --------------------------------------------------------------------------------
-    def expect(self, slot: int, ready_ns: int) -> None:
-        """The version's weights will not be there before then."""
-        self._expected[slot] = ready_ns
+    def expect(self, slot: int, ready_ns: int, likely_ns: int) -> None:
+        """The version's weights will not be there before `ready_ns`, and likely at the other."""
+        self._expected[slot] = ready_ns, likely_ns
 
     def has_expectation(self, slot: int) -> bool:
         """Whether it is known when the weights will be there."""
@@ -53,12 +55,12 @@ class Door:
 
     def refuses_absent(self, job: Job, title: str, now_ns: int) -> bool:
         """Answer a job whose deadline is before its version's weights; False if it may wait."""
-        ready_ns = self._expected.get(job.slot, 0)
+        ready_ns, likely_ns = self._expected.get(job.slot, (0, 0))
         if ready_ns <= max(now_ns, job.deadline_ns) or not self._judges or job.alone:
             return False
-        wait_ms, left_ms = _ms(ready_ns - now_ns), _ms(job.deadline_ns - now_ns)
+        wait_ms, left_ms = _ms(likely_ns - now_ns), _ms(job.deadline_ns - now_ns)
         text = refusals.not_in_time(title, wait_ms, left_ms)
-        self._refuse(job, text, ready_ns - now_ns)
+        self._refuse(job, text, likely_ns - now_ns)
         return True
 
     # --- compute --------------------------------------------------------------------------------

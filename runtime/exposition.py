@@ -120,8 +120,8 @@ class _Snapshot(Collector):
             ("load_busy_share", "Share of the time with a load in flight", reading.busy_share),
             ("uses_per_load", "Requests that a load serves, lately", reading.uses_per_load),
             (
-                "min_resident_seconds",
-                "That a loaded model stays, by damping",
+                "stay_seconds",
+                "In which a loaded model leaves after others",
                 reading.stay_ns / 1e9,
             ),
         ):

@@ -156,10 +156,14 @@ class Attaches(Message, frozen=True):
 
 
 class Expected(Message, frozen=True):
-    """It will not be resident before then: a request whose deadline is earlier need not wait."""
+    """It will not be resident before `ready_ns`: a request whose deadline is earlier need not wait.
+
+    It should come back at `likely_ns`, which is later or the same.
+    """
 
     slot: int
     ready_ns: int
+    likely_ns: int
 
 
 class ActivationFailed(Message, frozen=True):

@@ -9,7 +9,9 @@ Invariants
  1. A version that is placed holds all its parts on DEVICE, and on HOST some of them; parts that are
     there already cost nothing, and no victim takes one of them along.
  2. On DEVICE a version that is pinned, leased or on its way out is never a victim.  One that was
-    published less than its `min_resident_ns`, or the room's, ago is one only for a desperate wish;
+    published less than its `min_resident_ns` ago is one only for a desperate wish; one that was
+    published less than the room's `stay_ns` ago, or that requests were told to come back for, only
+    if all others together are not enough;
     so is one that requests wait for, and that only STARVING_S after it was published.
     The last word is the port's `try_evict`: it asks the leases.
  3. Nothing is evicted for a wish that the victims at hand cannot satisfy, unless it is desperate;
@@ -266,8 +268,8 @@ class DeviceRoom(Room):
     ) -> None:
         super().__init__(allocator, policy, totals)
         self._port = port
-        # Of every version, whatever its own is: raise it where evictions come too fast.
-        self.min_resident_ns = 0
+        # Of every version, whatever its own minimum is: raise it where evictions come too fast.
+        self.stay_ns = 0
         self.objects: Objection | None = None
 
     def held(self, version: Version) -> Parts:
@@ -326,6 +328,7 @@ class DeviceRoom(Room):
     def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
         refreshed: set[int] = set()
         fresh: list[Version] = []
+        young: list[Version] = []
         queued_for: list[Version] = []
         with contextlib.closing(self._order.victims()) as slots:
             for slot in slots:
@@ -344,10 +347,14 @@ class DeviceRoom(Room):
                     queued_for.append(version)
                 elif self._is_fresh(version, now_ns):
                     fresh.append(version)
+                elif now_ns < max(version.published_ns + self.stay_ns, version.promised_ns):
+                    young.append(version)
                 elif not self._is_spared(version):
                     yield version
                 elif self._looks > PREFETCH_VICTIMS_MAX:
                     return
+        # Not held at any price: while room is waited for, nothing is loaded, and that costs more.
+        yield from (version for version in young if not self._is_spared(version))
         if desperate:
             yield from fresh
             # What was published a moment ago has not had its turn: two models that want the same
@@ -366,8 +373,7 @@ class DeviceRoom(Room):
         return not usage.leases and not usage.waiting and not self._is_spared(version)
 
     def _is_fresh(self, version: Version, now_ns: int) -> bool:
-        stay_ns = max(version.terms.min_resident_ns, self.min_resident_ns)
-        return now_ns - version.published_ns < stay_ns
+        return now_ns - version.published_ns < version.terms.min_resident_ns
 
     def on_published(self, version: Version, now_ns: int) -> None:
         """The version is there; it was asked for, so it is recent, though no request has run yet."""

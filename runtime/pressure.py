@@ -5,7 +5,7 @@ versions on DEVICE and the activations, tells residency how long a version stays
 ends (health) and the log when thrashing begins and ends.
 
 Invariants
- 1. It changes nothing but the minimum stay, and that only with the setting `damping`.
+ 1. It changes nothing but the order of eviction, and that only with the setting `damping`.
  2. A look costs at most LOOKED_AT_MAX readings of counters, however many versions there are.
 
 Called by the supervisor, from its one thread.
@@ -79,7 +79,7 @@ class Pressure:
         look = Look(now_ns, self._residency.forecast.busy_ns(now_ns), loads, uses)
         reading = self._thrashing.take(look, self._residency.unique_bytes)
         if self._damps and reading.stay_ns != former.stay_ns:
-            self._residency.set_min_resident(reading.stay_ns)
+            self._residency.set_stay(reading.stay_ns)
         if reading.is_thrashing != former.is_thrashing:
             self._announce(reading)
 
@@ -97,7 +97,7 @@ class Pressure:
             "loads_per_s": round(reading.loads_per_s, 1),
             "busy_share": round(reading.busy_share, 3),
             "uses_per_load": round(reading.uses_per_load, 2),
-            "min_resident_ms": round(reading.stay_ns / 1e6, 1) if self._damps else 0.0,
+            "stay_ms": round(reading.stay_ns / 1e6, 1) if self._damps else 0.0,
             "remedy": remedy(reading) if reading.is_thrashing else "",
         }
 

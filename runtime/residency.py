@@ -239,8 +239,8 @@ class Residency:
             self._introduce(slot, now_ns)
         return self._versions.get(slot)
 
-    def expect(self, slot: int, earliest_ns: int, now_ns: int) -> int | None:
-        """Return when a version that was wanted is resident at the earliest, if that is later.
+    def expect(self, slot: int, earliest_ns: int, now_ns: int) -> tuple[int, int] | None:
+        """Return when a version that was wanted is resident at the earliest, and likely, if later.
 
         Requests will be told to come back then; so it is loaded although nobody waits any more.
         """
@@ -256,6 +256,9 @@ class Residency:
         ahead = set(self._transfers.ahead)
         steps, failed = self._transfers.end(job, ok, now_ns, load_ns)
         actions: list[Action] = [*steps]
+        for each in steps:
+            if isinstance(each, Publish):
+                self._wishes.on_published(each.slot, now_ns)
         for version in failed:
             if message == CANCELLED:
                 if version.waiters:  # since its load was cancelled
@@ -295,9 +298,9 @@ class Residency:
             actions += self.want(slot, NOBODY, now_ns)
         return actions + self._pump(now_ns)
 
-    def set_min_resident(self, min_resident_ns: int) -> None:
-        """From now on every version stays so long after its publish, at least; 0: as it asks."""
-        self._on_device.min_resident_ns = min_resident_ns
+    def set_stay(self, stay_ns: int) -> None:
+        """From now on who was published so lately leaves after all others; 0: as the policy says."""
+        self._on_device.stay_ns = stay_ns
 
     # --- asking ---------------------------------------------------------------------------------
     def next_tick_ns(self) -> int | None:

@@ -58,6 +58,7 @@ class Version:
     # Immutable, as nearly all are empty: 20,000 empty sets are 4 MB.
     waiters: frozenset[int] = frozenset()
     published_ns: int = 0
+    promised_ns: int = 0  # requests were told to come back, and may until then
     uses: int = 0  # as last told to DEVICE's policy ...
     uses_host: int = 0  # ... and to HOST's
     failures: int = 0  # loads that failed in a row

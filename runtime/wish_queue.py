@@ -34,6 +34,10 @@ from overcommit.runtime.residents import Version, Wish
 FAIR_WAIT_NS: Final = int(FAIR_WAIT_S * 1e9)
 RESERVED_NS: Final = int(RESERVED_S * 1e9)
 LOAD_BYTES_MIN: Final = 1 * MIB  # a load is charged no less: it costs time that has no bytes
+GRACE_NS: Final = 100_000_000  # for those who were told to come back, before it may be evicted
+FORESEEN_NS_MIN: Final = 1_000_000  # shorter waits say little
+LATENESS_MAX: Final = 4.0
+LATENESS_SHARE: Final = 0.1  # of a new ratio in the mean
 FORESEEN_MAX: Final = 256  # wishes ahead that are looked at one by one
 
 Entry = tuple[float, int, int]  # tag, number of arrival, slot
@@ -53,6 +57,8 @@ class WishQueue:
         self._charged: dict[int, float] = {}  # slot -> the tag that it has come to
         self._clock = 0.0
         self._arrivals = itertools.count()
+        self._foreseen: dict[int, tuple[int, float]] = {}  # slot -> when, the wait as told then
+        self._lateness = 1.0  # how many times the least wait it takes, of late
 
     def __len__(self) -> int:
         return len(self._wishes)
@@ -110,6 +116,7 @@ class WishQueue:
         """The version is gone, with its wish."""
         self.drop(slot)
         self._charged.pop(slot, None)
+        self._foreseen.pop(slot, None)
 
     def rest(self) -> None:
         """Nothing waits and nothing loads."""
@@ -149,10 +156,10 @@ class WishQueue:
         seen.update(version.parts)
         return needs
 
-    def expect(self, version: Version, earliest_ns: int, now_ns: int) -> int | None:
-        """Return when it is loaded at the earliest, if that is known and later than this.
+    def expect(self, version: Version, earliest_ns: int, now_ns: int) -> tuple[int, int] | None:
+        """Return when it is loaded at the earliest, and likely, if that is later than this.
 
-        Its wish, if it has one, is then a promise.
+        None: it is not, or nothing is known.  Its wish, if it has one, is then a promise.
         """
         wish = self._wishes.get(version.slot)
         if wish is None:
@@ -167,7 +174,17 @@ class WishQueue:
             return None
         if wish is not None:
             wish.is_promised = True
-        return now_ns + int(wait_ns)
+        self._foreseen.setdefault(version.slot, (now_ns, wait_ns))
+        likely_ns = now_ns + int(wait_ns * self._lateness)
+        version.promised_ns = likely_ns + GRACE_NS
+        return now_ns + int(wait_ns), likely_ns
+
+    def on_published(self, slot: int, now_ns: int) -> None:
+        """A version is on DEVICE: learn how much longer than foreseen it took."""
+        at_ns, wait_ns = self._foreseen.pop(slot, (0, 0.0))
+        if wait_ns >= FORESEEN_NS_MIN:
+            ratio = min(LATENESS_MAX, max(1.0, (now_ns - at_ns) / wait_ns))
+            self._lateness += LATENESS_SHARE * (ratio - self._lateness)
 
     def back_s(self, version: Version, latest_ns: int, now_ns: int) -> float | None:
         """Return None if the version may be queued, else in how many seconds to ask again.

@@ -141,7 +141,7 @@ class Wishes:
         slot = expected.slot
         if slot not in self._told:
             return  # it was placed, or failed, meanwhile
-        self._door.expect(slot, expected.ready_ns)
+        self._door.expect(slot, expected.ready_ns, expected.likely_ns)
         late = self._batcher.take_before(slot, expected.ready_ns, now_ns)
         version = self._versions.get(slot)
         title = "the model" if version is None else version.title

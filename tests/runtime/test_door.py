@@ -111,6 +111,11 @@ def congest(rig: Rig, slot: int = 3, cost_ns: int = SECOND) -> None:
     rig.worker.batcher.slowest_ns = cost_ns
 
 
+def expected(slot: int, wait_ns: int) -> Expected:
+    at_ns = time.monotonic_ns() + wait_ns
+    return Expected(slot=slot, ready_ns=at_ns, likely_ns=at_ns)
+
+
 def test_a_request_that_would_be_answered_too_late_is_refused_at_once(
     rig: Rig, front: Front
 ) -> None:
@@ -155,7 +160,7 @@ def test_a_request_whose_weights_come_too_late_is_refused_at_once(rig: Rig, fron
     long = front.submit(5, [X], timeout_ns=50 * SECOND)
     rig.settle()
     ready_ns = time.monotonic_ns() + 30 * SECOND
-    rig.control.send(Expected(slot=5, ready_ns=ready_ns))
+    rig.control.send(Expected(slot=5, ready_ns=ready_ns, likely_ns=ready_ns))
     rig.answered(front, short)
     assert front.text(short).startswith("overloaded\nmodel 'm5' version 1: its weights will be in")
     assert 25_000 < front.answers[short][7] <= 30_000
@@ -177,7 +182,7 @@ def test_the_version_comes_although_everybody_was_refused(rig: Rig, front: Front
     rig.settle()
     front.submit(5, [X], timeout_ns=20 * SECOND)
     rig.settle()
-    rig.control.send(Expected(slot=5, ready_ns=time.monotonic_ns() + 30 * SECOND))
+    rig.control.send(expected(5, 30 * SECOND))
     rig.until(lambda: bool(front.collect()))
     rig.control.send(rig.publish(5, 1, 4.0))
     rig.settle()
@@ -189,7 +194,7 @@ def test_the_version_comes_although_everybody_was_refused(rig: Rig, front: Front
 
 def test_an_expectation_that_comes_after_the_weights_refuses_nobody(rig: Rig, front: Front) -> None:
     ready(rig, front)
-    rig.control.send(Expected(slot=3, ready_ns=time.monotonic_ns() + 3000 * SECOND))
+    rig.control.send(expected(3, 3000 * SECOND))
     rig.settle()
     request = front.submit(3, [X])
     rig.answered(front, request)

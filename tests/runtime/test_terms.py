@@ -67,16 +67,27 @@ def test_fresh_mates_in_a_slab_stay_until_somebody_is_desperate() -> None:
     assert sorted(world.port.evicted) == list(range(8))
 
 
-def test_the_servers_minimum_holds_for_all_and_can_be_lowered_again() -> None:
+def test_while_damped_the_young_leave_after_the_old_whatever_they_are_worth() -> None:
+    world = World(2)
+    for slot in (1, 2, 3):
+        world.add(slot)
+    world.load(1)
+    world.now_ns += SECOND
+    world.load(2)
+    world.now_ns += SECOND
+    world.use(1)  # the policy would evict 2
+    world.residency.set_stay(SECOND + SECOND // 2)
+    world.want(3)
+    assert world.port.evicted == [1]
+
+
+def test_while_damped_the_young_leave_if_there_is_nobody_else() -> None:
     world = World(1)
     world.add(1)
     world.add(2)
     world.load(1)
-    world.residency.set_min_resident(10 * SECOND)
-    assert world.want(2) == []
-    assert world.tick() == []
-    world.residency.set_min_resident(0)
-    assert len(world.tick()) == 1
+    world.residency.set_stay(10 * SECOND)
+    assert len(world.want(2)) == 1
 
 
 # --- ttl ----------------------------------------------------------------------------------------
