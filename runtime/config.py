@@ -36,6 +36,13 @@ COPY_BYTES_MAX: Final = 32 * MIB
 COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who receives its message
 PROGRESS_NS: Final = 20_000_000  # between two reports of one load
 LOADS_IN_FLIGHT_MAX: Final = 4
+# CUDA: the share of DEVICE in 2 MiB chunks, for small models and for what large ones have over.  Each
+# chunk is a descriptor in the supervisor: 80 GiB are 5120 small ones and 1120 large ones.
+CUDA_SMALL_SHARE: Final = 0.125
+PIN_BYTES: Final = (
+    256 * MIB
+)  # registered by one call; from 512 MiB on the kernel compacts, under a lock
+COPIES_IN_FLIGHT: Final = 4  # to the GPU; a copy that is under way cannot be overtaken
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
 DEVICE_SHARE: Final = 0.40  # of what is available, when no flag says otherwise (CPU only)
 HOST_SHARE: Final = 0.25

@@ -8,14 +8,14 @@ Who sends what:
 
     supervisor -> all        Start, Drain, Stop
     supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, Expected, ActivationFailed,
-                             Withdrawn, Forget
+                             Withdrawn, Forget, Chunks
     supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure
-    supervisor -> mover      Load, CancelLoad, PromoteLoad
+    supervisor -> mover      Load, CancelLoad, PromoteLoad, Chunks
     supervisor -> packer     Pack
     all -> supervisor        Ready
-    worker -> supervisor     Activate, BindFailed, Attaches
+    worker -> supervisor     Activate, BindFailed, Attaches, ChunksTaken
     front end -> supervisor  Admin, Counters
-    mover -> supervisor      LoadDone, LoadProgress, Populated
+    mover -> supervisor      LoadDone, LoadProgress, Populated, Chunks, ChunksTaken
     packer -> supervisor     PackProgress, PackDone
     supervisor -> fork server   Fork, Preload, Stop
     fork server -> supervisor   Ready, Unfit, Forked, Exited
@@ -343,6 +343,22 @@ class Populated(Message, frozen=True):
     seconds: float
 
 
+class Chunks(Message, frozen=True):
+    """Descriptors of chunks `first`, `first + 1` ... of a CUDA arena: made, or to take over.
+
+    fds: one a chunk
+    """
+
+    first: int
+    fds: tuple[str, ...] = ()
+
+
+class ChunksTaken(Message, frozen=True):
+    """So many chunks, from the first on, are here; send the next ones when there are any."""
+
+    count: int
+
+
 class Pack(Message, frozen=True):
     """Packer: make the image of one model version."""
 
@@ -443,6 +459,8 @@ AnyMessage = (
     | LoadProgress
     | LoadDone
     | Populated
+    | Chunks
+    | ChunksTaken
     | Pack
     | PackProgress
     | PackDone
