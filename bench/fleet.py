@@ -129,7 +129,8 @@ class FleetRun:
         """Make a server that is not started yet."""
         flags = [ALLOW_CODE, "--workers", str(WORKERS), "--front-ends", "1"]
         flags += ["--device-memory", str(DEVICE_MEMORY), "--host-memory", str(host_memory)]
-        return Server(root or self.root, self.cache, self.folder, flags, name)
+        cache = self.cache if root is None else self.folder / "cache"
+        return Server(root or self.root, cache, self.folder, flags, name)
 
     def load(self, server: Server, seconds: float, popularity: Popularity) -> Load:
         """Start a load on the chosen models."""

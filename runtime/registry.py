@@ -247,7 +247,7 @@ class Registry:
         if source.config is None:
             entry.state, entry.reason = State.UNAVAILABLE, source.error or "its folder is broken"
             return entry
-        known = self.index.find(source.folder, source.fingerprint, source.config)
+        known = self.index.take(source.folder, source.fingerprint, source.config)
         if known is not None:
             _take_facts(entry, known)
             entry.state = State.READY
@@ -334,6 +334,10 @@ class Registry:
         if not entry.image_path:
             # It never served, so nobody may ask for it; only its slot stays taken until `release`.
             del self._slots[entry.slot]
+        elif entry.source_config is not None:
+            # Its files may come back, as when somebody moves a folder away and regrets it.
+            source = (entry.folder, entry.fingerprint, entry.source_config)
+            self.index.put_back(*source, _facts_of(entry))
 
     def _retire_successor(self, entry: Entry, changes: RegistryChanges) -> None:
         successor = self._successors.pop(entry.slot, None)
@@ -360,6 +364,19 @@ def _take_facts(entry: Entry, done: PackDone) -> None:
     entry.parts = done.parts
     entry.engine = done.engine
     entry.program_key = done.program_key
+
+
+def _facts_of(entry: Entry) -> PackDone:
+    return PackDone(
+        job=0,
+        ok=True,
+        config=entry.config,
+        image_path=entry.image_path,
+        nbytes=entry.nbytes,
+        parts=entry.parts,
+        engine=entry.engine,
+        program_key=entry.program_key,
+    )
 
 
 def to_route(entry: Entry) -> Route:

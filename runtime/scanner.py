@@ -61,7 +61,8 @@ class Scanner:
         self.sources: list[VersionSource] = []
         self._roots = [_Root(os.path.realpath(root)) for root in roots]
         self._configs = KnownConfigs(None if cache_dir is None else cache_dir / FILE_NAME)
-        self._folders: dict[str, Folder] = {}  # by name; in order
+        # By name, in order: number of the root, and whether it is a symlink.
+        self._folders: dict[str, tuple[int, bool]] = {}
         self._models: dict[str, Sources] = {}
         self._unsettled: set[str] = set()
         self._hurried: set[str] = set()
@@ -128,11 +129,12 @@ class Scanner:
         """Take note of folders that came and went; return the names of the new ones, and whether."""
         if not any(_must_list(root) for root in self._roots):
             return [], False
-        folders: dict[str, Folder] = {}
-        for root in self._roots:
+        folders: dict[str, tuple[int, bool]] = {}
+        for number, root in enumerate(self._roots):
+            here = ((number, False), (number, True))  # two objects, however many folders
             root.listed_ns, root.changed_ns = time.time_ns(), os.stat(root.path).st_mtime_ns
             for folder in model_folders(root.path):
-                folders.setdefault(folder.name, folder)
+                folders.setdefault(folder.name, here[folder.is_link])
         former, self._folders = self._folders, folders
         gone = [name for name in former if name not in folders]
         for name in gone:
@@ -142,8 +144,9 @@ class Scanner:
         return new, bool(gone)
 
     def _look_at(self, name: str, before_ns: int | None) -> bool:
-        folder = self._folders[name]
-        root = os.path.dirname(folder.path)
+        number, is_link = self._folders[name]
+        root = self._roots[number].path
+        folder = Folder(name, os.path.join(root, name), is_link)
         former = self._models.get(name, ())
         found = tuple(scan_model(root, folder, before_ns, self._configs, former))
         if any(source.settling for source in found):

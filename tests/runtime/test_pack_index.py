@@ -18,7 +18,7 @@ def packed(tmp_path: Path) -> PackDone:
 def test_what_was_added_is_found_again_by_another_process(tmp_path: Path) -> None:
     done = packed(tmp_path)
     PackIndex(tmp_path).add("/f", "0", ModelConfig(), done)
-    found = PackIndex(tmp_path).find("/f", "0", ModelConfig())
+    found = PackIndex(tmp_path).take("/f", "0", ModelConfig())
     assert found is not None
     assert (found.ok, found.image_path, found.nbytes) == (True, done.image_path, 4096)
 
@@ -28,14 +28,24 @@ def test_an_image_of_other_software_is_not_used(tmp_path: Path) -> None:
     index.add("/f", "0", ModelConfig(), packed(tmp_path))
     other = PackIndex(tmp_path)
     other._made_by = b"another torch"
-    assert other.find("/f", "0", ModelConfig()) is None
+    assert other.take("/f", "0", ModelConfig()) is None
+
+
+def test_a_fact_is_here_until_it_is_taken_and_again_when_it_is_put_back(tmp_path: Path) -> None:
+    PackIndex(tmp_path).add("/f", "0", ModelConfig(), packed(tmp_path))
+    index = PackIndex(tmp_path)
+    found = index.take("/f", "0", ModelConfig())
+    assert found is not None
+    assert index.take("/f", "0", ModelConfig()) is None
+    index.put_back("/f", "0", ModelConfig(), found)
+    assert index.take("/f", "0", ModelConfig()) == found
 
 
 def test_an_image_that_is_too_short_is_not_used(tmp_path: Path) -> None:
     index = PackIndex(tmp_path)
     index.add("/f", "0", ModelConfig(), packed(tmp_path))
     (tmp_path / "k.image").write_bytes(b"torn")
-    assert index.find("/f", "0", ModelConfig()) is None
+    assert PackIndex(tmp_path).take("/f", "0", ModelConfig()) is None
 
 
 def test_every_torn_index_loses_only_its_tail(tmp_path: Path) -> None:
@@ -63,8 +73,8 @@ def test_a_flipped_bit_is_never_believed(tmp_path: Path) -> None:
     content[-5] ^= 1
     (tmp_path / FILE_NAME).write_bytes(content)
     known = PackIndex(tmp_path)
-    assert known.find("/f", "0", ModelConfig()) is not None
-    assert known.find("/f", "1", ModelConfig()) is None
+    assert known.take("/f", "0", ModelConfig()) is not None
+    assert known.take("/f", "1", ModelConfig()) is None
 
 
 def test_a_foreign_file_in_the_place_of_the_index_is_replaced(tmp_path: Path) -> None:

@@ -326,3 +326,13 @@ def test_an_index_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (slot,) = registry.apply_scan([source()]).to_pack
     registry.on_packed(slot, packed(tmp_path))
     assert registry.find("minilm").state is State.READY
+
+
+def test_a_folder_that_went_and_came_back_needs_no_packing(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    registry.apply_scan([])
+    changes = registry.apply_scan([source()])
+    assert changes.to_pack == []
+    assert registry.find("minilm").state is State.READY
