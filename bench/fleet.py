@@ -14,12 +14,9 @@ Phases, each on a server of its own:
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +24,7 @@ import msgspec
 import numpy as np
 
 from overcommit.bench import processes, screen
+from overcommit.bench.fleet_books import Watch, drop_page_cache, index_of, tree_bytes
 from overcommit.bench.killer import Killer
 from overcommit.bench.loadgen import Load, Plan
 from overcommit.bench.models_repo import ALLOW_CODE
@@ -60,7 +58,6 @@ SECONDS: Final = 20.0
 QUICK_SECONDS: Final = 6.0
 FILL_S: Final = 8.0  # for one request to every model of the load
 PROBES: Final = 16
-SAMPLE_S: Final = 0.5
 PAGE_ROWS: Final = 500
 WORKERS: Final = 2
 KILL_INTERVAL_S: Final = (1.0, 2.0)
@@ -76,36 +73,6 @@ _BODY: Final = msgspec.json.encode(
     }
 )
 _MAPPINGS_MAX: Final = Path("/proc/sys/vm/max_map_count")
-_DROP: Final = Path("/proc/sys/vm/drop_caches")
-
-
-@dataclass(slots=True)
-class Watch:
-    """The memory of a server's process tree, sampled while a load runs."""
-
-    server: Server
-    largest_bytes: int = 0
-    _next_s: float = 0.0
-    by_kind: dict[str, int] = field(default_factory=dict)
-
-    def tick(self) -> None:
-        """Take a sample if it is time."""
-        if time.monotonic() < self._next_s:
-            return
-        self._next_s = time.monotonic() + SAMPLE_S
-        sample = tree_bytes(self.server)
-        if sum(sample.values()) > self.largest_bytes:
-            self.largest_bytes, self.by_kind = sum(sample.values()), sample
-
-
-def tree_bytes(server: Server) -> dict[str, int]:
-    """Return the PSS of every process of a server, by kind."""
-    seats = {row["pid"]: row["kind"] for row in server.status()["processes"]}
-    found: dict[str, int] = {}
-    for row in server.family():
-        kind = "supervisor" if row.pid == server.pid else seats.get(row.pid, "other")
-        found[kind] = found.get(kind, 0) + processes.pss_bytes(row.pid)
-    return found
 
 
 class FleetRun:
@@ -240,6 +207,18 @@ class FleetRun:
             tally = screen.watch(self.report.console, "Zipf load", load, watch.tick)
         self._judge("load", tally)
         report = self.report
+        records = server.status()["activations"]
+        for source in ("disk", "host"):
+            times = sorted(row["total_ns"] for row in records if row["source"] == source)
+            if times:
+                report.add(
+                    "load: activations",
+                    Figure(f"from {source}, median", times[len(times) // 2] / 1e6, "ms"),
+                    Figure(
+                        *(f"from {source}, p99", times[len(times) * 99 // 100] / 1e6, "ms"),
+                        note=f"of the last {len(times):,}",
+                    ),
+                )
         report.add(
             "load: memory",
             Figure("process tree at most", watch.largest_bytes / 1e6, "MB", TREE_BYTES_MAX / 1e6),
@@ -372,27 +351,6 @@ class FleetRun:
             status == 200 and f'model="{name}"' in body.decode(),
             f"{status}, {len(body)} bytes",
         )
-
-
-def index_of(server: Server, offset: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return the rows of the repository index."""
-    path = "/v2/repository/index"
-    if limit is not None:
-        path += f"?offset={offset}&limit={limit}"
-    status, body = server.request("POST", path, b"{}")
-    if status != 200:
-        raise server.blame(f"answered {path} with {status}: {body[:200]!r}")
-    rows: list[dict[str, Any]] = msgspec.json.decode(body)
-    return rows
-
-
-def drop_page_cache() -> bool:
-    """Have the kernel forget what it has read; False where we may not."""
-    os.sync()
-    with contextlib.suppress(OSError):
-        _DROP.write_text("3")
-        return True
-    return False
 
 
 def run(options: Options, report: Report) -> None:

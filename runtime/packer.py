@@ -13,6 +13,7 @@ Invariants
     the remedy.
  3. No image is left behind by a failure; one under its final name is whole, and was seen to answer
     as the module that was built for real.  (A stripped program may stay: its name is its content.)
+    That holds for each version alone, also where thousands have the same program.
 """
 
 from __future__ import annotations
