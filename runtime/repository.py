@@ -69,6 +69,7 @@ class Folder(NamedTuple):
     is_link: bool
 
 
+_Entries = list[os.DirEntry[str]]
 _Toml = tuple[str, int, int]  # path, size, time of a model.toml
 
 
@@ -168,7 +169,7 @@ def _versions(
     try:
         if is_link:
             _refuse_outside(root, path)
-        folders, toml = _look_at_model(path)
+        folders, toml, entries = _look_at_model(path)
     except FileNotFoundError:
         return
     except (OSError, RepositoryError) as error:
@@ -176,28 +177,34 @@ def _versions(
         return
     for folder in folders:
         try:
-            yield _scan_version(root, name, folder, toml, before_ns, configs, known)
+            yield _scan_version(root, name, folder, toml, entries, before_ns, configs, known)
         except _Vanished:
             # Somebody is at work in it: the next scan knows more.
             yield VersionSource(name, folder.name, folder.path, "", None, None, settling=True)
 
 
-def _look_at_model(path: str) -> tuple[list[Folder], _Toml | None]:
-    """Return the version folders in numeric order, and the model folder's own model.toml."""
-    folders = []
-    toml = None
-    with os.scandir(path) as entries:
-        for entry in itertools.islice(entries, ENTRIES_MAX):
-            if entry.name == FILE_NAME:
-                info = entry.stat()
-                toml = (entry.path, info.st_size, info.st_mtime_ns)
-            elif entry.name.isdecimal() and entry.name.isascii() and _is_folder(entry):
-                folders.append(Folder(entry.name, entry.path, entry.is_symlink()))
+def _look_at_model(path: str) -> tuple[list[Folder], _Toml | None, _Entries | None]:
+    """Return the version folders in numeric order, and the model folder's own model.toml.
+
+    Without version folders the model's folder is the version: then also what it holds.
+    """
+    with os.scandir(path) as listing:
+        entries = list(itertools.islice(listing, ENTRIES_MAX))
+    folders = [
+        Folder(entry.name, entry.path, entry.is_symlink())
+        for entry in entries
+        if entry.name.isdecimal() and entry.name.isascii() and _is_folder(entry)
+    ]
     if not folders:
-        # The walk over the version finds model.toml again; the model's link was looked at already.
-        return [Folder("1", path, False)], None
+        # The walk over the version finds model.toml; the model's link was looked at already.
+        return [Folder("1", path, False)], None, entries
     folders.sort(key=lambda folder: (len(folder.name), folder.name))
-    return folders, toml
+    toml = None
+    for entry in entries:
+        if entry.name == FILE_NAME:
+            info = entry.stat()
+            toml = (entry.path, info.st_size, info.st_mtime_ns)
+    return folders, toml, None
 
 
 def _scan_version(
@@ -205,6 +212,7 @@ def _scan_version(
     name: str,
     place: Folder,
     model_toml: _Toml | None,
+    entries: _Entries | None,
     before_ns: int | None,
     configs: KnownConfigs,
     known: Mapping[str, VersionSource],
@@ -220,7 +228,7 @@ def _scan_version(
             )
         if is_link:
             _refuse_outside(root, folder)
-        _walk(root, folder, "", 0, files)
+        _walk(root, folder, "", 0, files, entries)
         tomls = [toml for toml in (model_toml, files.toml) if toml is not None]
         digest = _fingerprint(files, tomls)
         files.newest_ns = max(files.newest_ns, *(mtime_ns for _, _, mtime_ns in tomls), 0)
@@ -242,32 +250,36 @@ def _scan_version(
         return VersionSource(name, version, folder, digest, None, _reason(error))
 
 
-def _walk(root: str, folder: str, prefix: str, depth: int, files: _Files) -> None:
-    """Collect relative path, size and time of every file, in a stable order."""
+def _walk(
+    root: str, folder: str, prefix: str, depth: int, files: _Files, entries: _Entries | None = None
+) -> None:
+    """Collect relative path, size and time of every file; `entries` if it was listed already."""
     if depth > DEPTH_MAX:
         raise RepositoryError(f"its folders are nested more than {DEPTH_MAX} deep")
     files.newest_ns = max(files.newest_ns, os.stat(folder).st_mtime_ns)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if _is_skipped(name):
-                continue
-            info = entry.stat(follow_symlinks=False)
-            if stat.S_ISLNK(info.st_mode):
-                _refuse_outside(root, entry.path)
-                info = entry.stat()
-            if stat.S_ISDIR(info.st_mode):
-                _walk(root, entry.path, f"{prefix}{name}/", depth + 1, files)
-                continue
-            if not stat.S_ISREG(info.st_mode):
-                continue
-            files.newest_ns = max(files.newest_ns, info.st_mtime_ns)
-            if name == FILE_NAME and not prefix:
-                files.toml = (entry.path, info.st_size, info.st_mtime_ns)
-                continue
-            files.rows.append(f"{prefix}{name}\0{info.st_size}\0{info.st_mtime_ns}")
-            if len(files.rows) > FILES_MAX:
-                raise RepositoryError(f"it holds more than {FILES_MAX} files")
+    if entries is None:
+        with os.scandir(folder) as listing:
+            entries = list(itertools.islice(listing, ENTRIES_MAX))
+    for entry in entries:
+        name = entry.name
+        if _is_skipped(name):
+            continue
+        info = entry.stat(follow_symlinks=False)
+        if stat.S_ISLNK(info.st_mode):
+            _refuse_outside(root, entry.path)
+            info = entry.stat()
+        if stat.S_ISDIR(info.st_mode):
+            _walk(root, entry.path, f"{prefix}{name}/", depth + 1, files)
+            continue
+        if not stat.S_ISREG(info.st_mode):
+            continue
+        files.newest_ns = max(files.newest_ns, info.st_mtime_ns)
+        if name == FILE_NAME and not prefix:
+            files.toml = (entry.path, info.st_size, info.st_mtime_ns)
+            continue
+        files.rows.append(f"{prefix}{name}\0{info.st_size}\0{info.st_mtime_ns}")
+        if len(files.rows) > FILES_MAX:
+            raise RepositoryError(f"it holds more than {FILES_MAX} files")
 
 
 def _fingerprint(files: _Files, tomls: list[_Toml]) -> str:
