@@ -3,8 +3,8 @@
 Looking at 20,000 folders takes the better part of a second of CPU.  So only the first look is at all of
 them; each later one lists the roots, looks at what is new there, at what was changing the last time, at what
 somebody asked about, and then goes on where the one before stopped, for as long as its share of a core
-allows.  A small repository is looked at whole each
-time.  (Threads for the first look were tried: with nothing cached, four took as long as one.)
+allows.  A small repository is looked at whole each time.  (Threads for the first look were tried: with
+nothing cached, four took as long as one.)
 
 Invariants
  1. A model that is added or removed is seen by the next look; a change inside of a model's folder is seen
@@ -81,7 +81,7 @@ class Scanner:
     def first(self) -> None:
         """Look at everything.  Raises OSError when a root cannot be read."""
         began_s = time.monotonic()
-        self._list_roots()
+        self._list_roots(always=True)
         names = list(self._folders)
         for name in names:
             self._look_at(name, None)
@@ -101,7 +101,8 @@ class Scanner:
         budget_s = LOOK_SHARE * (began_s - self._looked_s)
         self._looked_s = began_s
         before_ns = settled_before_ns()
-        new, is_changed = self._list_roots()
+        # Once a round whatever their times say: a symlink may have got a target, a clock may be coarse.
+        new, is_changed = self._list_roots(always=not self._round)
         with self._lock:
             hurried, self._hurried = self._hurried & self._folders.keys(), set()
         done: set[str] = set()
@@ -125,9 +126,12 @@ class Scanner:
             self._save(time.monotonic())
         return is_changed
 
-    def _list_roots(self) -> tuple[list[str], bool]:
-        """Take note of folders that came and went; return the names of the new ones, and whether."""
-        if not any(_must_list(root) for root in self._roots):
+    def _list_roots(self, *, always: bool) -> tuple[list[str], bool]:
+        """Take note of folders that came and went.
+
+        Return the names of those that came, and whether any went.
+        """
+        if not always and not any(_must_list(root) for root in self._roots):
             return [], False
         folders: dict[str, tuple[int, bool]] = {}
         for number, root in enumerate(self._roots):

@@ -73,6 +73,7 @@ def test_a_folder_that_comes_right_after_a_look_is_seen(root: Path) -> None:
     make_model(root, "dog")
     os.utime(root, ns=(changed_ns, changed_ns))  # a clock too coarse to tell the two apart
     looking._roots[0].listed_ns = changed_ns
+    looking._round = ["ant"]  # in the middle of a round
     assert looking.look()
     assert names(looking)[-1] == "dog"
 
@@ -114,6 +115,17 @@ def test_a_large_repository_is_looked_at_piece_by_piece(
     make_model(root, "m07", "weight = 2", age_s=30)
     looking.hurry("m07")
     assert looking.look()
+
+
+def test_a_symlink_that_gets_its_target_later_is_seen(root: Path) -> None:
+    (root / "dog").symlink_to(root / ".hidden" / "dog")
+    looking = Scanner([root])
+    looking.first()
+    changed = root.stat()
+    make_model(root / ".hidden", "dog")
+    os.utime(root, ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    assert looking.look()
+    assert names(looking)[-1] == "dog"
 
 
 def test_of_two_roots_with_a_name_the_first_counts(root: Path, tmp_path: Path) -> None:
