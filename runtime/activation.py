@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import collections
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -88,9 +88,21 @@ class Activations:
         self._verified: set[str] = set()
         self._terms: dict[Terms, Terms] = {}
         self.quarantine = Quarantine()
+        self._on_action: Callable[[Action, int], None] = lambda action, now_ns: None
+        self._on_ready: Callable[[int, str], None] = lambda slot, name: None
+        self._on_removed: Callable[[int], None] = lambda slot: None
         self.timings = Timings()
         # Requests that were running when a worker died, of late.
         self._suspects: collections.deque[int] = collections.deque(maxlen=SUSPECTS_KEPT)
+
+    def watch(
+        self,
+        on_action: Callable[[Action, int], None],
+        on_ready: Callable[[int, str], None],
+        on_removed: Callable[[int], None],
+    ) -> None:
+        """Have somebody told of what residency decides, and of versions that come and go."""
+        self._on_action, self._on_ready, self._on_removed = on_action, on_ready, on_removed
 
     # --- from workers ---------------------------------------------------------------------------
     def on_activate(self, worker: Child, message: Activate, now_ns: int) -> None:
@@ -193,12 +205,17 @@ class Activations:
         """Return the loads in flight, in the order in which they were started."""
         return tuple(self._running.values())
 
+    def load(self, job: int) -> Running | None:
+        """Return a load that has not ended."""
+        return self._running.get(job)
+
     # --- from the registry ----------------------------------------------------------------------
     def add(self, entry: Entry, now_ns: int) -> None:
         """A version can be served from now on; a pinned one is loaded at once.
 
         Residency hears of any other when it is asked for (`introduce`).
         """
+        self._on_ready(entry.slot, entry.name)
         if entry.config.pin or self._residency.view(entry.slot) is not None:
             self._add(entry, now_ns)
         if entry.config.pin:
@@ -226,6 +243,7 @@ class Activations:
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""
         self.timings.forget(slot)
+        self._on_removed(slot)
         self.apply(self._residency.remove(slot, now_ns), now_ns)
         for worker in self._fleet.of_kind("worker"):
             if slot in worker.told:
@@ -240,6 +258,7 @@ class Activations:
     def apply(self, actions: Iterable[Action], now_ns: int) -> None:
         """Turn residency's actions into messages."""
         for action in actions:
+            self._on_action(action, now_ns)
             if isinstance(action, StartLoad):
                 message = self._to_load(action)
                 self._running[action.job] = Running(message, now_ns)

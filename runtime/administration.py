@@ -239,6 +239,18 @@ class Administration:
             },
         }
 
+    def _prefetch(self) -> dict[str, object] | None:
+        prefetching = self.house.prefetching
+        if prefetching is None:
+            return None
+        books = prefetching.books
+        return {
+            "models": len(prefetching.prefetcher),
+            "uses_seen": prefetching.uses_seen,
+            "waiting_bytes": sum(ahead.nbytes for ahead in books.outstanding.values()),
+            **msgspec.to_builtins(books.totals),
+        }
+
     def _status(self, request: Admin) -> bytes:
         activations = self.house.activations
         fronts = [
@@ -255,6 +267,7 @@ class Administration:
                     "bytes_copied": activations.timings.bytes_copied,
                 },
                 "thrashing": self.house.pressure.describe(),
+                "prefetch": self._prefetch(),
                 "packing": len(self.catalogue.packing),
                 "activations": list(activations.timings.activations),
                 "attaches": list(activations.timings.attaches),

@@ -138,6 +138,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = "cost_aware"
     policy_half_life_s: float = HALF_LIFE_S  # of what cost_aware remembers of uses
     admission: bool = True  # refuse at once what cannot be answered in time
+    prefetch: bool = True
+    prefetch_bytes_per_s: float = PREFETCH_BYTES_PER_S
+    prefetch_share: float = PREFETCH_SHARE
     damping: bool = True  # keep what thrashes resident for a while, and giants waiting
     min_resident_s: float = 0.0  # of models that do not say
     ttl_s: float = 0.0  # 0: a model that is idle keeps its bytes until another needs them

@@ -12,7 +12,8 @@ back to ARIMA: see `gaps`.
 
 Invariants
  1. An expert is judged only by what it said before the visit was known.
- 2. Time goes forwards: a use that is not younger than the last one changes nothing.
+ 2. Time goes forwards: a use that is not younger than the last one changes nothing; but if the clock
+    was set back by a day and more, all that was known is of another time and is dropped.
  3. `chance` is in [0, 1]; until GAPS_MIN gaps are known it is a guess, and `is_known` is False.
 
 Times are local wall-clock seconds since the epoch.  Pure.  Called by `prefetch`.
@@ -30,6 +31,7 @@ VISIT_S: Final = gaps.SHORTEST_S
 GAPS_MIN: Final = 2
 EXPERTS: Final = range(4)
 CONSTANT, HISTOGRAM, CONSTANT_CALENDAR, HISTOGRAM_CALENDAR = EXPERTS
+_SET_BACK_S: Final = 86_400.0
 _MEAN_GAPS: Final = 24  # memory of the constant rate
 _YOUNG_VISITS: Final = 6  # up to here a model's gaps say what young models do
 _FADE: Final = 0.9  # of a score, with each visit
@@ -60,7 +62,9 @@ class Demand:
     def use(self, at_s: float) -> None:
         """The model was used."""
         gap_s = at_s - self.last_s
-        if self.visits and gap_s <= 0:
+        if gap_s < -_SET_BACK_S:
+            self.__init__(at_s, self.pool)  # type: ignore[misc]
+        elif self.visits and gap_s <= 0:
             return
         if not self.visits:
             self.visits = 1
@@ -87,7 +91,7 @@ class Demand:
                 said += math.log(likely / gaps.survival(self.bins, gap_s, self.pool))
             else:
                 said -= math.log(self._mean_s(gap_s))
-            if expert & CONSTANT_CALENDAR:
+            if expert & CONSTANT_CALENDAR and at_s >= self._bent_from(expert):
                 said += lift
             self.scores[expert] = self.scores[expert] * _FADE + said
 
@@ -97,9 +101,12 @@ class Demand:
         self.week.pass_to(int(from_s // HOUR_S))
         if not self.is_known:
             return -math.expm1(-self._cumulated(HISTOGRAM, from_s, to_s))
-        best = max(self.scores)
+        # Where no gap was ever that long the histogram has nothing to say.
+        step = 1 if gaps.has_longer(self.bins, from_s - self.last_s) else HISTOGRAM + 1
+        scores = self.scores[::step]
+        best = max(scores)
         found = heard = 0.0
-        for expert, score in enumerate(self.scores):
+        for expert, score in zip(EXPERTS[::step], scores, strict=True):
             weight = math.exp((score - best) * _TRUST)
             if weight > _HEARD_MIN:
                 heard += weight
@@ -115,12 +122,19 @@ class Demand:
         if not expert & CONSTANT_CALENDAR:
             return self._plain(expert, from_s, to_s)
         found = 0.0
+        if (bent_s := self._bent_from(expert)) > from_s:
+            found = self._plain(expert, from_s, min(bent_s, to_s))
+            from_s = bent_s
         while from_s < to_s:
             hour = int(from_s // HOUR_S)
             end_s = min(to_s, (hour + 1) * HOUR_S)
             found += self.week.lift(hour) * self._plain(expert, from_s, end_s)
             from_s = end_s
         return found
+
+    def _bent_from(self, expert: int) -> float:
+        # Short gaps say themselves that it is a model's hour; bent as well they would count twice.
+        return self.last_s + (HOUR_S if expert == HISTOGRAM_CALENDAR else 0)
 
     def _plain(self, expert: int, from_s: float, to_s: float) -> float:
         from_s, to_s = max(0.0, from_s - self.last_s), to_s - self.last_s

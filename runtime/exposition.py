@@ -16,9 +16,11 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.messages import BATCH_UNIT, Counters
+from overcommit.runtime.views import Tier
 
 if TYPE_CHECKING:
     from overcommit.runtime.house import House
+    from overcommit.runtime.prefetching import Prefetching
     from overcommit.runtime.registry import Entry
 
 OTHER: Final = "_other"
@@ -47,6 +49,8 @@ class _Snapshot(Collector):
         yield from self._models()
         yield from self._residency()
         yield from self._pressure()
+        if self._house.prefetching is not None:
+            yield from _prefetching(self._house.prefetching)
         yield from self._processes()
 
     def _requests(self) -> Iterator[Metric]:
@@ -140,6 +144,23 @@ class _Snapshot(Collector):
             live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))
         yield deaths
         yield live
+
+
+def _prefetching(prefetching: Prefetching) -> Iterator[Metric]:
+    """Gain: used, saved_s, promoted.  Waste: lost, expired, cancelled.  Harm: regretted."""
+    books = prefetching.books
+    for name in books.totals.__slots__:
+        text = f"Prefetches: {name.replace('_', ' ')}"
+        label = name.removesuffix("_s") + "_seconds" if name.endswith("_s") else name
+        yield CounterMetricFamily(f"overcommit_prefetch_{label}", text, getattr(books.totals, name))
+    waiting = GaugeMetricFamily(
+        "overcommit_prefetch_waiting_bytes", "Prefetched and not used yet", labels=("tier",)
+    )
+    for tier in (Tier.DEVICE, Tier.HOST):
+        waiting.add_metric((tier.value,), books.waiting_bytes(tier))
+    yield waiting
+    models = len(prefetching.prefetcher)
+    yield GaugeMetricFamily("overcommit_prefetch_models", "Models with a known past", models)
 
 
 class _Detail(Collector):

@@ -76,6 +76,11 @@ def survival(bins: bytearray, gap_s: float, pool: Pool) -> float:
     return sum(bins[index + 1 :]) + bins[index] * left + _PRIOR * max(prior, _LEAST)
 
 
+def has_longer(bins: bytearray, gap_s: float) -> bool:
+    """Whether a gap of this length, or a longer one, is remembered."""
+    return any(bins[int(place(gap_s)) :])
+
+
 def density(bins: bytearray, gap_s: float, pool: Pool) -> float:
     """Return the weight of the gaps of just this length, per second."""
     index = int(place(gap_s))

@@ -16,6 +16,7 @@ from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.memory import SharedMemory
 from overcommit.runtime.policy import Policy, make_policy
+from overcommit.runtime.prefetching import Prefetching, local_s
 from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.process import Process
 from overcommit.runtime.registry import Registry
@@ -33,6 +34,7 @@ class House:
         settings: Settings,
         on_forked: Callable[[Process], None],
         on_gone: Callable[[Child], None],
+        wall_s: Callable[[], float] = local_s,
     ) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
@@ -51,6 +53,12 @@ class House:
         self.residency = Residency(device, host, new_policy, self.gate, self._introduce)
         self.activations = Activations(settings, self.residency, self.registry, self.fleet)
         self.pressure = Pressure(settings, self.residency, self.activations, self.gate, self.fleet)
+        self.prefetching: Prefetching | None = None
+        if settings.prefetch:
+            self.prefetching = Prefetching(
+                *(settings, self.residency, self.registry, self.fleet, self.gate),
+                *(self.activations, wall_s),
+            )
 
     def _introduce(self, slot: int, now_ns: int) -> None:
         self.activations.introduce(slot, now_ns)
@@ -63,5 +71,9 @@ class House:
 
     def close(self) -> None:
         """Kill every child, then let the memory go."""
-        self.fleet.close()
-        self.memory.close()
+        try:
+            if self.prefetching is not None:
+                self.prefetching.close()
+        finally:
+            self.fleet.close()
+            self.memory.close()

@@ -57,7 +57,7 @@ class Prefetcher:
     """See the module."""
 
     def __init__(self) -> None:
-        self._pool = Pool()
+        self.pool = Pool()
         self._demands: dict[int, Demand] = {}  # by slot, the longest idle first
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Prefetcher:
         """The version was used."""
         demand = self._demands.pop(slot, None)
         if demand is None:
-            demand = Demand(at_s, self._pool)
+            demand = Demand(at_s, self.pool)
             if len(self._demands) >= PREFETCH_MODELS_MAX:
                 del self._demands[next(iter(self._demands))]
         self._demands[slot] = demand
@@ -81,7 +81,7 @@ class Prefetcher:
     def adopt(self, slot: int, demand: Demand) -> None:
         """Begin with what was known of the model, unless the version has a past of its own."""
         if len(self._demands) < PREFETCH_MODELS_MAX:
-            demand.pool = self._pool
+            demand.pool = self.pool
             self._demands.setdefault(slot, demand)
 
     def demand(self, slot: int) -> Demand | None:

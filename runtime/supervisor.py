@@ -28,6 +28,7 @@ import selectors
 import signal
 import socket
 import time
+from collections.abc import Callable
 
 from overcommit.runtime.administration import Administration
 from overcommit.runtime.catalogue import Catalogue
@@ -48,6 +49,7 @@ from overcommit.runtime.messages import (
     Ready,
     Stop,
 )
+from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
 
 log = logging.getLogger("overcommit")
@@ -67,13 +69,13 @@ class Phase(enum.Enum):
 class Supervisor:
     """The event loop around a `House`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, wall_s: Callable[[], float] = local_s) -> None:
         self.phase = Phase.STARTING
         self._selector = selectors.DefaultSelector()
         self._deadline_ns = 0
         self._broken_seen = False
         self._started_ns = time.monotonic_ns()
-        self.house = House(settings, self._watch_forked, self._on_child_gone)
+        self.house = House(settings, self._watch_forked, self._on_child_gone, wall_s)
         self.catalogue = Catalogue(self.house)
         self.administration = Administration(self.house, self.catalogue)
         self._signals, self._signals_write = socket.socketpair()
@@ -174,6 +176,8 @@ class Supervisor:
             self._watch(child.process, child)
         house.activations.tick(now_ns)
         house.pressure.tick(now_ns)
+        if house.prefetching is not None and self.phase is Phase.SERVING:
+            house.prefetching.step(now_ns)
         house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
         self.catalogue.step(now_ns)
         if self.catalogue.packing.process is not None:

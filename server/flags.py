@@ -76,6 +76,21 @@ Damping = Annotated[
         help="While models push each other out, let each stay a while (yes).",
     ),
 ]
+Prefetch = Annotated[
+    bool | None,
+    Option(
+        "--prefetch/--no-prefetch",
+        help="Load models before the hour in which they are usually asked for (yes).",
+    ),
+]
+PrefetchRate = Annotated[
+    str | None,
+    Option(metavar="BYTES", help="That prefetches load a second, on average (256MiB)."),
+]
+PrefetchShare = Annotated[
+    str | None,
+    Option(metavar="SHARE", help="Of each tier, for what was prefetched and not used yet (0.5)."),
+]
 StartMethod = Annotated[
     str | None, Option(metavar="NAME", help="Start workers by forkserver or spawn (forkserver).")
 ]

@@ -28,6 +28,8 @@ from overcommit.runtime.config import (
     METRICS_MODELS_MAX,
     MIB,
     PAYLOAD_BYTES,
+    PREFETCH_BYTES_PER_S,
+    PREFETCH_SHARE,
     REQUEST_TIMEOUT_MS,
     STAY_S_MAX,
     WORKERS_MAX,
@@ -103,6 +105,9 @@ class ServeSettings(BaseSettings):
     metrics_models: Annotated[int, Field(ge=0, le=METRICS_MODELS_MAX)] = METRICS_MODELS
     admission: bool = True
     damping: bool = True
+    prefetch: bool = True
+    prefetch_rate: Annotated[Size, Field(ge=1)] = PREFETCH_BYTES_PER_S
+    prefetch_share: Annotated[float, Field(ge=0, le=1)] = PREFETCH_SHARE
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     verify: Literal["first", "always", "never"] = "first"
     payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES
@@ -144,6 +149,9 @@ def load_settings(flags: dict[str, object]) -> Settings:
         policy_half_life_s=chosen.policy_half_life,
         admission=chosen.admission,
         damping=chosen.damping,
+        prefetch=chosen.prefetch,
+        prefetch_bytes_per_s=chosen.prefetch_rate,
+        prefetch_share=chosen.prefetch_share,
         min_resident_s=chosen.min_resident,
         ttl_s=chosen.ttl,
         metrics_models=chosen.metrics_models,

@@ -62,8 +62,14 @@ class Answer:
 class Server:
     """`overcommit serve` as a child process; use as a context manager."""
 
-    def __init__(self, *repositories: Path, cache: Path, flags: tuple[str, ...] = ()) -> None:
-        command = [sys.executable, "-m", "overcommit", "serve", *map(str, repositories)]
+    def __init__(
+        self,
+        *repositories: Path,
+        cache: Path,
+        flags: tuple[str, ...] = (),
+        serve: tuple[str, ...] = ("-m", "overcommit", "serve"),
+    ) -> None:
+        command = [sys.executable, *serve, *map(str, repositories)]
         defaults = {"--port": "0", "--cache-dir": str(cache), "--device-memory": "64MiB"}
         defaults |= {
             "--host-memory": "64MiB",
