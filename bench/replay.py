@@ -6,6 +6,7 @@ that requests would have waited for loads, relative to LRU's.
 
 Without a trace there are two generated ones: `stationary` is like one that was measured
 (`catalogue_trace`), `drifting` has days, nights, weekends and models that come and go (`week_trace`).
+`replay_ahead` adds prefetching, over traces of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import Final
 
 import numpy as np
 
-from overcommit.bench import catalogue_trace, plots, screen, trace_file, week_trace
+from overcommit.bench import (
+    catalogue_trace,
+    plots,
+    replay_ahead,
+    screen,
+    trace_file,
+    week_trace,
+)
 from overcommit.bench.assignments import ASSIGNMENTS, TITLES
 from overcommit.bench.bounds import belady, pfoo_l
 from overcommit.bench.catalogue_trace import Request
@@ -82,6 +90,7 @@ def run(options: Options, report: Report) -> None:
     _tell(report, rows)
     if plan.trace is None:
         _check(report, options, rows)
+        replay_ahead.run(options, report)
     report.plots["ratios"] = functools.partial(
         plots.ratios, "load time relative to LRU's", _by_trace(rows)
     )

@@ -28,6 +28,7 @@ LIFT_MAX: Final = 50.0
 _WEEKS_MAX: Final = 4  # a cell's memory
 _KIND_WEIGHT: Final = 1.0  # of the days of this kind, in weeks of the cell itself
 _MEAN_WEIGHT: Final = 0.3  # of the average hour, in days of this kind
+_LIFTS_KEPT: Final = 4
 _WORKDAYS: Final = range(5)
 _WEEKEND: Final = range(5, 7)
 
@@ -40,13 +41,14 @@ def cell_of(hour: int) -> int:
 class Weekly:
     """One model's week."""
 
-    __slots__ = ("born", "cells", "hour", "is_used")
+    __slots__ = ("_lifts", "born", "cells", "hour", "is_used")
 
     def __init__(self, hour: int) -> None:
         self.cells = bytearray(HOURS)
         self.born = hour  # the first hour that was watched
         self.hour = hour  # the one that is not over yet
         self.is_used = False
+        self._lifts: dict[int, float] = {}  # of the hours that were asked about in this one
 
     def use(self, hour: int) -> None:
         """The model was used in this hour."""
@@ -58,6 +60,7 @@ class Weekly:
         """Fold every hour before this one into its cell."""
         if hour <= self.hour:
             return
+        self._lifts.clear()
         if hour - self.hour > FOLD_HOURS_MAX:
             self.__init__(hour)  # type: ignore[misc]
             return
@@ -74,6 +77,14 @@ class Weekly:
 
     def lift(self, hour: int) -> float:
         """Return how much likelier a use in this hour is than in an average one."""
+        lift = self._lifts.get(hour)
+        if lift is None:
+            if len(self._lifts) >= _LIFTS_KEPT:
+                self._lifts.clear()
+            lift = self._lifts[hour] = self._lift(hour)
+        return lift
+
+    def _lift(self, hour: int) -> float:
         seen = min(self.hour - self.born, HOURS)
         mean = sum(self.cells) / seen if seen else 0.0
         if not mean:
