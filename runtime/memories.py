@@ -6,8 +6,8 @@ the next file.
 Invariants
  1. A version begins with what its predecessor of the same name was known for, or with what the file
     said; its own past comes first.
- 2. A snapshot is made piece by piece (PREFETCH_LOOKS models a step), written in a helper thread, and
-    nothing is written that was not learnt since the last one.
+ 2. A snapshot is made piece by piece (PREFETCH_LOOKS models a step) and written in a thread, one at
+    a time; nothing is written if nothing was learnt since the last one.
 
 Called by `prefetching`.
 """
@@ -15,12 +15,12 @@ Called by `prefetching`.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from overcommit.runtime import demand_file
 from overcommit.runtime.config import PREFETCH_LOOKS, PREFETCH_MODELS_MAX, PREFETCH_SAVE_S
-from overcommit.runtime.helper import Helper
 from overcommit.runtime.prefetch import Prefetcher
 
 log = logging.getLogger("overcommit.prefetch")
@@ -41,7 +41,7 @@ class Memories:
         self._saved_ns: int | None = None
         self._to_do: list[int] | None = None
         self._records: list[bytes] = []
-        self._writer: Helper[None, None] = Helper("demand", lambda: None)
+        self._writer: threading.Thread | None = None
 
     def __len__(self) -> int:
         return len(self._learnt)
@@ -83,12 +83,17 @@ class Memories:
             self._saved_ns = now_ns
             self._begin()
         self._go_on(PREFETCH_LOOKS)
-        if not self._to_do:
+        if not self._to_do and (self._writer is None or not self._writer.is_alive()):
             records, self._records, self._to_do = self._records, [], None
-            self._writer.ask(None, lambda: _write(self._folder, records))
+            self._writer = threading.Thread(
+                target=_write, args=(self._folder, records), name="demand", daemon=True
+            )
+            self._writer.start()
 
     def close(self) -> None:
         """Write what was learnt since the last time."""
+        if self._writer is not None:
+            self._writer.join()
         if self._is_dirty or self._to_do is not None:
             self._begin()
             self._go_on(PREFETCH_MODELS_MAX)
