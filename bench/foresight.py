@@ -24,7 +24,7 @@ BYTES_PER_S: Final = 5e9  # a tenth of what loads get
 class Foresight:
     """A `simulate.Prefetcher`."""
 
-    def __init__(self, begin_s: float, is_free: bool = False) -> None:
+    def __init__(self, begin_s: float) -> None:
         self.prefetcher = Prefetcher()
         self.books = PrefetchBooks(BYTES_PER_S, PREFETCH_SHARE)
         self._next_s = begin_s
