@@ -22,6 +22,7 @@ Times are local wall-clock seconds since the epoch.  Pure.  Called by `prefetch`
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Final
 
 from overcommit.runtime import gaps
@@ -40,7 +41,7 @@ _HEARD_MIN: Final = 0.003  # an expert of less weight than that is not asked
 
 
 class Demand:
-    """One model's past, in about 700 bytes, and what follows from it."""
+    """One model's past, in about 1 KB, and what follows from it."""
 
     __slots__ = ("bins", "last_s", "mean_s", "pool", "scores", "visits", "week")
 
@@ -51,7 +52,7 @@ class Demand:
         self.last_s = at_s
         self.mean_s = 0.0
         self.visits = 0  # begun
-        self.scores = [0.0] * len(EXPERTS)
+        self.scores = array("d", [0.0] * len(EXPERTS))
 
     @property
     def is_known(self) -> bool:

@@ -18,6 +18,7 @@ import math
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -53,7 +54,7 @@ def decode(fields: bytes, pool: Pool) -> Demand | None:
     if not all(map(math.isfinite, (last_s, mean_s, *scores))) or mean_s < 0 or born > hour:
         return None
     demand = Demand(last_s, pool)
-    demand.mean_s, demand.visits, demand.scores = mean_s, visits, list(scores)
+    demand.mean_s, demand.visits, demand.scores = mean_s, visits, array("d", scores)
     demand.bins = bytearray(bins)
     week = Weekly(born)
     week.hour, week.is_used, week.cells = hour, is_used, bytearray(cells)

@@ -28,7 +28,6 @@ LIFT_MAX: Final = 50.0
 _WEEKS_MAX: Final = 4  # a cell's memory
 _KIND_WEIGHT: Final = 1.0  # of the days of this kind, in weeks of the cell itself
 _MEAN_WEIGHT: Final = 0.3  # of the average hour, in days of this kind
-_LIFTS_KEPT: Final = 4
 _WORKDAYS: Final = range(5)
 _WEEKEND: Final = range(5, 7)
 
@@ -48,7 +47,7 @@ class Weekly:
         self.born = hour  # the first hour that was watched
         self.hour = hour  # the one that is not over yet
         self.is_used = False
-        self._lifts: dict[int, float] = {}  # of the hours that were asked about in this one
+        self._lifts: tuple[float, float] | None = None  # of this hour and the next
 
     def use(self, hour: int) -> None:
         """The model was used in this hour."""
@@ -60,7 +59,7 @@ class Weekly:
         """Fold every hour before this one into its cell."""
         if hour <= self.hour:
             return
-        self._lifts.clear()
+        self._lifts = None
         if hour - self.hour > FOLD_HOURS_MAX:
             self.__init__(hour)  # type: ignore[misc]
             return
@@ -77,12 +76,13 @@ class Weekly:
 
     def lift(self, hour: int) -> float:
         """Return how much likelier a use in this hour is than in an average one."""
-        lift = self._lifts.get(hour)
-        if lift is None:
-            if len(self._lifts) >= _LIFTS_KEPT:
-                self._lifts.clear()
-            lift = self._lifts[hour] = self._lift(hour)
-        return lift
+        # This hour and the next are asked for again and again.
+        ahead = hour - self.hour
+        if ahead not in (0, 1):
+            return self._lift(hour)
+        if self._lifts is None:
+            self._lifts = self._lift(self.hour), self._lift(self.hour + 1)
+        return self._lifts[ahead]
 
     def _lift(self, hour: int) -> float:
         seen = min(self.hour - self.born, HOURS)
