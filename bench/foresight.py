@@ -1,7 +1,8 @@
 """The server's prefetching in the simulator: its predictor and its books, around a simulated cache.
 
-There is one tier, and time is the trace's.  A look is taken every LOOK_S, as the supervisor does, and
-one prefetch is begun at each, so that none waits behind another.
+There is one tier, and time is the trace's.  A look is taken every LOOK_S (the
+supervisor takes one a second, at some of its models), and one prefetch is begun at each, so that none waits
+behind another.
 
 Called by the scenario `replay`.
 """
@@ -17,7 +18,7 @@ from overcommit.runtime.prefetch import Candidate, Prefetcher, PrefetchWish
 from overcommit.runtime.prefetch_books import PrefetchBooks
 from overcommit.runtime.views import Tier
 
-LOOK_S: Final = 60.0
+LOOK_S: Final = 120.0
 BYTES_PER_S: Final = 5e9  # a tenth of what loads get
 
 

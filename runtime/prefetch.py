@@ -27,7 +27,7 @@ from overcommit.runtime.views import Tier
 
 HORIZON_S: Final = 300.0
 CHANCE_MIN: Final = 0.1
-MARGIN: Final = 1.5
+MARGIN: Final = 2.0
 
 
 @dataclass(slots=True, frozen=True)
