@@ -76,8 +76,6 @@ class Foresight:
         assert self._wish is not None
         wanted = self._wish.candidate
         self.books.start(model, wanted.tier, wanted.nbytes, wanted.saves_s, time_s, victims)
-        for victim in victims:
-            self.books.lose(victim)
 
     def _candidate(self, model: int, cache: Cache) -> Candidate:
         return Candidate(model, Tier.DEVICE, cache.sizes[model], self._loads_s[model])

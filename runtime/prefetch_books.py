@@ -12,7 +12,8 @@ Invariants
  1. What is begun was within the budget: bytes in a window of PREFETCH_WINDOW_S are at most
     its bytes a second x (the time that has passed + the window), or it was the first to spend after
     the budget was full; what waits in a tier for its first use is at most the tier's share.
- 2. A version has at most one outstanding prefetch; it ends exactly once: used, lost or expired.
+ 2. A version has at most one outstanding prefetch; it ends once: used, lost, expired, cancelled or
+    failed, or in a prefetch of the same version to a better tier.
  3. Totals never shrink.
 
 Pure.  Called by `prefetching`, and by the simulator of the benchmarks.
@@ -118,14 +119,7 @@ class PrefetchBooks:
     ) -> None:
         """A prefetch begins; these had to leave for it."""
         self.end(slot)
-        before = self.totals.displaced
-        for victim in displaced:
-            self.totals.displaced += 1
-            self._displaced.pop(victim, None)
-            self._displaced[victim] = now_s
-            while len(self._displaced) > PREFETCH_DISPLACED_MAX:
-                del self._displaced[next(iter(self._displaced))]
-        is_bet = self.totals.displaced > before
+        is_bet = self.displace(displaced, now_s)
         if is_bet:
             self._mean = saves_s if not self._mean else self._mean * 0.95 + saves_s * 0.05
         self._displaced.pop(slot, None)
@@ -137,6 +131,23 @@ class PrefetchBooks:
             self.totals.started_device += 1
         else:
             self.totals.started_host += 1
+
+    def displace(self, victims: Iterable[int], now_s: float) -> bool:
+        """These had to leave for a prefetch; whether there were any."""
+        before = self.totals.displaced
+        for victim in victims:
+            self.lose(victim)
+            self.totals.displaced += 1
+            self._displaced.pop(victim, None)
+            self._displaced[victim] = now_s
+            while len(self._displaced) > PREFETCH_DISPLACED_MAX:
+                del self._displaced[next(iter(self._displaced))]
+        return self.totals.displaced > before
+
+    def forget(self, slot: int) -> None:
+        """The slot is free for another version."""
+        self.lose(slot)
+        self._displaced.pop(slot, None)
 
     def end(self, slot: int) -> Outstanding | None:
         """A prefetch is outstanding no more, for whatever reason."""

@@ -90,7 +90,7 @@ class Prefetching:
     def on_removed(self, slot: int) -> None:
         """A version is served no more."""
         self._seen.pop(slot, None)
-        self.books.lose(slot)
+        self.books.forget(slot)
         self.memories.on_removed(slot, self._name_of(slot) or "")
 
     def on_action(self, action: Action, now_ns: int) -> None:
@@ -115,6 +115,7 @@ class Prefetching:
         if ahead is not None and ahead.tier is Tier.HOST and load.source == "host":
             self.books.use(load.slot)
         else:
+            self.books.lose(load.slot)  # it was there, and was evicted before this
             self.books.miss(load.slot, self._cost_s(load.source, load.nbytes))
 
     # --- time -----------------------------------------------------------------------------------
@@ -228,11 +229,10 @@ class Prefetching:
             return True
 
         actions = self._residency.prefetch(wanted.slot, tier, now_ns, judge)
-        if actions is None:
-            return False
         gone = [v.slot for v in accepted if not (v.device if tier is Tier.DEVICE else v.host)]
-        for slot in gone:
-            self.books.lose(slot)
+        if actions is None:
+            self.books.displace(gone, now_ns / 1e9)  # and still it did not fit
+            return False
         self.books.start(
             *(wanted.slot, tier, wanted.nbytes, wanted.saves_s, now_ns / 1e9), displaced=gone
         )
