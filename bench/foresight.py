@@ -1,15 +1,14 @@
 """The server's prefetching in the simulator: its predictor and its books, around a simulated cache.
 
-There is one tier, and time is the trace's.  A look is taken every LOOK_S (the
-supervisor takes one a second, at some of its models), and one prefetch is begun at each, so that none waits
-behind another.
+There is one tier, and time is the trace's.  A look is taken every LOOK_S, and the best wishes are begun one
+after the other; the supervisor looks every second at some of its models, and begins one.
 
 Called by the scenario `replay`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from overcommit.bench.simulate import Cache
@@ -45,7 +44,7 @@ class Foresight:
         """See `Prefetcher`."""
         return self._next_s
 
-    def wishes(self, time_s: float, cache: Cache) -> list[int]:
+    def wishes(self, time_s: float, cache: Cache) -> Iterator[int]:
         """See `Prefetcher`."""
         self._next_s = time_s + LOOK_S
         if not self._loads_s:
@@ -61,8 +60,7 @@ class Foresight:
                 continue
             if self.books.may_spend(Tier.DEVICE, nbytes, cache.capacity, time_s):
                 self._wish = wish
-                return [wish.candidate.slot]
-        return []
+                yield wish.candidate.slot
 
     def may_displace(self, model: int, victim: int, time_s: float, cache: Cache) -> bool:
         """See `Prefetcher`."""
