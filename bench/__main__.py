@@ -79,7 +79,9 @@ def main(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=100, help="Turns of each server that is compared.")
     ] = None,
-    policies: Annotated[str, typer.Option(help="replay: policies, as lru,cost_aware.")] = "",
+    policies: Annotated[
+        str, typer.Option(help="replay: policies; cost_aware:24 has a half-life of 24 h.")
+    ] = "",
     sizes: Annotated[
         str, typer.Option(help="replay: laws of sizes, as equal,drawn, or files with model,bytes.")
     ] = "",

@@ -142,12 +142,14 @@ def curves(
     title: str, shares: Sequence[float], values: Mapping[str, Sequence[float]], y: str, path: Path
 ) -> None:
     """Draw a line a policy over the cache's share of all bytes."""
-    figure, axes = _axes(title, "cache, % of all bytes", y)
+    figure, axes = _axes(title, "cache, of all bytes", y)
     for number, (name, line) in enumerate(values.items()):
         style = "--" if number >= len(_MARKS) else "-"
         mark = _MARKS[number % len(_MARKS)]
         axes.plot([100 * share for share in shares], line, style, marker=mark, label=name)
     axes.set_xscale("log")
+    axes.set_xticks([100 * share for share in shares], [f"{share:.0%}" for share in shares])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     _save(figure, axes, path)
 

@@ -240,7 +240,8 @@ def test_sizes_may_come_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("--policies", "fifo"), "unknown policy 'fifo'"),
+        (("--policies", "fifo"), "unknown eviction policy 'fifo'"),
+        (("--policies", "cost_aware:long"), "no number of hours"),
         (("--sizes", "huge"), "'huge' is neither a file"),
         (("--sizes", "trace"), "has no bytes"),
         (("--caches", "x%"), "'x%' is no share"),
@@ -259,3 +260,14 @@ def test_what_cannot_be_replayed_is_refused_in_words(
 
 def test_only_replay_takes_a_trace() -> None:
     assert CliRunner().invoke(app, ["chaos", "--caches", "6%"]).exit_code == 2
+
+
+def test_half_lives_can_be_compared_and_plots_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "t.csv"
+    path.write_text("time_s,model\n" + "".join(f"{n * 9000},m{n * n % 7}\n" for n in range(60)))
+    policies = "cost_aware:1,cost_aware:1000"
+    figures = found(tmp_path, str(path), "--policies", policies, "--plot", str(tmp_path / "plots"))
+    assert all(f in figures["all cells: t, median"] for f in policies.split(","))
+    drawn = sorted(file.name for file in (tmp_path / "plots").iterdir())
+    assert drawn == ["replay-misses-t.png", "replay-ratios.png"]
