@@ -26,7 +26,6 @@ def test_models_of_50_kb_to_30_gb_leave_98_percent_usable_and_nothing_moves(
 def test_small_models_that_stay_leave_98_percent_usable_for_large_ones() -> None:
     life = live(POPULATIONS[3], "lru", 4_000, 2, can_split=True)
     assert min(life.arena.usable) >= USABLE_MIN
-    assert life.evictions < life.loads, "whole slabs leave, not some of every slab"
 
 
 def test_pages_between_the_models_of_slabs_are_lost_for_chunks() -> None:
