@@ -154,6 +154,30 @@ def test_more_models_than_fit_are_evicted_and_come_back(
         assert server.stop() == 0
 
 
+def test_a_model_that_is_idle_for_its_ttl_leaves_device_and_answers_as_before(
+    tmp_path: Path, make_bert: Callable[[Path, int], None], bert_reference: Callable[..., Any]
+) -> None:
+    repository = tmp_path / "repository"
+    for name, seed, terms in (("short", 1, "ttl = 0.3\n"), ("long", 2, "min_resident = 3600\n")):
+        make_bert(repository / name, seed)
+        (repository / name / "model.toml").write_text(terms)
+    want = bert_reference(repository / "short", IDS)
+    with Server(repository, cache=tmp_path / "cache", flags=("--ttl", "3600")) as server:
+        for _ in range(2):
+            for name in ("short", "long"):
+                assert server.infer(name, inputs(IDS)).status == 200
+            server.wait_until(lambda: not server.models()["short/1"]["device_bytes"])
+        rows = server.models()
+        assert rows["long/1"]["tier"] == "DEVICE"
+        assert (rows["short/1"]["ttl_s"], rows["long/1"]["ttl_s"]) == (0.3, 3600)
+        assert rows["long/1"]["min_resident_s"] == 3600
+        assert server.status()["totals"]["expiries"] >= 2
+        np.testing.assert_allclose(
+            hidden(server.infer("short", inputs(IDS)).json()), want, atol=1e-5
+        )
+        assert server.stop() == 0
+
+
 def wide_bert(folder: Path, seed: int) -> None:
     import torch
     from transformers import BertConfig, BertModel
