@@ -29,8 +29,8 @@ from overcommit.bench.prepare import Options
 from overcommit.bench.report import Figure, Report
 from overcommit.runtime.allocator import ChunkAllocator, Extent
 from overcommit.runtime.config import GIB, MIB
+from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.parts import Part
-from overcommit.runtime.placement import DeviceRoom
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.residents import State, Terms, Totals, Usage, Version
 

@@ -16,8 +16,9 @@ import contextlib
 from collections.abc import Generator
 
 from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.parts import Part
-from overcommit.runtime.placement import DeviceRoom, Room
+from overcommit.runtime.placement import Room
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.residents import Parts, Port, State, Totals, Version
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from typing import Final
 
-from overcommit.runtime.placement import DeviceRoom
+from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.residents import Port, State, Totals, Version
 
 AGAIN_NS: Final = 1_000_000_000  # until the next look at one that is in use

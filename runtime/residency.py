@@ -80,6 +80,7 @@ from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.admission import Forecast
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import LOAD_BACKOFF_S, REQUEST_TIMEOUT_MS
+from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.displacement import Demand, Displacement
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
@@ -87,7 +88,7 @@ from overcommit.runtime.idle import IdleClock
 from overcommit.runtime.messages import CANCELLED, NEVER_NS
 from overcommit.runtime.parts import PartInfo, PartTable
 from overcommit.runtime.pins import Pins
-from overcommit.runtime.placement import STARVING_NS, DeviceRoom, Judge
+from overcommit.runtime.placement import STARVING_NS, Judge
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.residents import (
     NOBODY,

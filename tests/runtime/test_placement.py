@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from residency_world import CHUNK, FakePort, World
 
 from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.parts import Part
-from overcommit.runtime.placement import DeviceRoom
 from overcommit.runtime.policy import Lru
 from overcommit.runtime.residency import StartLoad
 from overcommit.runtime.residents import State, Terms, Totals, Version
