@@ -96,7 +96,7 @@ def _overload(options: Options, report: Report, folder: Path, seconds: float, ro
         *(options.work / "cache").glob("*/*.image"),
     ]
     read, _ = limits.measure_read(
-        [f for f in files if f.stat().st_size > MODEL_BYTES // 2][:MODELS]
+        [file for file in files if 0.9 < file.stat().st_size / MODEL_BYTES < 1.1]
     )
     for name, taken in turns.items():
         books = [turn.book for turn in taken]

@@ -54,6 +54,7 @@ from overcommit.runtime.turns import Ranks, Rooms, State, Turn
 
 LANE_JOBS_MAX: Final = 4  # of one version in a mixed batch: who has more runs better alone
 PASSED_MAX: Final = 64  # lanes that are looked at and left, for one batch
+LONG_NS: Final = 1_000_000  # batches from here on teach their lane's pace each time
 SWEEP_NS: Final = 2_000_000  # a job that waits may be answered EXPIRED this much late
 
 
@@ -86,6 +87,7 @@ class Batcher:
         # About the longest that a batch has taken of late: with the number of jobs, a bound on what
         # anybody waits that costs one multiplication to look at.
         self.slowest_ns = 0
+        self._finished = 0  # batches
         self.foresight = Foresight(self._turns, self._waiting)
 
     def __len__(self) -> int:
@@ -225,7 +227,11 @@ class Batcher:
                 del self._jobs[job.request_id]
             share_ns = cost_ns * len(jobs) / count
             self._ranks.charge(turn, share_ns)
-            turn.pace.note(turn.lane.taken_rows, share_ns)
+            # Of the lanes of a batch one is enough, and of short batches one in four: it costs as
+            # much as taking a request.
+            if turn is parts[0][0] and (cost_ns >= LONG_NS or not self._finished & 3):
+                turn.pace.note(turn.lane.taken_rows, share_ns)
+        self._finished += 1
         self._ranks.settle(ran, cost_ns)
         for turn, _ in parts:
             self._place(turn, now_ns)

@@ -28,7 +28,7 @@ from overcommit.runtime.wish_queue import WishQueue
 HELD_NS: Final = 100_000_000  # between two tries of a wish that is held up
 MANY: Final = 4
 TIMES: Final = 2.0
-SHARE: Final = 32.0  # others are disturbed for longer than the loads take at least
+SHARE: Final = 64.0  # others were disturbed for ten times what the loads take at least
 PATIENCE_S: Final = 10.0
 FADE: Final = 0.5  # of a rate, with every look
 RATE_MIN: Final = 0.1  # requests/s of a version that somebody waits for

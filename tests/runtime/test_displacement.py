@@ -42,9 +42,9 @@ def test_a_counter_that_falls_is_no_negative_rate() -> None:
 
 def test_a_giant_waits_that_would_push_out_what_is_asked_for_more() -> None:
     hot = dict.fromkeys(range(10), 20.0)
-    cost = {**dict.fromkeys(range(10), 0.01), GIANT: 0.2}
+    cost = {**dict.fromkeys(range(10), 0.001), GIANT: 0.02}
     wait_s = patience_s(GIANT, list(hot), demand_of({**hot, GIANT: 1.0}), cost.__getitem__)
-    assert wait_s == pytest.approx(SHARE * (0.2 + 10 * 0.01))
+    assert wait_s == pytest.approx(SHARE * (0.02 + 10 * 0.001))
 
 
 def test_nobody_waits_for_ever() -> None:

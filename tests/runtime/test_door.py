@@ -29,7 +29,7 @@ def paced(cost_ns: int = 100, **limits: int) -> Batcher:
     for slot in (1, 2, 3):
         batcher.configure(slot, Limits(**limits))
         batcher.set_runnable(slot, True, 0)
-        for _ in range(3):
+        for _ in range(12):  # one in four is noted
             number -= 1
             batcher.add(job(number, slot), 0)
             batch = batcher.next(0)
@@ -91,7 +91,7 @@ def test_a_lower_class_takes_an_eighth() -> None:
     batcher.remove(1)
     batcher.configure(1, Limits(priority=1))
     batcher.set_runnable(1, True, 0)
-    for _ in range(3):
+    for _ in range(12):
         batcher.add(job(-99, 1), 0)
         batch = batcher.next(0)
         assert batch is not None
