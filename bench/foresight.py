@@ -57,10 +57,21 @@ class Foresight:
         for wish in self.prefetcher.wishes(candidates, time_s):
             nbytes = wish.candidate.nbytes
             if not self._is_open and nbytes > cache.free:
+                self._bet_on_paper(wish, time_s, cache)
                 continue
             if self.books.may_spend(Tier.DEVICE, nbytes, cache.capacity, time_s):
                 self._wish = wish
                 yield wish.candidate.slot
+
+    def _bet_on_paper(self, wish: PrefetchWish, time_s: float, cache: Cache) -> None:
+        model = wish.candidate.slot
+        self._wish = wish
+        victims = cache.victims_for(
+            model, lambda victim: self.may_displace(model, victim, time_s, cache)
+        )
+        if victims:
+            costs = [(victim, self._loads_s[victim]) for victim in victims]
+            self.books.bet_on_paper(model, wish.candidate.saves_s, costs, time_s)
 
     def may_displace(self, model: int, victim: int, time_s: float, cache: Cache) -> bool:
         """See `Prefetcher`."""

@@ -75,9 +75,9 @@ class Cache:
         """Bytes that nothing is evicted for."""
         return self.capacity - self.used
 
-    def victims_for(self, model: int) -> list[int]:
+    def victims_for(self, model: int, may_leave: Callable[[int], bool] | None = None) -> list[int]:
         """Return who would leave if this model came now; nobody is evicted by asking."""
-        return self._choose(self.used + self.sizes[model] - self.capacity) or []
+        return self._choose(self.used + self.sizes[model] - self.capacity, may_leave) or []
 
     def use(self, model: int, now_ns: int) -> None:
         """A request runs.  Nobody is told, as in the server: workers only count."""

@@ -5,8 +5,9 @@ nobody has used yet, and the running totals that are shown as gain and waste.
 
 A prefetch that displaced somebody is a bet: won when its version is used while it is there, lost when
 the displaced one is asked for and has to be loaded again.  Wins and losses are weighed by the seconds
-of load that they are worth, and fade.  While the losses prevail nobody is displaced, and prefetches only take
-what is free: so a demand without structure, of which predictions are wrong, costs nothing for long.
+of load that they are worth, and fade.  Until there are wins, and while there are too many losses, nobody
+is displaced: prefetches only take what is free, and bets are made on paper, with those who would have
+left.  So demand without structure, of which predictions are wrong, costs next to nothing.
 
 Invariants
  1. What is begun was within the budget: bytes in a window of PREFETCH_WINDOW_S are at most
@@ -33,9 +34,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.views import Tier
 
 _FADE: Final = 0.98  # of both sides, with each bet that is settled
-_FADE_IDLE: Final = 0.9998  # with each look while nobody is displaced, so that it is tried again
-_LOSSES_MAX: Final = 1.67  # in gains: some of the displaced would have been evicted anyway
-_CREDIT_S: Final = 2.0  # in mean bets: lost before it is noticed
+_LOSSES_MAX: Final = 0.5  # in gains; a bet must not be fair, it must pay
 
 
 @dataclass(slots=True)
@@ -85,7 +84,9 @@ class PrefetchBooks:
         self._left = self._burst
         self._filled_s: float | None = None
         self._waiting = dict.fromkeys(Tier, 0)
-        self._won = self._lost = self._mean = 0.0
+        self._paper: dict[int, tuple[float, float]] = {}  # wished for: what it saves, when
+        self._paper_victims: dict[int, tuple[float, float]] = {}  # what their loss costs, when
+        self._won = self._lost = 0.0
 
     # --- the budget -----------------------------------------------------------------------------
     def may_spend(self, tier: Tier, nbytes: int, capacity: int, now_s: float) -> bool:
@@ -101,11 +102,17 @@ class PrefetchBooks:
     @property
     def may_displace(self) -> bool:
         """Whether bets pay."""
-        is_open = self._lost <= self._won * _LOSSES_MAX + _CREDIT_S * self._mean
-        if not is_open:
-            self._lost *= _FADE_IDLE
-            self._won *= _FADE_IDLE
-        return is_open
+        return self._won > 0 and self._lost <= self._won * _LOSSES_MAX
+
+    def bet_on_paper(
+        self, slot: int, saves_s: float, victims: Iterable[tuple[int, float]], now_s: float
+    ) -> None:
+        """This version would have come, and these, with what their loss costs, would have left."""
+        if slot in self._paper or len(self._paper) >= PREFETCH_DISPLACED_MAX:
+            return
+        self._paper[slot] = saves_s, now_s
+        for victim, costs_s in victims:
+            self._paper_victims.setdefault(victim, (costs_s, now_s))
 
     # --- what happens ---------------------------------------------------------------------------
     def start(
@@ -120,8 +127,6 @@ class PrefetchBooks:
         """A prefetch begins; these had to leave for it."""
         self.end(slot)
         is_bet = self.displace(displaced, now_s)
-        if is_bet:
-            self._mean = saves_s if not self._mean else self._mean * 0.95 + saves_s * 0.05
         self._displaced.pop(slot, None)
         self.outstanding[slot] = Outstanding(slot, tier, nbytes, saves_s, now_s, is_bet)
         self._waiting[tier] += nbytes
@@ -148,6 +153,8 @@ class PrefetchBooks:
         """The slot is free for another version."""
         self.lose(slot)
         self._displaced.pop(slot, None)
+        self._paper.pop(slot, None)
+        self._paper_victims.pop(slot, None)
 
     def end(self, slot: int) -> Outstanding | None:
         """A prefetch is outstanding no more, for whatever reason."""
@@ -159,6 +166,10 @@ class PrefetchBooks:
     def use(self, slot: int, waited_s: float = 0.0) -> bool:
         """The version was used, after a wait for the rest of its load; whether that is a gain."""
         self._displaced.pop(slot, None)
+        self._paper.pop(slot, None)
+        costs_s, _ = self._paper_victims.pop(slot, (0.0, 0.0))
+        if costs_s:
+            self._settle(0.0, costs_s)  # it is there, and would not have been
         ahead = self.end(slot)
         if ahead is None:
             return False
@@ -179,6 +190,10 @@ class PrefetchBooks:
 
     def miss(self, slot: int, load_s: float) -> None:
         """A request has to wait for this load; regret it, if the version was displaced lately."""
+        self._paper_victims.pop(slot, None)
+        saves_s, _ = self._paper.pop(slot, (0.0, 0.0))
+        if saves_s:
+            self._settle(saves_s, 0.0)  # it is not there, and would have been
         if self._displaced.pop(slot, None) is not None:
             self.totals.regretted += 1
             self.totals.regretted_s += load_s
@@ -196,6 +211,9 @@ class PrefetchBooks:
             assert ahead is not None
             self.totals.expired += 1
             self.totals.expired_bytes += ahead.nbytes
+        for bets in (self._paper, self._paper_victims):
+            for slot in [s for s, bet in bets.items() if now_s - bet[1] > PREFETCH_EXPIRY_S]:
+                del bets[slot]
         for slot in [s for s, at_s in self._displaced.items() if now_s - at_s > PREFETCH_EXPIRY_S]:
             del self._displaced[slot]
         return old

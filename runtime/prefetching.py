@@ -214,24 +214,31 @@ class Prefetching:
         if not self.books.may_spend(tier, wanted.nbytes, capacity, now_ns / 1e9):
             return False
         accepted: list[Version] = []
+        on_paper: dict[int, float] = {}
+        missing = wanted.nbytes - allocator.free_bytes
 
         def judge(version: Version) -> bool:
+            nonlocal missing
             if tier is Tier.HOST and version.state is Residence.DEVICE:
                 return True  # a second copy costs nothing now
-            if not can_bet:
-                return False
             used_ns = max(self._gate.usage(version.slot).last_used_ns, version.published_ns)
             idle_s = (now_ns - used_ns) / 1e9
             holder = Candidate(version.slot, tier, version.nbytes, self._loses_s(version, tier))
             if not self.prefetcher.may_displace(wish, holder, idle_s, wall_s):
                 return False
-            accepted.append(version)
-            return True
+            if can_bet:
+                accepted.append(version)
+            elif missing > 0:
+                on_paper[version.slot] = holder.saves_s
+                missing -= version.nbytes
+            return can_bet
 
         actions = self._residency.prefetch(wanted.slot, tier, now_ns, judge)
         gone = [v.slot for v in accepted if not (v.device if tier is Tier.DEVICE else v.host)]
         if actions is None:
             self.books.displace(gone, now_ns / 1e9)  # and still it did not fit
+            if on_paper and missing <= 0:
+                self.books.bet_on_paper(wanted.slot, wanted.saves_s, on_paper.items(), now_ns / 1e9)
             return False
         self.books.start(
             *(wanted.slot, tier, wanted.nbytes, wanted.saves_s, now_ns / 1e9), displaced=gone

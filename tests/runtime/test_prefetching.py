@@ -232,7 +232,10 @@ def test_who_was_displaced_and_is_asked_for_is_regretted(tmp_path: Path) -> None
     rig.ask(2)
     rig.world.now_ns += 3600 * SECOND
     rig.step(nine())
-    assert rig.world.port.evicted[-1] == 2
+    assert rig.world.port.evicted[-1] == 1, "a bet on paper"
+    rig.prefetching.books.miss(1, 1.0)
+    rig.step()
+    assert rig.world.port.evicted[-1] == 2, "which was won"
     assert rig.totals.displaced == 1
     rig.finish()
     rig.want(2)
@@ -251,6 +254,9 @@ def test_some_are_never_displaced(tmp_path: Path, why: str) -> None:
     if why == "used lately":
         rig.world.use(2)
     rig.world.port.evicted.clear()
+    rig.prefetching.books.bet_on_paper(99, 1.0, [], 0.0)
+    rig.prefetching.books.miss(99, 1.0)
+    assert rig.prefetching.books.may_displace
     rig.step(nine())
     assert rig.world.port.evicted == []
     assert rig.world.loads == {}
@@ -295,6 +301,8 @@ class PrefetchingMachine(RuleBasedStateMachine):
         self.rig = Rig(Path(self.temporary.name), device, host, prefetch_share=share)
         self.share = share
         self.rig.learn(1, 2, 3, days=3)
+        self.rig.prefetching.books.bet_on_paper(99, 1e6, [], 0.0)
+        self.rig.prefetching.books.miss(99, 1.0)
         self.former: list[float] = []
 
     def teardown(self) -> None:
