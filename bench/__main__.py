@@ -28,6 +28,7 @@ class Scenario(enum.Enum):
     embedding = "embedding"
     overcommit = "overcommit"
     pressure = "pressure"
+    activation = "activation"
     replay = "replay"
     churn = "churn"
     variants = "variants"

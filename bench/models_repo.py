@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -30,6 +31,7 @@ from overcommit.bench.tables import COLUMNS, ROW_BYTES, ROWS, rows_of
 
 ALLOW_CODE: Final = "--allow-code"  # the server's flag
 Advance = Callable[[int, int], None]
+_ROWS_AT_ONCE: Final = 1 << 17
 
 ECHO_CODE: Final = """\
 import torch
@@ -136,6 +138,34 @@ def make_tables(
             _make(root / name, code, toml, {"table": rows_of(seed, np.arange(rows))})
     on_progress(count, count)
     return seeds
+
+
+def make_long_table(root: Path, name: str, seed: int, nbytes: int, *, batch: int = 32) -> Path:
+    """Make one table of so many bytes, too long to have in memory at once; return its weights' file.
+
+    Raises BenchError when the disk has no room for it and its image.
+    """
+    rows = nbytes // ROW_BYTES
+    folder = root / name
+    if not folder.exists():
+        check_space(root, 2 * nbytes)
+        code = TABLE_CODE.replace("ROWS", str(rows)).replace("COLUMNS", str(COLUMNS))
+        toml = _TOML.format(columns=COLUMNS, batch=batch)
+        aside = folder.with_name(f".{name}.making")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / "model.py").write_text(code)
+        (aside / "model.toml").write_text(toml)
+        about = {"dtype": "F32", "shape": [rows, COLUMNS], "data_offsets": [0, rows * ROW_BYTES]}
+        header = msgspec.json.encode({"table": about})
+        header += b" " * (-len(header) % 8)
+        with (aside / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for start in range(0, rows, _ROWS_AT_ONCE):
+                numbers = np.arange(start, min(start + _ROWS_AT_ONCE, rows))
+                file.write(rows_of(seed, numbers).tobytes())
+        aside.rename(folder)
+    return folder / "model.safetensors"
 
 
 def check_space(root: Path, needed: int) -> None:

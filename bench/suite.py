@@ -16,6 +16,7 @@ import msgspec
 from rich.console import Console
 
 from overcommit.bench import (
+    activation,
     chaos,
     churn,
     encoder,
@@ -44,6 +45,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "embedding": encoder.run,
     "overcommit": overcommit.run,
     "pressure": pressure.run,
+    "activation": activation.run,
     "replay": replay.run,
     "churn": churn.run,
     "variants": variants.run,

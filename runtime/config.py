@@ -81,6 +81,7 @@ PACKER_IDLE_S: Final = 30.0  # an idle packer is sent home
 PACK_TRIES_MAX: Final = 2  # a packer that dies twice over one version means a broken version
 RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after its route is gone
 ACTIVATIONS_KEPT: Final = 4096  # activation records for status
+EXTENTS_SHOWN_MAX: Final = 64  # of one activation, in its record
 ATTACHES_KEPT: Final = 1024  # of workers, for status
 ATTACHES_UNSAID_MAX: Final = 256  # of one worker, between two heartbeats
 ADMIN_REPLY_PART_BYTES: Final = 64 * KIB

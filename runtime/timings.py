@@ -24,8 +24,8 @@ import collections
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from overcommit.runtime.config import ACTIVATIONS_KEPT, ATTACHES_KEPT
-from overcommit.runtime.messages import Attach, Load, LoadDone
+from overcommit.runtime.config import ACTIVATIONS_KEPT, ATTACHES_KEPT, EXTENTS_SHOWN_MAX
+from overcommit.runtime.messages import Attach, Extents, Load, LoadDone
 from overcommit.runtime.wall import Wall
 
 
@@ -46,6 +46,8 @@ class Activation:
     began_ns: int
     ended_ns: int
     done_ns: int
+    host: Extents  # where it was put; empty where there are more than EXTENTS_SHOWN_MAX
+    device: Extents
 
 
 @dataclass(slots=True, frozen=True)
@@ -69,10 +71,14 @@ class _Coming:
     copy: Wall = field(default_factory=Wall)
     steps: Wall = field(default_factory=Wall)
     direct: bool = True
+    host: Extents = ()
+    device: Extents = ()
 
     def add(self, load: Load, done: LoadDone) -> None:
         """Take note of one load that ended well."""
         self.nbytes += load.nbytes
+        self.host += load.host or ()
+        self.device += load.device or ()
         self.received_ns = self.received_ns or done.received_ns
         self.read.add(Wall(done.read_began_ns, done.read_began_ns + done.read_ns))
         self.copy.add(Wall(done.copy_began_ns, done.copy_began_ns + done.copy_ns))
@@ -124,6 +130,8 @@ class Timings:
                 began_ns=coming.steps.began_ns,
                 ended_ns=coming.steps.ended_ns,
                 done_ns=now_ns,
+                host=_shown(coming.host),
+                device=_shown(coming.device),
             )
         )
 
@@ -134,3 +142,7 @@ class Timings:
     def on_attaches(self, worker: int, attaches: Iterable[tuple[int, Attach]]) -> None:
         """A worker has told of its mappings; each with the bytes of its version."""
         self.attaches.extend(Attached(worker, nbytes, attach) for nbytes, attach in attaches)
+
+
+def _shown(extents: Extents) -> Extents:
+    return extents if len(extents) <= EXTENTS_SHOWN_MAX else ()
