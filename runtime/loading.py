@@ -52,7 +52,7 @@ from overcommit.runtime.image_file import ImageFile, Span
 from overcommit.runtime.messages import CANCELLED, Extents, Load, LoadDone, LoadProgress
 from overcommit.runtime.wall import Wall
 
-# A copy between tiers of host memory: the first core moves nine tenths of what two do (bench/LOG.md).
+# Where DEVICE is host memory; more threads than cores copy no faster.
 COPY_THREADS: Final = min(COPY_THREADS_MAX, len(os.sched_getaffinity(0)))
 
 
