@@ -150,7 +150,7 @@ def make_long_table(root: Path, name: str, seed: int, nbytes: int, *, batch: int
     if not folder.exists():
         check_space(root, 2 * nbytes)
         code = TABLE_CODE.replace("ROWS", str(rows)).replace("COLUMNS", str(COLUMNS))
-        toml = _TOML.format(columns=COLUMNS, batch=batch)
+        toml = TABLE_TOML.format(columns=COLUMNS, batch=batch)
         aside = folder.with_name(f".{name}.making")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
