@@ -43,6 +43,7 @@ PIN_BYTES: Final = (
     256 * MIB
 )  # registered by one call; from 512 MiB on the kernel compacts, under a lock
 COPIES_IN_FLIGHT: Final = 4  # to the GPU; a copy that is under way cannot be overtaken
+PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
 DEVICE_SHARE: Final = 0.40  # of what is available, when no flag says otherwise (CPU only)
 HOST_SHARE: Final = 0.25

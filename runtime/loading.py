@@ -3,8 +3,9 @@
 A load is cut into steps.  From disk: its file is opened, then pieces of READ_BYTES are read straight
 into the arena with O_DIRECT (no page cache, no bounce), and each piece that was read is settled by
 another thread, checked against its digest and copied on to DEVICE, while later ones are read.  An
-image of one piece takes one step: nothing could overlap, and every hand-over costs.  From HOST:
-ranges are copied, long ones first, so that all who copy end together.
+image of one piece takes one step: nothing could overlap, and every hand-over costs.  From HOST: ranges
+are copied, long ones first, so that all who copy end together.  Where the CPU cannot touch DEVICE, a
+piece that has no place on HOST is read into a stage, and settled by who read it.
 
 State machine of a load
 
@@ -30,14 +31,15 @@ from __future__ import annotations
 
 import bisect
 import collections
+import contextlib
 import enum
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from overcommit.runtime import _shm
 from overcommit.runtime.config import (
     COPY_BYTES_MAX,
     COPY_BYTES_MIN,
@@ -47,6 +49,7 @@ from overcommit.runtime.config import (
     READ_BYTES,
     READS_IN_FLIGHT,
 )
+from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
 from overcommit.runtime.messages import CANCELLED, Extents, Load, LoadDone, LoadProgress
@@ -152,9 +155,12 @@ class Outcome:
 class LoadState:
     """One load under way."""
 
-    def __init__(self, load: Load, device: Base | None, host: Base | None) -> None:
+    def __init__(
+        self, load: Load, device: Base | None, host: Base | None, copier: Copier = MEMCPY
+    ) -> None:
         """Raise ImageError when the message cannot be served."""
         self.load = load
+        self._copier = copier
         self.state = State.QUEUED
         self.urgency = load.urgency
         self.total = Outcome()
@@ -304,55 +310,55 @@ class LoadState:
         return outcome
 
     def _run(self, step: Step, outcome: Outcome) -> None:
-        verify = self.load.verify
         if step.work is Work.OPEN:
             with outcome.read.measure():
-                self._file.open(verify)
-        elif step.work in READING:
-            spans = self._target.spans(step.start, step.nbytes)
-            with outcome.read.measure():
-                if step.work is Work.WHOLE:
-                    self._file.open(verify, spans)
-                else:
-                    self._file.read(spans, step.start)
-            outcome.read_bytes = step.nbytes
-        if step.work in (Work.WHOLE, Work.SETTLE) and verify:
-            self._file.check(self._target.spans(step.start, step.nbytes), step.start // READ_BYTES)
-        if step.work in (Work.WHOLE, Work.SETTLE, Work.COPY) and self._goes_on:
-            assert self._host is not None
+                self._file.open(self.load.verify)
+            return
+        with self._near(step) as spans:
+            if step.work in READING:
+                self._read_into(spans, step, outcome)
+            if step.work is not Work.READ or not self._has_to_settle:
+                self._settle(spans, step, outcome)
+
+    @contextlib.contextmanager
+    def _near(self, step: Step) -> Iterator[list[Span]]:
+        """Yield where the step's bytes lie, or will, in memory that the CPU can touch."""
+        if self._is_staged:
+            with self._copier.stage() as address:
+                yield [(address, step.nbytes)]
+        else:
+            places = self._host or self._device
+            assert places is not None
+            yield places.spans(step.start, step.nbytes)
+
+    def _read_into(self, spans: list[Span], step: Step, outcome: Outcome) -> None:
+        with outcome.read.measure():
+            if step.work is Work.WHOLE:
+                self._file.open(self.load.verify, spans)
+            else:
+                self._file.read(spans, step.start)
+        outcome.read_bytes = step.nbytes
+
+    def _settle(self, spans: list[Span], step: Step, outcome: Outcome) -> None:
+        """Check what was read, copy it on."""
+        if self.load.verify and step.work is not Work.COPY:
+            self._file.check(spans, step.start // READ_BYTES)
+        if self._goes_on:
             assert self._device is not None
             with outcome.copy.measure():
-                copy(
-                    self._host.spans(step.start, step.nbytes),
-                    self._device.spans(step.start, step.nbytes),
-                )
+                self._copier.copy(spans, self._device.spans(step.start, step.nbytes), self.urgency)
 
     @property
-    def _target(self) -> Places:
-        """Where reads go."""
-        places = self._host or self._device
-        assert places is not None
-        return places
+    def _is_staged(self) -> bool:
+        """Whether what is read has to pass through a stage, because no place of it is near."""
+        return self._host is None and self._copier.is_remote
 
     @property
     def _goes_on(self) -> bool:
-        """Whether bytes go from HOST to DEVICE."""
-        return self._host is not None and self._device is not None
+        """Whether bytes go from HOST, or from a stage, to DEVICE."""
+        return self._device is not None and (self._host is not None or self._is_staged)
 
     @property
     def _has_to_settle(self) -> bool:
-        return self.load.verify or self._goes_on
-
-
-def copy(sources: list[Span], targets: list[Span]) -> None:
-    """Copy between two lists of spans that are equally long in sum, cut differently."""
-    to = iter(targets)
-    to_at, to_left = 0, 0
-    for from_at, from_left in sources:
-        while from_left:
-            if not to_left:
-                to_at, to_left = next(to)
-            part = min(from_left, to_left)
-            _shm.copy(to_at, from_at, part)
-            from_at, from_left = from_at + part, from_left - part
-            to_at, to_left = to_at + part, to_left - part
+        """Whether a piece that was read is settled by another thread.  A stage is not handed on."""
+        return not self._is_staged and (self.load.verify or self._goes_on)

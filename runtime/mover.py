@@ -36,12 +36,14 @@ from overcommit.runtime.arena import Arena
 from overcommit.runtime.config import (
     COPY_HERE_BYTES,
     LARGE_CHUNK_BYTES,
+    PIN_BYTES,
     PREFETCH_READS_IN_FLIGHT,
     PROGRESS_NS,
     READ_THREADS,
     READS_IN_FLIGHT,
 )
 from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
@@ -63,9 +65,16 @@ log = logging.getLogger("overcommit.mover")
 class Mover:
     """The threads that serve the loads.  `send` is called by any of them, by one at a time."""
 
-    def __init__(self, device: Arena, host: Arena | None, send: Callable[[Message], None]) -> None:
-        self._device = Base("device", device.map_all(True), device.nbytes)
-        self._host = None if host is None else Base("host", host.map_all(True), host.nbytes)
+    def __init__(
+        self,
+        device: Base,
+        host: Base | None,
+        send: Callable[[Message], None],
+        copier: Copier = MEMCPY,
+    ) -> None:
+        self._device = device
+        self._host = host
+        self._copier = copier
         self._loads = LoadQueue()
         self._lock = threading.Lock()  # guards _loads and _is_closing
         # Those who wait for a step that reads, for one that does not, for nothing to be under way.
@@ -91,7 +100,7 @@ class Mover:
     def add(self, load: Load) -> None:
         """Begin a load; one from HOST in this very thread."""
         try:
-            state = LoadState(load, self._device, self._host)
+            state = LoadState(load, self._device, self._host, self._copier)
         except ImageError as error:
             self._send(LoadDone(job=load.job, ok=False, message=f"{load.path}: {error.message}"))
             return
@@ -193,23 +202,31 @@ class Mover:
 
     def _populate(self) -> None:
         began_ns = time.monotonic_ns()
-        for base in (self._device, self._host):
-            if base is None:
-                continue
-            for at in range(0, base.nbytes, LARGE_CHUNK_BYTES):
-                with self._lock:
-                    while len(self._loads) and not self._is_closing:
-                        self._is_idle.wait()
-                    if self._is_closing:
-                        return
-                nbytes = min(LARGE_CHUNK_BYTES, base.nbytes - at)
-                try:
-                    _shm.populate(base.address + at, nbytes, True)
-                except OSError as error:
-                    # Not fatal: the pages come on first use, if there is memory then.
-                    log.error("memory for the arenas is short: %s; lower --device-memory", error)
-                    return
+        for base in (None if self._copier.is_remote else self._device, self._host):
+            if base is not None and not self._populate_one(base):
+                return
         self._send(Populated(seconds=(time.monotonic_ns() - began_ns) / 1e9))
+
+    def _populate_one(self, base: Base) -> bool:
+        """Touch every page of an arena, and have each piece that is touched pinned; loads go first."""
+        pinned = 0
+        for at in range(0, base.nbytes, LARGE_CHUNK_BYTES):
+            with self._lock:
+                while len(self._loads) and not self._is_closing:
+                    self._is_idle.wait()
+                if self._is_closing:
+                    return False
+            end = min(at + LARGE_CHUNK_BYTES, base.nbytes)
+            try:
+                _shm.populate(base.address + at, end - at, True)
+            except OSError as error:
+                # Not fatal: the pages come on first use, if there is memory then.
+                log.error("memory for the arenas is short: %s; lower --device-memory", error)
+                return False
+            if end == base.nbytes or end - pinned == PIN_BYTES:
+                self._copier.pin(base.address + pinned, end - pinned)
+                pinned = end
+        return True
 
 
 def _die(args: threading.ExceptHookArgs) -> None:
@@ -232,7 +249,11 @@ def main(control_fd: int) -> None:
     device = Arena.from_fd(fds["device"], start.device_bytes)
     host = Arena.from_fd(fds["host"], start.host_bytes) if "host" in fds else None
     control.send(Ready(pid=os.getpid()))
-    mover = Mover(device, host, control.send)
+    mover = Mover(
+        Base("device", device.map_all(True), device.nbytes),
+        None if host is None else Base("host", host.map_all(True), host.nbytes),
+        control.send,
+    )
     while _serve(mover, control):
         # Copies that are left: these go on here between looks, until nobody has a step to take.
         while not select.select((control,), (), (), 0)[0] and mover.try_copy():

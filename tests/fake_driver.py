@@ -110,6 +110,9 @@ class FakeDriver:
         self.calls: list[str] = []
         self.copies: list[tuple[int, int, int]] = []  # (target, source, bytes), as asked for
         self.registered: dict[int, int] = {}
+        self.open_max: dict[int, int] = {}  # by stream, the most that was ever queued
+        self.may_finish = threading.Event()  # cleared: who waits for an event goes on waiting
+        self.may_finish.set()
         self.is_dead = False
         self._lock = threading.RLock()
         self._numbers = itertools.count(0x1000)
@@ -375,11 +378,12 @@ class FakeDriver:
     # --- host memory and copies -----------------------------------------------------------------
     def host_register(self, address: int, nbytes: int) -> None:
         call = "cuMemHostRegister"
-        self._enter(call, needs_context=True)
-        for at, length in self.registered.items():
-            if at < address + nbytes and address < at + length:
-                raise DriverError(call, Result.HOST_MEMORY_ALREADY_REGISTERED)
-        self.registered[address] = nbytes
+        with self._lock:
+            self._enter(call, needs_context=True)
+            for at, length in self.registered.items():
+                if at < address + nbytes and address < at + length:
+                    raise DriverError(call, Result.HOST_MEMORY_ALREADY_REGISTERED)
+            self.registered[address] = nbytes
 
     def host_unregister(self, address: int) -> None:
         call = "cuMemHostUnregister"
@@ -387,6 +391,10 @@ class FakeDriver:
         if address not in self.registered:
             raise DriverError(call, Result.HOST_MEMORY_NOT_REGISTERED)
         del self.registered[address]
+
+    def is_registered_at(self, address: int) -> bool:
+        """Whether this byte is."""
+        return self._pieces(address, 1) == 1
 
     def _pieces(self, address: int, nbytes: int) -> int:
         """How many kinds of host memory this range is of: 0 pageable, 1 registered, else both."""
@@ -433,6 +441,7 @@ class FakeDriver:
                 )
             if pieces:
                 self._put(queue, carry_out)
+                self.open_max[stream] = max(self.open_max.get(stream, 0), len(queue.queue))
             else:
                 # From pageable memory the driver is done with the source when the call returns.
                 self._advance(queue, queue.asked)
@@ -516,6 +525,7 @@ class FakeDriver:
             return queue.done >= until
 
     def event_synchronize(self, event: Event) -> None:
+        self.may_finish.wait()
         with self._lock:
             self._enter("cuEventSynchronize")
             recorded = self._event("cuEventSynchronize", event)

@@ -429,7 +429,7 @@ def test_background_population_waits_while_a_load_runs(
     monkeypatch.setattr(os, "preadv", preadv)
     arena = Arena.from_fd(os.dup(device.arena.fd), device.arena.nbytes)
     sent: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    mover = Mover(arena, None, sent.put)
+    mover = Mover(Base("device", arena.map_all(True), arena.nbytes), None, sent.put)
     assert in_step.wait(WATCHDOG_S)
     mover.add(state_of(device, path, payload).load)
     assert in_read.wait(WATCHDOG_S), "a load does not wait for the population"
