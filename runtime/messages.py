@@ -49,6 +49,7 @@ class Start(Message, frozen=True):
     fds, worker: doorbell, supervisor_bell, residency, page (its own lease page + status), device
     fds, front end: doorbell, listen, ingress, egress
     fds, mover: device, host (absent when there is no host tier)
+    Where DEVICE is the memory of a GPU, `device` is no descriptor; its chunks come as `Chunks`.
     fds, packer: none
     """
 
@@ -57,6 +58,8 @@ class Start(Message, frozen=True):
     epoch: int
     settings: Settings
     device_bytes: int = 0
+    cuda_device: int | None = None  # the GPU whose memory DEVICE is; None: host memory
+    chunks_held: int = 0  # mover: so many of its chunks exist, and come first
     host_bytes: int = 0
     port: int = 0
     fds: tuple[str, ...] = ()

@@ -44,6 +44,9 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.copier import MEMCPY, Copier
+from overcommit.runtime.cuda_driver import CudaDriver
+from overcommit.runtime.cuda_tier import open_for_mover
+from overcommit.runtime.driver import Driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
@@ -237,28 +240,42 @@ def _die(args: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def main(control_fd: int) -> None:
+def main(control_fd: int, open_driver: Callable[[], Driver] = CudaDriver) -> None:
     """Serve loads until Stop or until the supervisor is gone."""
     threading.excepthook = _die
     control = ControlSocket(control_fd)
-    received = control.receive()
-    assert received is not None, "waited without a limit"
-    start, fds = received
-    if not isinstance(start, Start) or "device" not in fds:
+    start, fds = _receive(control)
+    if not isinstance(start, Start) or ("device" in fds) is not (start.cuda_device is None):
         raise ProtocolError(f"the mover's first message was {type(start).__name__}")
-    device = Arena.from_fd(fds["device"], start.device_bytes)
-    host = Arena.from_fd(fds["host"], start.host_bytes) if "host" in fds else None
+    host = None
+    if "host" in fds:
+        arena = Arena.from_fd(fds["host"], start.host_bytes)
+        host = Base("host", arena.map_all(True), arena.nbytes)
+    copier: Copier = MEMCPY
+    if start.cuda_device is None:
+        memory = Arena.from_fd(fds["device"], start.device_bytes)
+        device = Base("device", memory.map_all(True), memory.nbytes)
+    else:
+        tier = open_for_mover(
+            *(open_driver(), start.cuda_device, start.device_bytes, start.chunks_held),
+            *(0 if host is None else host.address, lambda: _receive(control), control.send),
+        )
+        if tier is None:
+            return
+        device, copier = tier.device, tier.copier
     control.send(Ready(pid=os.getpid()))
-    mover = Mover(
-        Base("device", device.map_all(True), device.nbytes),
-        None if host is None else Base("host", host.map_all(True), host.nbytes),
-        control.send,
-    )
+    mover = Mover(device, host, control.send, copier)
     while _serve(mover, control):
         # Copies that are left: these go on here between looks, until nobody has a step to take.
         while not select.select((control,), (), (), 0)[0] and mover.try_copy():
             pass
         select.select((control,), (), ())
+
+
+def _receive(control: ControlSocket) -> tuple[Message, dict[str, int]]:
+    received = control.receive()
+    assert received is not None, "waited without a limit"
+    return received
 
 
 def _serve(mover: Mover, control: ControlSocket) -> bool:

@@ -1,0 +1,116 @@
+"""Whether DEVICE can be a GPU's memory here, and how a process gets at it.
+
+    usable? --[probe: a chunk is made, exported, imported and mapped]--> "" | why not
+
+The probe is for a process of its own: the supervisor has no CUDA, and a driver that was called cannot
+be forgotten.  What it finds missing (a driver before VMM, WSL and some virtual GPUs without exported
+descriptors, bindings that are not installed) is a sentence for the log.
+
+Invariants
+ 1. After `probe` nothing that it made is left, whether it went well or not.
+ 2. A mover or worker that was opened has every chunk, and the context in the calling thread.
+
+Called by the mover and by workers before they are ready; `probe` by who chooses the tier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import NamedTuple
+
+from overcommit.runtime.chunk_exchange import Receive, Send, make_chunks, take_chunks
+from overcommit.runtime.chunk_table import ChunkTable
+from overcommit.runtime.chunks import Chunks
+from overcommit.runtime.config import SMALL_CHUNK_BYTES
+from overcommit.runtime.cuda_arena import CudaArena, CudaRanges
+from overcommit.runtime.cuda_copy import CudaCopier
+from overcommit.runtime.driver import Attribute, Driver, DriverError
+from overcommit.runtime.loading import Base
+
+_NEEDED = (
+    (Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "no virtual memory management"),
+    (Attribute.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, "no export as file descriptors"),
+)
+
+
+class MoverTier(NamedTuple):
+    """DEVICE as the mover has it."""
+
+    arena: CudaArena
+    device: Base
+    copier: CudaCopier
+
+
+def probe(driver: Driver, device: int) -> str:
+    """Return why this GPU's memory cannot be DEVICE; "" if it can."""
+    try:
+        driver.init()
+        count = driver.device_count()
+        if not 0 <= device < count:
+            return f"there is no GPU {device}: the driver shows {count}"
+        for attribute, lack in _NEEDED:
+            if not driver.device_attribute(attribute, device):
+                return f"GPU {device} has {lack}"
+        granularity = driver.mem_granularity(device)
+        if SMALL_CHUNK_BYTES % granularity:
+            return f"GPU {device} has pages of {granularity} bytes, chunks are {SMALL_CHUNK_BYTES}"
+        _try_one(driver, device)
+    except DriverError as error:
+        return f"GPU {device} cannot be used: {error.message}"
+    return ""
+
+
+def _try_one(driver: Driver, device: int) -> None:
+    """Send one chunk all the way round.  Raises DriverError."""
+    with contextlib.ExitStack() as ends:
+        made = driver.mem_create(SMALL_CHUNK_BYTES, device)
+        ends.callback(driver.mem_release, made)
+        fd = driver.mem_export(made)
+        ends.callback(os.close, fd)
+        taken = driver.mem_import(fd)
+        ends.callback(driver.mem_release, taken)
+        address = driver.address_reserve(SMALL_CHUNK_BYTES, SMALL_CHUNK_BYTES)
+        ends.callback(driver.address_free, address, SMALL_CHUNK_BYTES)
+        driver.mem_map(address, SMALL_CHUNK_BYTES, taken)
+        ends.callback(driver.mem_unmap, address, SMALL_CHUNK_BYTES)
+        driver.mem_set_access(address, SMALL_CHUNK_BYTES, device, False)
+
+
+def _enter(driver: Driver, device: int) -> None:
+    driver.init()
+    driver.context_set_current(driver.primary_context_retain(device))
+
+
+def open_for_mover(
+    driver: Driver,
+    device: int,
+    nbytes: int,
+    held: int,
+    host_address: int,
+    receive: Receive,
+    send: Send,
+) -> MoverTier | None:
+    """Take over the `held` chunks that exist, make the others, map all; None: told to stop.
+
+    Raises DriverError; then this process has to end, and its successor finds what it made.
+    """
+    _enter(driver, device)
+    chunks = Chunks(driver, ChunkTable(nbytes), device)
+    if not take_chunks(chunks, held, receive, send):
+        return None
+    make_chunks(chunks, send)
+    arena = CudaArena(chunks)
+    base = Base("device", arena.map_all(True), arena.nbytes)
+    return MoverTier(arena, base, CudaCopier(driver, device, host_address))
+
+
+def open_for_worker(
+    driver: Driver, device: int, nbytes: int, receive: Receive, send: Send
+) -> CudaRanges | None:
+    """Take over every chunk; None: told to stop.  Raises DriverError."""
+    _enter(driver, device)
+    chunks = Chunks(driver, ChunkTable(nbytes), device)
+    if not take_chunks(chunks, len(chunks.table), receive, send):
+        return None
+    return CudaRanges(chunks)
