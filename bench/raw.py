@@ -26,7 +26,8 @@ from typing import Any, Final
 from overcommit.bench.errors import BenchError
 from overcommit.runtime import _shm
 from overcommit.runtime.config import MIB, PAGE_BYTES
-from overcommit.runtime.loading import COPY_THREADS, Base, Places, copy
+from overcommit.runtime.copier import MEMCPY
+from overcommit.runtime.loading import COPY_THREADS, Base, Places
 
 BLOCKS: Final = (2 * MIB, 8 * MIB, 16 * MIB)
 DEPTHS: Final = (4, 8, 16)
@@ -82,7 +83,7 @@ class Raw:
 
         def work(start: int) -> None:
             length = min(share, nbytes - start)
-            copy(host.spans(start, length), device.spans(start, length))
+            MEMCPY.copy(host.spans(start, length), device.spans(start, length), "foreground")
 
         return self._time(work, range(0, nbytes, share), threads)
 
