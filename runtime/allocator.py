@@ -11,9 +11,9 @@ Invariants
     chunks are free: there is no external fragmentation and nothing to compact.
  3. With `can_split` (memfd) a 64 MiB chunk splits on demand and merges when all 32 parts are free.
     Without (CUDA, whose chunks are made once) a share is split at construction, for ever; a rest
-    for which the small ones do not suffice takes a 64 MiB chunk whole, and when there is no small
-    one for a slab, a 64 MiB chunk is lent to slabs until they are all empty (who lives there maps
-    all of it).
+    for which the small ones do not suffice takes a 64 MiB chunk whole, unless `exact`; and when
+    there is no small one for a slab, a 64 MiB chunk is lent to slabs until they are all empty (who
+    lives there maps all of it).
 
 Called by residency; pure.
 """
@@ -153,27 +153,33 @@ class ChunkAllocator:
         return chunks + self._runs.highest() * PAGE_BYTES
 
     # --- allocating -----------------------------------------------------------------------------
-    def try_allocate(self, nbytes: int) -> tuple[Extent, ...] | None:
+    def try_allocate(self, nbytes: int, *, exact: bool = False) -> tuple[Extent, ...] | None:
         """Place `nbytes`; None when it does not fit now.
 
-        Extent i holds the bytes that follow those of extent i - 1; neighbours are merged.
+        Extent i holds the bytes that follow those of extent i - 1; neighbours are merged.  `exact`:
+        other bytes lie before or behind these in one range of addresses; so where chunks are mapped
+        whole they must be chunks, slabs not, and none longer than the rest that lies in it.
         """
         assert nbytes >= 0
         footprint = self.footprint(nbytes)
-        if nbytes <= SLAB_MODEL_BYTES_MAX:
+        exact = exact and not self.can_split
+        extents: tuple[Extent, ...] | None
+        if exact:
+            extents = self._take_chunks(max(1, -(-nbytes // SMALL_CHUNK_BYTES)), exact)
+        elif nbytes <= SLAB_MODEL_BYTES_MAX:
             run = self._take_run(footprint // PAGE_BYTES)
-            extents: tuple[Extent, ...] | None = None if run is None else (run,)
+            extents = None if run is None else (run,)
         else:
-            extents = self._take_chunks(footprint // SMALL_CHUNK_BYTES)
+            extents = self._take_chunks(footprint // SMALL_CHUNK_BYTES, exact)
         if extents is not None:
             self._used += sum(extent.length for extent in extents)
         return extents
 
-    def _take_chunks(self, smalls: int) -> tuple[Extent, ...] | None:
+    def _take_chunks(self, smalls: int, exact: bool) -> tuple[Extent, ...] | None:
         larges = min(smalls // SMALL_PER_LARGE, len(self._large))
         rest = smalls - larges * SMALL_PER_LARGE
         missing = -(-max(0, rest - self._small_free) // SMALL_PER_LARGE)
-        if missing > len(self._large) - larges:
+        if missing > len(self._large) - larges or (missing and exact):
             return None
         if missing and not self.can_split:
             larges, rest = larges + 1, 0  # cannot be more: otherwise larges would be used up

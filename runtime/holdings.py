@@ -55,7 +55,9 @@ class Holdings:
         """Hold all of these, or change nothing."""
         fresh: list[tuple[Part, Extents]] = []
         for part in self.missing(parts):
-            extents = self.allocator.try_allocate(part.nbytes)
+            # A part with a name may lie before another one in some version, if not in this.
+            exact = bool(part.digest) or len(parts) > 1
+            extents = self.allocator.try_allocate(part.nbytes, exact=exact)
             if extents is None:
                 for _, taken in fresh:
                     self.allocator.free(taken)

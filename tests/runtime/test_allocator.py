@@ -291,6 +291,36 @@ def test_without_splitting_a_chunk_is_lent_to_slabs_when_no_small_one_is_free() 
     assert None not in smalls
 
 
+@pytest.mark.parametrize("nbytes", [100, MIB, 3 * MIB, 64 * MIB, 100 * MIB])
+def test_an_exact_allocation_is_of_whole_chunks_and_as_long_as_its_bytes(nbytes: int) -> None:
+    allocator = ChunkAllocator(256 * MIB, can_split=False, small_share=0.25)
+    allocator.try_allocate(100)  # a slab is there
+    extents = allocator.try_allocate(nbytes, exact=True)
+    assert extents is not None
+    chunks = -(-nbytes // SMALL_CHUNK_BYTES)
+    assert sum(length for _, length in extents) == chunks * SMALL_CHUNK_BYTES
+    assert all(offset % SMALL_CHUNK_BYTES == 0 for offset, _ in extents)
+    allocator.check()
+    allocator.free(extents)
+    allocator.check()
+
+
+def test_an_exact_allocation_does_not_take_a_large_chunk_for_a_rest() -> None:
+    allocator = ChunkAllocator(256 * MIB, can_split=False, small_share=0.25)
+    assert allocator.try_allocate(62 * MIB) is not None
+    assert allocator.try_allocate(66 * MIB, exact=True) is not None
+    free = allocator.free_bytes
+    assert allocator.try_allocate(66 * MIB, exact=True) is None, "but two whole chunks are free"
+    assert allocator.free_bytes == free
+    assert allocator.try_allocate(66 * MIB) is not None
+    allocator.check()
+
+
+def test_where_chunks_split_exact_changes_nothing() -> None:
+    allocator = ChunkAllocator(256 * MIB)
+    assert allocator.try_allocate(100, exact=True) == (Extent(192 * MIB, PAGE_BYTES),)
+
+
 @pytest.mark.parametrize("can_split", [True, False])
 def test_what_is_obtainable_is_what_the_largest_allocation_of_a_kind_gets(can_split: bool) -> None:
     dice = random.Random(5)
