@@ -1,4 +1,4 @@
-"""What is left of an arena after many loads and evictions."""
+"""What is left of an arena after many loads and evictions; 100,000 of them are the scenario's business."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from overcommit.runtime.config import GIB, MIB, PAGE_BYTES, SMALL_CHUNK_BYTES
 
 @pytest.mark.parametrize("can_split", [True, False], ids=["split", "as-made"])
 @pytest.mark.parametrize(
-    "loads", [2_000, pytest.param(100_000, marks=pytest.mark.slow)], ids=["quick", "long"]
+    "loads", [2_000, pytest.param(20_000, marks=pytest.mark.slow)], ids=["quick", "long"]
 )
 def test_models_of_50_kb_to_30_gb_leave_98_percent_usable_and_nothing_moves(
     loads: int, can_split: bool
