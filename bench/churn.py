@@ -75,10 +75,10 @@ class Watched(ChunkAllocator):
         self._given: dict[tuple[Extent, ...], int] = {}
         self._asked = 0
 
-    def try_allocate(self, nbytes: int) -> tuple[Extent, ...] | None:
+    def try_allocate(self, nbytes: int, *, exact: bool = False) -> tuple[Extent, ...] | None:
         """Allocate, and take the time; or say what was usable."""
         started = time.perf_counter()
-        extents = super().try_allocate(nbytes)
+        extents = super().try_allocate(nbytes, exact=exact)
         self.seconds.append(time.perf_counter() - started)
         if extents is None:
             lost = self.free_bytes - self.obtainable_bytes(nbytes)
