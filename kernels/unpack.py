@@ -384,6 +384,9 @@ def main(paths: list[str]) -> None:
     for source in (samples(), files(paths) if paths else iter(())):
         for name, data in source:
             packed = pack(data)
+            out = np.empty_like(data)
+            unpack(packed, out)
+            assert np.array_equal(out, data), name
             ratio = data.nbytes / len(packed)
             print(f"{name}: {data.nbytes:,} bytes, {ratio:.3f} x, {read_head(packed).kinds()}")
             for line in lines(timing(data, packed)):
