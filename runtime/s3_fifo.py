@@ -35,7 +35,8 @@ NAMES_MAX: Final = 65_536
 class _Known:
     nbytes: int
     priority: int
-    uses: int = 0  # in all, as told
+    uses: int = 0  # as told last: counters of a worker that died are lost
+    counted: int = 0  # in all; never shrinks
     again: int = 0  # since it came or had its last turn, without the one that asked for it
     credit: int = 0
     last_ns: int = 0
@@ -59,6 +60,7 @@ class S3Fifo:
         known = self._known[slot]
         new = max(0, uses - known.uses)
         known.uses = uses
+        known.counted += new
         paid = min(new, known.credit)
         known.credit -= paid
         known.again = min(USES_MAX, known.again + new - paid)
@@ -83,7 +85,7 @@ class S3Fifo:
     def rank(self, slot: int) -> Rank:
         """By priority and use; see invariant 4."""
         known = self._known[slot]
-        return known.priority, known.uses, known.last_ns
+        return known.priority, known.counted, known.last_ns
 
     # --- for the queues -------------------------------------------------------------------------
     def nbytes(self, slot: int) -> int:
