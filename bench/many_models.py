@@ -28,11 +28,11 @@ MODELS: Final = 500
 INPUTS: Final = 4  # of each model
 BATCH_MAX: Final = 64
 CONNECTIONS: Final = (16, 64)
-WARM_UP_S: Final = 2.0
+WARM_UP_S: Final = 1.0
 SECONDS: Final = 4.0
 QUICK_SECONDS: Final = 1.5
 ROUNDS: Final = 5
-QUICK_ROUNDS: Final = 3
+QUICK_ROUNDS: Final = 2
 RATIO_MIN: Final = 0.9
 ALONE: Final = "alone"  # max_batch_size = 1
 TOGETHER: Final = "together"

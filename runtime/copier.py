@@ -21,6 +21,7 @@ class Copier(Protocol):
     @property
     def is_remote(self) -> bool:
         """Whether the CPU cannot touch DEVICE, so that reads for it need a stage."""
+        ...
 
     def copy(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
         """Copy between two lists of spans that are equally long in sum, cut differently.
@@ -30,6 +31,7 @@ class Copier(Protocol):
 
     def stage(self) -> AbstractContextManager[int]:
         """Lend READ_BYTES of host memory that are fast to copy from; waits until some are free."""
+        ...
 
     def pin(self, address: int, nbytes: int) -> None:
         """This piece of HOST has its pages now: make it fast to copy from."""
@@ -38,7 +40,7 @@ class Copier(Protocol):
 class Memcpy:
     """DEVICE is host memory."""
 
-    is_remote: Final = False
+    is_remote: bool = False
 
     def copy(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
         for target, source, nbytes in pairs(sources, targets):

@@ -27,7 +27,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import (
@@ -50,7 +49,7 @@ log = logging.getLogger("overcommit.mover")
 class CudaCopier:
     """`Copier` to one GPU.  `host_address` is where the HOST arena begins."""
 
-    is_remote: Final = True
+    is_remote: bool = True
 
     def __init__(self, driver: Driver, device: int, host_address: int) -> None:
         self._driver = driver

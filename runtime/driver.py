@@ -78,31 +78,39 @@ class Driver(Protocol):
 
     def device_count(self) -> int:
         """cuDeviceGetCount."""
+        ...
 
     def device_attribute(self, attribute: Attribute, device: int) -> int:
         """cuDeviceGetAttribute."""
+        ...
 
     def primary_context_retain(self, device: int) -> Context:
         """cuDevicePrimaryCtxRetain: the context that torch uses too."""
+        ...
 
     def context_set_current(self, context: Context) -> None:
         """cuCtxSetCurrent: for the calling thread."""
 
     def mem_get_info(self) -> tuple[int, int]:
         """cuMemGetInfo: (free, total) of the current context's device."""
+        ...
 
     # --- memory objects -------------------------------------------------------------------------
     def mem_granularity(self, device: int) -> int:
         """cuMemGetAllocationGranularity, the least that is possible, of exportable memory."""
+        ...
 
     def mem_create(self, nbytes: int, device: int) -> MemoryHandle:
         """cuMemCreate: pinned to the device, exportable as a file descriptor."""
+        ...
 
     def mem_export(self, handle: MemoryHandle) -> int:
         """cuMemExportToShareableHandle: a fresh file descriptor, the caller's to close."""
+        ...
 
     def mem_import(self, fd: int) -> MemoryHandle:
         """cuMemImportFromShareableHandle: a handle of one's own; the descriptor stays the caller's."""
+        ...
 
     def mem_release(self, handle: MemoryHandle) -> None:
         """cuMemRelease: mappings stay, and keep the memory alive."""
@@ -110,6 +118,7 @@ class Driver(Protocol):
     # --- addresses ------------------------------------------------------------------------------
     def address_reserve(self, nbytes: int, alignment: int) -> int:
         """cuMemAddressReserve."""
+        ...
 
     def address_free(self, address: int, nbytes: int) -> None:
         """cuMemAddressFree: the whole of what was reserved."""
@@ -139,6 +148,7 @@ class Driver(Protocol):
     # --- streams and events ---------------------------------------------------------------------
     def stream_create(self, is_urgent: bool) -> Stream:
         """cuStreamCreateWithPriority: non-blocking, of the highest priority or of the lowest."""
+        ...
 
     def stream_synchronize(self, stream: Stream) -> None:
         """cuStreamSynchronize."""
@@ -148,12 +158,14 @@ class Driver(Protocol):
 
     def event_create(self) -> Event:
         """cuEventCreate, without timing; who waits for it sleeps."""
+        ...
 
     def event_record(self, event: Event, stream: Stream) -> None:
         """cuEventRecord."""
 
     def event_query(self, event: Event) -> bool:
         """cuEventQuery: whether the work before its last record is done."""
+        ...
 
     def event_synchronize(self, event: Event) -> None:
         """cuEventSynchronize."""

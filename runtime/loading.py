@@ -52,7 +52,14 @@ from overcommit.runtime.config import (
 from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
-from overcommit.runtime.messages import CANCELLED, Extents, Load, LoadDone, LoadProgress
+from overcommit.runtime.messages import (
+    CANCELLED,
+    Extents,
+    Load,
+    LoadDone,
+    LoadProgress,
+    Urgency,
+)
 from overcommit.runtime.wall import Wall
 
 # Where DEVICE is host memory; more threads than cores copy no faster.
@@ -162,7 +169,7 @@ class LoadState:
         self.load = load
         self._copier = copier
         self.state = State.QUEUED
-        self.urgency = load.urgency
+        self.urgency: Urgency = load.urgency
         self.total = Outcome()
         self.done_bytes = 0
         self.reported_ns = time.monotonic_ns()  # when LoadProgress was sent last
