@@ -25,6 +25,7 @@ from typing import Final
 
 import msgspec
 
+from overcommit.server import codec
 from overcommit.server.limits import LITERAL_BYTES_MAX, TEMPLATES_MAX
 
 Read = Callable[
@@ -34,19 +35,6 @@ Read = Callable[
 _MARK: Final = b'"data":'
 _FLOATS: Final = msgspec.json.Decoder(list[float]).decode
 _INTEGERS: Final = msgspec.json.Decoder(list[int]).decode
-# V2 datatype -> struct code; what is written as anything but plain numbers is not here.
-_CODES: Final = {
-    "INT8": "b",
-    "UINT8": "B",
-    "INT16": "h",
-    "UINT16": "H",
-    "INT32": "i",
-    "UINT32": "I",
-    "INT64": "q",
-    "UINT64": "Q",
-    "FP32": "f",
-    "FP64": "d",
-}
 _PROBE_BASE: Final = 3  # fits every datatype, with what is added to it
 
 
@@ -112,7 +100,7 @@ def _make(body: bytes, datatypes: Sequence[str], counts: Sequence[int]) -> Templ
         return None
     lists = []
     for datatype, count, after in zip(datatypes, counts, literals[1:], strict=True):
-        code = _CODES.get(datatype)
+        code = codec.CODES.get(datatype)  # what is written as anything but plain numbers has none
         if code is None or not count:
             return None
         decode = _FLOATS if code in "fd" else _INTEGERS
