@@ -78,10 +78,11 @@ def run(options: Options, report: Report) -> None:
         device, host = max(files), sum(files) + SLACK_BYTES
         flags = [ALLOW_CODE, "--workers", "1", "--front-ends", "1"]
         flags += ["--device-memory", str(device), "--host-memory", str(host)]
-        with Server(root, options.work / "cache", folder, flags) as server:
+        cache = options.work / "activation-cache"  # of these models alone: files are found by size
+        with Server(root, cache, folder, flags) as server:
             server.wait_packed([_name(size) for size in files])
             with Raw(server.pid) as raw:
-                bed = Bed(server, files, raw, report, options.work / "cache")
+                bed = Bed(server, files, raw, report, cache)
                 bed.warm_up()
                 warm = bed.warm(extent.warm)
                 cold = bed.cold(extent.cold)
@@ -108,7 +109,8 @@ def _name(size: int) -> str:
 
 def _image_of(cache: Path, size: int) -> Path:
     """Return the file of the cache that holds an image of so many bytes."""
-    fitting = [(path.stat().st_size, path) for path in cache.rglob("*") if path.is_file()]
+    files = [path for path in cache.rglob("*") if path.suffix in (".image", ".part")]
+    fitting = [(path.stat().st_size, path) for path in files]
     fitting = [(length, path) for length, path in fitting if size <= length <= size + MIB]
     if not fitting:
         raise BenchError(f"{cache} has no image of {size:,} bytes")

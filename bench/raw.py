@@ -26,6 +26,7 @@ from typing import Any, Final
 from overcommit.bench.errors import BenchError
 from overcommit.runtime import _shm
 from overcommit.runtime.config import MIB, PAGE_BYTES
+from overcommit.runtime.container import read_stored
 from overcommit.runtime.copier import MEMCPY
 from overcommit.runtime.loading import COPY_THREADS, Base, Places
 
@@ -91,9 +92,9 @@ class Raw:
         """Return the seconds that reading this activation's bytes takes, to the same places."""
         nbytes = nbytes or int(record["nbytes"])
         host = self._places(record, "host")
+        _, payload = read_stored(path)
         fd = _open(path)
         try:
-            payload = os.fstat(fd).st_size - int(record["nbytes"])
 
             def work(start: int) -> None:
                 length = min(how.block, nbytes - start)
