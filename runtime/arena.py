@@ -89,7 +89,8 @@ class Mapping:
         self._range: ctypes.Array[ctypes.c_ubyte] | None = (ctypes.c_ubyte * nbytes).from_address(
             self.address
         )
-        weakref.finalize(self._range, _shm.release, self.address, self._reserved).atexit = False
+        give_back = weakref.finalize(self._range, _give_back, tables, self.address, self._reserved)
+        give_back.atexit = False
 
     def map(
         self,
@@ -140,3 +141,9 @@ class Mapping:
         if self._range is not None:
             self.unmap()
             self._range = None
+
+
+def _give_back(tables: PageTables, address: int, nbytes: int) -> None:
+    # A mapping that was dropped without `close` must not be where page tables are moved from.
+    tables.forget(address, nbytes)
+    _shm.release(address, nbytes)

@@ -19,7 +19,7 @@ from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena, Mapping
 from overcommit.runtime.config import PAGE_BYTES
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.page_tables import PageTables
+from overcommit.runtime.page_tables import UNIT, PageTables
 
 # It is read-only on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -242,3 +242,16 @@ def test_closing_twice_is_harmless_and_a_closed_mapping_cannot_be_used(writer: W
         mapping.map(pages(0), 1)
     with pytest.raises(AssertionError):
         mapping.view()
+
+
+def test_a_mapping_that_is_dropped_without_being_closed_leaves_no_page_tables_behind() -> None:
+    arena = Arena.create("test", 2 * UNIT)
+    tables = PageTables(arena.fd)
+    Mapping(tables, UNIT).map([(0, UNIT)], 1)
+    gc.collect()
+    assert len(tables) == 0, "they would be moved from an address that is somebody else's now"
+    later = Mapping(tables, UNIT)
+    later.map([(0, UNIT)], 1)
+    assert later.view()[0] == 0
+    later.close()
+    arena.close()
