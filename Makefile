@@ -38,7 +38,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# Each in under ten minutes: how requests are served, and where models are.
+# How requests are served, and where models are: each in its short form, some ten minutes.
 bench: install
 	$(BIN)/python -m overcommit.bench serving --quick --json bench/results/$(shell date +%F)-cpu.json \
 		--plot bench/results/plots --readme README.md

@@ -35,6 +35,8 @@ from overcommit.bench.report import Figure, Report
 from overcommit.bench.server import Server
 from overcommit.bench.tables import COLUMNS, ROW_BYTES, rows_of
 from overcommit.runtime.config import MIB
+from overcommit.runtime.image import read_header
+from overcommit.runtime.parts import path_of
 
 SIZES: Final = tuple(size * MIB for size in (1, 8, 64, 256, 1024, 2048))
 QUICK_SIZES: Final = tuple(size * MIB for size in (1, 8, 64, 256, 1024))
@@ -78,11 +80,10 @@ def run(options: Options, report: Report) -> None:
         device, host = max(files), sum(files) + SLACK_BYTES
         flags = [ALLOW_CODE, "--workers", "1", "--front-ends", "1"]
         flags += ["--device-memory", str(device), "--host-memory", str(host)]
-        cache = options.work / "activation-cache"  # of these models alone: files are found by size
-        with Server(root, cache, folder, flags) as server:
+        with Server(root, options.work / "cache", folder, flags) as server:
             server.wait_packed([_name(size) for size in files])
             with Raw(server.pid) as raw:
-                bed = Bed(server, files, raw, report, cache)
+                bed = Bed(server, files, raw, report)
                 bed.warm_up()
                 warm = bed.warm(extent.warm)
                 cold = bed.cold(extent.cold)
@@ -107,15 +108,13 @@ def _name(size: int) -> str:
     return f"table-{size // MIB}mib"
 
 
-def _image_of(cache: Path, size: int) -> Path:
-    """Return the file of the cache that holds an image of so many bytes."""
-    files = [path for path in cache.rglob("*") if path.suffix in (".image", ".part")]
-    fitting = [(path.stat().st_size, path) for path in files]
-    fitting = [(length, path) for length, path in fitting if size <= length <= size + MIB]
-    if not fitting:
-        raise BenchError(f"{cache} has no image of {size:,} bytes")
-    # Of several, the newest: others are of former versions of the packer.
-    return max((path.stat().st_mtime_ns, path) for _, path in fitting)[1]
+def _file_of(server: Server, name: str) -> Path:
+    """Return the file that holds a table: its image's only part, or the image where it has none."""
+    image = server.image_of(name)
+    header, _ = read_header(image)
+    if len(header.parts) > 1:
+        raise BenchError(f"{image} has {len(header.parts)} parts, the table should be in one")
+    return path_of(image, header.parts[0].digest) if header.parts else image
 
 
 class Bed:
@@ -127,7 +126,6 @@ class Bed:
         files: dict[int, Path],
         raw: Raw,
         report: Report,
-        images: Path,
     ) -> None:
         self.server = server
         self.files = files
@@ -137,7 +135,7 @@ class Bed:
         self.samples: list[Sample] = []
         self.limits: dict[str, float] = {}
         self._seeds = {size: seed for seed, size in enumerate(files)}
-        self._images = {size: _image_of(images, size) for size in files}
+        self._stored = {size: _file_of(server, _name(size)) for size in files}
         self._row = 0
         self.wrong = 0
         self.asked = 0
@@ -255,9 +253,9 @@ class Bed:
                 self._wait_ready(size)
                 record = self.activate(size, "disk")
                 if how is None:  # the largest comes first
-                    how = self.raw.best_reading(self._images[size], record)
+                    how = self.raw.best_reading(self._stored[size], record)
                     report.settings["raw read"] = f"{how.block // MIB} MiB, {how.depth} in flight"
-                raw[size].append(self.raw.read(self._images[size], record, how))
+                raw[size].append(self.raw.read(self._stored[size], record, how))
                 row = self.server.models()[_name(size)]
                 lost += row["host_bytes"] < size or row["loads_from_disk"] != 1
         found = self._by_size([s for s in self.new_samples() if s.source == "disk"])

@@ -218,6 +218,10 @@ class Server:
             if not page["models"] or len(rows) >= page["total"]:
                 return {row["name"]: row for row in rows}
 
+    def image_of(self, name: str) -> Path:
+        """Return the file of a model's newest image."""
+        return Path(self._json(f"/v2/overcommit/models/{name}")["versions"][-1]["image"])
+
     def metrics(self) -> dict[str, float]:
         """Return the samples of `/metrics`; names as they stand there, labels included."""
         status, body = self.request("GET", "/metrics")
