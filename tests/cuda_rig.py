@@ -29,17 +29,6 @@ def started(gpu: FakeGpu) -> FakeDriver:
     return driver
 
 
-def permissions(address: int) -> str | None:
-    """The kernel's word on a page of this process: "r--s", "---p" ..., None when not mapped."""
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            span, flags, *_ = line.split()
-            low, high = (int(part, 16) for part in span.split("-"))
-            if low <= address < high:
-                return flags
-    return None
-
-
 def passed(fd: int) -> int:
     """What a receiver gets of a descriptor that is sent and then closed."""
     got = os.dup(fd)

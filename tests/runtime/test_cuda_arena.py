@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from cuda_rig import SMALLS_BEFORE, TABLE, CudaRig, passed, permissions, started
+from cuda_rig import SMALLS_BEFORE, TABLE, CudaRig, passed, started
 from fake_driver import FakeGpu
+from memory_probe import permissions
 
 from overcommit.runtime import _shm
 from overcommit.runtime.chunk_table import ChunkTable

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
-import resource
 import signal
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from cuda_rig import SMALLS_BEFORE, ArenaRig, CudaRig, MemfdRig, permissions
+from cuda_rig import SMALLS_BEFORE, ArenaRig, CudaRig, MemfdRig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from memory_probe import permissions, signal_of_child
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Mapping
@@ -43,20 +42,6 @@ def fill(arena: ArenaRig, extents: Extents, value: int) -> None:
 
 def image(mapping: AnyMapping) -> bytes:
     return bytes(_shm.view(mapping.address, mapping.nbytes, False))
-
-
-def signal_of_child(touch: str, address: int) -> int:
-    pid = os.fork()
-    if pid == 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
-        if touch == "write":
-            _shm.copy(address, address, 1)
-        else:
-            _shm.view(address, 1, False)[0]
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 def test_views_see_the_new_bytes_at_the_old_address(arena: ArenaRig) -> None:

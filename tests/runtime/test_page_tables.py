@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_probe import permissions
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Mapping
@@ -48,16 +49,6 @@ def extents(units: list[int]) -> list[tuple[int, int]]:
     return [(unit * UNIT, UNIT) for unit in units]
 
 
-def flags(address: int) -> str:
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            span, found, *_ = line.split()
-            low, high = (int(part, 16) for part in span.split("-"))
-            if low <= address < high:
-                return found
-    return ""
-
-
 def faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
@@ -73,7 +64,7 @@ def test_a_chunk_brings_its_page_tables_to_the_next_version(arena: int) -> None:
     total = sum(second.view()[::PAGE_BYTES])
     assert total > 0
     assert faults() - before < 2 * UNIT // PAGE_BYTES // 16, "every page would have faulted"
-    assert flags(first.address) == "---p", "who lost its chunks must not read another's"
+    assert permissions(first.address) == "---p", "who lost its chunks must not read another's"
     for mapping in (first, second):
         mapping.close()
     assert len(tables) == 0
@@ -148,10 +139,10 @@ def test_chunks_that_were_shared_are_taken_from_all_when_one_alone_gets_them(are
     mappings[3].map(extents([4, 5]), 1)
     assert seen(mappings[3]) == [4, 5]
     for mapping in mappings[:3]:
-        assert flags(mapping.address) == "r--s"
-        assert flags(mapping.address + UNIT) == "---p", "another's weights can be read there"
+        assert permissions(mapping.address) == "r--s"
+        assert permissions(mapping.address + UNIT) == "---p", "another's weights can be read there"
     mappings[1].map(extents([3, 2]), 2)
-    assert [flags(m.address) for m in mappings[:3]] == ["---p", "r--s", "---p"]
+    assert [permissions(m.address) for m in mappings[:3]] == ["---p", "r--s", "---p"]
     for mapping in mappings:
         mapping.close()
     assert len(tables) == 0
