@@ -17,8 +17,8 @@ from overcommit.runtime import _shm, payload
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.blocks import BlockArena
-from overcommit.runtime.config import MIB, TensorSpec
-from overcommit.runtime.lanes import NEVER_NS, Job, Limits
+from overcommit.runtime.config import MIB, NEVER_NS, TensorSpec
+from overcommit.runtime.lanes import Job, Limits
 from overcommit.runtime.messages import Route
 from overcommit.runtime.payload import decode, encode, plan
 from overcommit.runtime.policy import make_policy

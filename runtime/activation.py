@@ -21,12 +21,11 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from overcommit.runtime.config import SUSPECTS_KEPT, ModelConfig, Settings
+from overcommit.runtime.config import NEVER_NS, SUSPECTS_KEPT, ModelConfig, Settings
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
     CANCELLED,
-    NEVER_NS,
     Activate,
     ActivationFailed,
     Attaches,

@@ -48,7 +48,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.backlog import Foresight
-from overcommit.runtime.lanes import NEVER_NS, Job, Lane, Limits
+from overcommit.runtime.config import NEVER_NS
+from overcommit.runtime.lanes import Job, Lane, Limits
 from overcommit.runtime.signature import Form, shares_form
 from overcommit.runtime.turns import Ranks, Rooms, State, Turn
 

@@ -112,6 +112,7 @@ BLOCK_BYTES_MAX: Final = 64 * MIB
 PIPELINE_MAX: Final = 64  # parsed requests that one connection may have waiting
 REQUEST_TIMEOUT_MS: Final = 60_000
 RETRIES_MAX: Final = 1
+NEVER_NS: Final = (1 << 63) - 1  # a deadline that does not come
 
 # --- batching -----------------------------------------------------------------------------------
 BATCH_SIZE_MAX: Final = 32

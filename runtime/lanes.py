@@ -21,14 +21,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Final
 
-from overcommit.runtime.config import MIB, QUEUE_SIZE_MAX, ModelConfig
+from overcommit.runtime.config import MIB, NEVER_NS, QUEUE_SIZE_MAX, ModelConfig
 from overcommit.runtime.signature import Form
 
 # Padding multiplies bytes: one long request among 31 short ones must not become gigabytes.
 BATCH_BYTES_MAX: Final = 256 * MIB
 # As many as the status page can name: if the worker dies, every request that ran must be known.
 BATCH_REQUESTS_MAX: Final = 64
-NEVER_NS: Final = (1 << 63) - 1
 
 # Bits of a submission's `flags`.
 RUN_ALONE: Final = 1  # it was in the batch of a worker that died: it must not take others with it

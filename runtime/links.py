@@ -22,9 +22,9 @@ import os
 import time
 
 from overcommit.runtime import _shm
-from overcommit.runtime.config import POP_MAX
+from overcommit.runtime.config import NEVER_NS, POP_MAX
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.lanes import NEVER_NS, RUN_ALONE, Job
+from overcommit.runtime.lanes import RUN_ALONE, Job
 from overcommit.runtime.messages import LinkUp
 
 log = logging.getLogger("overcommit.worker")

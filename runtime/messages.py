@@ -27,7 +27,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from overcommit.runtime.config import ModelConfig, Settings, TensorSpec
+from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings, TensorSpec
 from overcommit.runtime.parts import PartInfo
 
 Kind = Literal["front_end", "worker", "mover", "packer"]
@@ -35,7 +35,6 @@ Kind = Literal["front_end", "worker", "mover", "packer"]
 Urgency = Literal["foreground", "prefetch"]
 BATCH_UNIT: Final = 1_000_000
 CANCELLED: Final = "cancelled"  # what LoadDone says of a load that CancelLoad ended
-NEVER_NS: Final = (1 << 63) - 1
 Extents = tuple[tuple[int, int], ...]
 
 

@@ -79,13 +79,13 @@ from overcommit.runtime import refusals
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.admission import Forecast
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import LOAD_BACKOFF_S, REQUEST_TIMEOUT_MS
+from overcommit.runtime.config import LOAD_BACKOFF_S, NEVER_NS, REQUEST_TIMEOUT_MS
 from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.displacement import Demand, Displacement
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
-from overcommit.runtime.messages import CANCELLED, NEVER_NS
+from overcommit.runtime.messages import CANCELLED
 from overcommit.runtime.parts import PartInfo, PartTable
 from overcommit.runtime.pins import Pins
 from overcommit.runtime.placement import STARVING_NS, Judge

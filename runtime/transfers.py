@@ -125,6 +125,8 @@ class Transfers:
     def promote(self, version: Version) -> list[PromoteStarted]:
         """Requests wait for the version now, and for every load of its parts."""
         self.ahead.discard(version.slot)
+        if not self._jobs_ahead:
+            return []
         promotable = self._jobs_ahead - self._cancelled
         jobs = [part.job for part in version.distinct_parts if part.job in promotable]
         self._jobs_ahead.difference_update(jobs)

@@ -26,8 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from overcommit.runtime.admission import Forecast, Need
-from overcommit.runtime.config import FAIR_WAIT_S, MIB, RESERVED_S
-from overcommit.runtime.messages import NEVER_NS
+from overcommit.runtime.config import FAIR_WAIT_S, MIB, NEVER_NS, RESERVED_S
 from overcommit.runtime.parts import Part
 from overcommit.runtime.residents import Version, Wish
 

@@ -27,11 +27,11 @@ from collections import deque
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Version, Versions
-from overcommit.runtime.config import ATTACHES_UNSAID_MAX
+from overcommit.runtime.config import ATTACHES_UNSAID_MAX, NEVER_NS
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import Unavailable
-from overcommit.runtime.lanes import NEVER_NS, Job, limits_of
+from overcommit.runtime.lanes import Job, limits_of
 from overcommit.runtime.links import Links
 from overcommit.runtime.messages import (
     Activate,

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Final
 
 from overcommit.runtime import _shm
-from overcommit.runtime.config import BLOCK_BYTES_MAX, RETRIES_MAX
+from overcommit.runtime.config import BLOCK_BYTES_MAX, NEVER_NS, RETRIES_MAX
 from overcommit.runtime.errors import (
     DeadlineExceeded,
     OvercommitError,
@@ -38,7 +38,7 @@ from overcommit.runtime.messages import LinkUp, Route
 from overcommit.runtime.router import Router, short_queue
 from overcommit.server.failures import error_of
 from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX, WAKE_REQUESTS
-from overcommit.server.parcels import NEVER_NS, Parcels, Pending, Reply
+from overcommit.server.parcels import Parcels, Pending, Reply
 from overcommit.server.plans import InputPlan
 from overcommit.server.tallies import Tallies
 from overcommit.server.worker_link import WorkerLink, link_key

@@ -143,9 +143,7 @@ class Exchange:
         plan = prepared.plan
         self.pending = pending = dispatch.open(prepared.plans.route, plan, self, now_ns)
         dispatch.parcels.fill(pending, plan, data)
-        self.body = b""
-        if self.held_bytes:
-            self.drop_body()
+        self.drop_body()
         dispatch.send(pending, now_ns + front.timeout_ns(prepared))
 
     def try_begin_bulk(self) -> list[memoryview] | None:

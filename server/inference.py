@@ -60,11 +60,11 @@ def prepare(
     if json_bytes is not None:
         return _prepare_named(plans, body, json_bytes)
     template = plans.templates.find(body)
-    if template is not None:
-        prepared = plans.prepared.get(template)
-        tensors = template.read(body)
-        if prepared is not None and tensors is not None:
-            return prepared, tensors
+    tensors = None if template is None else template.read(body)
+    if template is not None and tensors is not None:
+        known = plans.prepared.get(template)
+        if known is not None:
+            return known, tensors
     prepared, data = _prepare_named(plans, body, None)
     if prepared.id is None and prepared.timeout_us is None:
         if template is None:
@@ -72,7 +72,7 @@ def prepare(
             plans.templates.learn(
                 body, datatypes, prepared.plan.counts, lambda text: _read_again(prepared, text)
             )
-        elif data == template.read(body):
+        elif data == tensors:
             plans.remember(template, prepared)
     return prepared, data
 

@@ -17,17 +17,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from overcommit.runtime.blocks import BlockArena
-from overcommit.runtime.config import BLOCK_BYTES_MAX, BLOCK_BYTES_MIN
+from overcommit.runtime.config import BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, NEVER_NS
 from overcommit.runtime.errors import OvercommitError, Overloaded, PayloadTooLarge
 from overcommit.runtime.messages import Route
 from overcommit.server.limits import IDLE_BLOCKS_MAX
 from overcommit.server.plans import InputPlan
 from overcommit.server.worker_link import WorkerLink
-
-NEVER_NS: Final = (1 << 63) - 1
 
 
 class Reply(Protocol):

@@ -247,11 +247,7 @@ def _unpack(place: TensorPlace) -> Callable[[memoryview, int], Sequence[object]]
     if count <= UNPACK_NUMBERS_MAX:
         return struct.Struct(f"<{count}{code}").unpack_from
 
-    def unpack(view: memoryview, start: int) -> Sequence[object]:
-        numbers: list[object] = view[start : start + place.nbytes].cast(code).tolist()  # type: ignore[call-overload]
-        return numbers
-
-    return unpack
+    return lambda view, start: codec.encode_data(view[start : start + place.nbytes], place.datatype)
 
 
 def _check(

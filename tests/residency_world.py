@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 
 from overcommit.runtime._shm import ABSENT, EVICTING, LOADING, RESIDENT
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import MIB
-from overcommit.runtime.messages import NEVER_NS
+from overcommit.runtime.config import MIB, NEVER_NS
 from overcommit.runtime.parts import PartInfo, round_up
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.residency import (

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime.admission import Forecast
-from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX, MIB
-from overcommit.runtime.messages import NEVER_NS
+from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX, MIB, NEVER_NS
 from overcommit.runtime.pace import Pace
 from overcommit.runtime.parts import PartInfo
 from overcommit.runtime.residency import Action, Refuse, Withdraw
