@@ -12,7 +12,7 @@ HAS_GPU := $(wildcard /dev/nvidiactl)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints.txt)
 SOURCES := $(wildcard runtime/*.c runtime/*.h kernels/*.c)
 
-.PHONY: install serve test test-quick lint bench bench-memory clean
+.PHONY: install serve test test-quick lint proto bench bench-memory clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# After a change of server/proto/inference.proto.
+proto: install
+	$(BIN)/python -m overcommit.server.proto
 
 # How requests are served, and where models are: each in its short form, some ten minutes.
 bench: install

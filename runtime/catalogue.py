@@ -243,6 +243,8 @@ class Catalogue:
         fleet, residency = self.house.fleet, self.house.residency
         entries = list(self.registry.entries())
         ready = [entry for entry in entries if entry.state is State.READY]
+        if fleet.grpc_port is not None:
+            log.info("gRPC on %s:%d", self.house.settings.host, fleet.grpc_port)
         log.info(
             "serving on http://%s:%d after %s s: %d versions, %d ready to use, %d to pack",
             *(self.house.settings.host, fleet.port, age_s),

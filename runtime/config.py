@@ -68,6 +68,7 @@ FRONT_ENDS_MAX: Final = 32
 WORKERS_MAX: Final = 64
 RING_SLOTS: Final = 1024
 POP_MAX: Final = 64
+LISTEN_BACKLOG: Final = 2048
 CONTROL_MESSAGE_BYTES_MAX: Final = 128 * KIB
 CONTROL_FDS_MAX: Final = 64
 CONTROL_BACKLOG_MAX: Final = 4096  # messages a child may leave unread before it counts as hung
@@ -131,6 +132,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cache_dir: str = ""
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None  # None: no gRPC; 0: a free one
     front_ends: int = 1
     workers: int = 1
     worker_threads: int | None = None

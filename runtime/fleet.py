@@ -78,8 +78,11 @@ class Fleet:
             *(Seat("worker", index) for index in range(settings.workers)),
         ]
         self.children: dict[int, Child] = {}  # by id(seat)
-        self.listen_fds: dict[int, int] = {}
+        self.listen_fds: dict[
+            str, list[int]
+        ] = {}  # by what is spoken there; one for each front end
         self.port = settings.port
+        self.grpc_port: int | None = None
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.is_closing = False
         self.is_draining = False
@@ -148,7 +151,7 @@ class Fleet:
         elif seat.kind == "front_end":
             for name in ("ingress", "egress"):
                 child.fds[name] = create_memfd(name, self.settings.payload_bytes)
-            send["listen"] = self.listen_fds[seat.index]
+            send |= {name: fds[seat.index] for name, fds in self.listen_fds.items()}
             send |= {name: child.fds[name] for name in ("ingress", "egress")}
         elif seat.kind == "mover":
             send["device"] = memory.device_fd
@@ -266,10 +269,15 @@ class Fleet:
             self.fork_server = None
         for child in list(self.children.values()):
             self.reap(child, time.monotonic_ns())
-        for fd in self.listen_fds.values():
-            os.close(fd)
-        self.listen_fds.clear()
+        self.close_listeners()
         os.close(self.bell)
+
+    def close_listeners(self) -> None:
+        """Take no new connections."""
+        for fds in self.listen_fds.values():
+            for fd in fds:
+                os.close(fd)
+        self.listen_fds.clear()
 
     def describe(self) -> list[dict[str, object]]:
         """Return one row a seat, for status and tests."""

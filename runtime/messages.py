@@ -46,7 +46,7 @@ class Start(Message, frozen=True):
     """First message to every child.
 
     fds, worker: doorbell, supervisor_bell, residency, page (its own lease page + status), device
-    fds, front end: doorbell, listen, ingress, egress
+    fds, front end: doorbell, listen, ingress, egress; grpc where gRPC is served
     fds, mover: device, host (absent when there is no host tier)
     Where DEVICE is the memory of a GPU, `device` is no descriptor; its chunks come as `Chunks`.
     fds, packer: none

@@ -33,9 +33,10 @@ from collections.abc import Callable
 from overcommit.runtime.administration import Administration
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.config import BATCH_TIMEOUT_S, STOP_TIMEOUT_S, Settings
-from overcommit.runtime.errors import ConfigurationError, OvercommitError, ProtocolError
+from overcommit.runtime.errors import OvercommitError, ProtocolError
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.house import House
+from overcommit.runtime.listening import listen
 from overcommit.runtime.messages import (
     Activate,
     Admin,
@@ -114,36 +115,16 @@ class Supervisor:
         self._signals_write.close()
 
     def _listen(self) -> None:
-        """Bind one listening socket per front end; the kernel spreads connections over them.
-
-        The supervisor keeps them, so that what queues at a front end that died is served by its
-        successor.
-        """
+        """Bind the ports, with a socket for each front end."""
         settings, fleet = self.house.settings, self.house.fleet
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        try:
-            if settings.port:
-                # With SO_REUSEPORT a second server would silently share the port: look first.
-                with socket.socket(family, socket.SOCK_STREAM) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind((settings.host, settings.port))
-            for index in range(settings.front_ends):
-                listener = socket.socket(family, socket.SOCK_STREAM)
-                fleet.listen_fds[index] = listener.fileno()
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                listener.setblocking(False)
-                try:
-                    listener.bind((settings.host, fleet.port))
-                    listener.listen(2048)
-                    fleet.port = listener.getsockname()[1]
-                finally:
-                    listener.detach()
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose "
-                f"another --port or --host"
-            ) from error
+        count = settings.front_ends
+        fds, fleet.port = listen(settings.host, settings.port, count, "--port")
+        fleet.listen_fds["listen"] = fds
+        if settings.grpc_port is not None:
+            fds, port = listen(
+                settings.host, settings.grpc_port, count, "--grpc-port (or --no-grpc)"
+            )
+            fleet.listen_fds["grpc"], fleet.grpc_port = fds, port
 
     def _catch_signals(self) -> None:
         self._signals.setblocking(False)
@@ -353,9 +334,7 @@ class Supervisor:
         self._deadline_ns = time.monotonic_ns() + int((timeout_s + STOP_TIMEOUT_S) * 1e9)
         for child in house.fleet.of_kind("front_end", ready=False):
             child.post(Drain(timeout_s=timeout_s))
-        for fd in house.fleet.listen_fds.values():
-            os.close(fd)
-        house.fleet.listen_fds.clear()
+        house.fleet.close_listeners()
 
     def _stop_children(self) -> None:
         """Ask politely, wait a little; `Fleet.close` kills what stays."""

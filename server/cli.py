@@ -80,6 +80,8 @@ def serve(
     *,
     host: flags.Host = None,
     port: flags.Port = None,
+    grpc_port: flags.GrpcPort = None,
+    grpc: flags.Grpc = None,
     front_ends: flags.FrontEnds = None,
     workers: flags.Workers = None,
     worker_threads: flags.WorkerThreads = None,
@@ -107,7 +109,7 @@ def serve(
     spin_us: flags.SpinUs = None,
     log_level: flags.LogLevel = None,
 ) -> None:
-    """Serve the models of one or more repositories over HTTP.
+    """Serve the models of one or more repositories over HTTP and gRPC.
 
     Every option can also be given as a variable, as in OVERCOMMIT_DEVICE_MEMORY=4GB; the folders
     too, as in OVERCOMMIT_REPOSITORIES=/a:/b.

@@ -16,6 +16,14 @@ Repositories = Annotated[
 ]
 Host = Annotated[str | None, Option(metavar="ADDRESS", help="Address to listen on (127.0.0.1).")]
 Port = Annotated[str | None, Option(metavar="N", help="Port; 0 takes a free one (8000).")]
+GrpcPort = Annotated[
+    str | None,
+    Option(metavar="N", help="Port of gRPC; 0: no gRPC, auto: a free one (the HTTP port + 1)."),
+]
+Grpc = Annotated[
+    bool | None,
+    Option("--grpc/--no-grpc", help="Serve gRPC beside HTTP (yes, if protobuf is installed)."),
+]
 FrontEnds = Annotated[str | None, Option(metavar="N", help="HTTP processes (1).")]
 Workers = Annotated[str | None, Option(metavar="N", help="Processes that run models (1).")]
 WorkerThreads = Annotated[

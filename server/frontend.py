@@ -22,6 +22,7 @@ import os
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -62,6 +63,9 @@ from overcommit.server.plans import Plans
 from overcommit.server.protocol import HotProtocol, protocol_class
 from overcommit.server.routing import RouteTable, check_usable
 
+if TYPE_CHECKING:
+    from overcommit.server.grpc_server import GrpcServer
+
 log = logging.getLogger("overcommit.front_end")
 
 _COUNTED = ("metrics", "model", "models", "status")
@@ -83,6 +87,8 @@ class FrontEnd:
         self._control = control
         self._bell = fds["doorbell"]
         self._listener = socket.socket(fileno=fds["listen"])
+        self._grpc_listener = socket.socket(fileno=fds["grpc"]) if "grpc" in fds else None
+        self._grpc: GrpcServer | None = None
         nbytes = start.settings.payload_bytes
         self._ingress = mmap.mmap(fds["ingress"], nbytes)
         egress = mmap.mmap(fds["egress"], nbytes, prot=mmap.PROT_READ)
@@ -247,6 +253,8 @@ class FrontEnd:
             for connection in list(self._server.server_state.connections):
                 if isinstance(connection, HotProtocol):
                     connection.check_times(now_s)
+            if self._grpc is not None:
+                self._grpc.check_times(now_s)
 
     def _populate(self) -> None:
         """Touch the ingress pages before requests do: a fresh page costs ten times a warm one."""
@@ -277,6 +285,12 @@ class FrontEnd:
         loop.add_reader(self._control.fileno(), self.on_control)
         threading.Thread(target=self._swallow_populate, name="populate", daemon=True).start()
         tick = loop.create_task(self._tick())
+        if self._grpc_listener is not None:
+            # Here, for who serves without gRPC need not have protobuf.
+            from overcommit.server.grpc_server import GrpcServer
+
+            self._grpc = GrpcServer(self)
+            await self._grpc.start(self._grpc_listener)
         gc.collect()
         gc.freeze()
         await self._server.serve(sockets=[self._listener])
@@ -296,11 +310,16 @@ class FrontEnd:
         await asyncio.sleep(SWEEP_S)  # what the kernel has accepted already is taken
         for listener in server.servers:
             listener.close()
+        if self._grpc is not None:
+            self._grpc.drain()
         grace_s = time.monotonic() + DRAIN_GRACE_S
         end_s = time.monotonic() + timeout_s
         while time.monotonic() < end_s:
             busy = bool(self.dispatch.pending) or bool(server.server_state.tasks)
             idle = bool(server.server_state.connections)
+            if self._grpc is not None:
+                # Clients are told to go; whoever has no call open is gone at once.
+                busy = busy or bool(self._grpc.connections)
             if not busy and (not idle or time.monotonic() >= grace_s):
                 break
             await asyncio.sleep(SWEEP_S)

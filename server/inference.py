@@ -137,7 +137,25 @@ def _named(error: OvercommitError, route: Route) -> OvercommitError:
 
 
 def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> tuple[Prepared, Sequence[Data]]:
-    request = codec.decode_request(text)
+    return _prepare_decoded(plans, codec.decode_request(text), tail)
+
+
+def prepare_decoded(
+    plans: RoutePlans, request: codec.InferRequest, tail: memoryview
+) -> tuple[Prepared, Sequence[Data]]:
+    """Check a request whose JSON somebody else has read, or made; `tail`: its binary tensors.
+
+    Raises BadRequest that names the model.
+    """
+    try:
+        return _prepare_decoded(plans, request, tail)
+    except OvercommitError as error:
+        raise _named(error, plans.route) from error
+
+
+def _prepare_decoded(
+    plans: RoutePlans, request: codec.InferRequest, tail: memoryview
+) -> tuple[Prepared, Sequence[Data]]:
     _check_limits(request)
     key: Key = tuple([(item.name, item.datatype, item.shape) for item in request.inputs])
     plan = plans.known(key)

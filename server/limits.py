@@ -32,6 +32,23 @@ HEADS_MAX: Final = 8192  # remembered heads of requests ...
 HEAD_BYTES_MAX: Final = 1 * KIB  # ... up to this long
 DIMENSION_MAX: Final = 1 << 40
 
+# --- gRPC: HTTP/2 connections and calls ----------------------------------------------------------
+H2_STREAMS_MAX: Final = 1024  # calls of one connection at a time
+H2_FRAME_BYTES_MAX: Final = 1 * MIB  # that we take; a client cuts its messages into such pieces
+H2_WINDOW_BYTES: Final = 8 * MIB  # that a call may send before we have looked at it
+H2_HEADERS_BYTES_MAX: Final = 16 * KIB  # of one call, as they are counted uncompressed
+H2_HEADS_MAX: Final = 256  # remembered header blocks of one connection
+# Frames of a connection that ask for work and bring nothing (pings, settings, resets, empty data): so
+# many in a row, or more resets than answers by so many, and the connection is closed.
+H2_IDLE_FRAMES_MAX: Final = 1000
+H2_IDLE_S: Final = 300.0  # without a byte of a client, we ask whether it is there ...
+H2_PING_TIMEOUT_S: Final = 20.0  # ... and wait as long for it to say so
+GRPC_JOIN_BYTES_MAX: Final = 64 * KIB  # longer answers go through the windows, piece by piece
+GRPC_STREAM_REQUESTS_MAX: Final = 128  # of one stream at a time; more stay with the client
+GRPC_TIMEOUT_S_MAX: Final = 86_400.0
+GRPC_MESSAGE_CHARS_MAX: Final = 4096  # of an error's text
+GRPC_ANSWERS_MAX: Final = 4096  # remembered layouts of answers
+
 # --- loop and control ---------------------------------------------------------------------------
 DRAIN_ROUNDS_MAX: Final = 8  # ring sweeps before other connections get their turn
 DRAIN_GRACE_S: Final = 1.0  # idle connections stay this long, to be told `Connection: close`

@@ -11,6 +11,7 @@ Called by the command line.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -38,6 +39,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.errors import ConfigurationError
 
 ENV_PREFIX: Final = "OVERCOMMIT_"
+GRPC_PORT: Final = 8001  # where the HTTP port has no next one
 DEFAULT_CACHE_DIR: Final = "~/.cache/overcommit"
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -80,6 +82,10 @@ def _check_policy(name: str) -> str:
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Paths = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_paths)]
+# -1: auto, a free one.
+GrpcPort = Annotated[
+    int, Field(ge=-1, le=65_535), BeforeValidator(lambda given: -1 if given == "auto" else given)
+]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -92,6 +98,8 @@ class ServeSettings(BaseSettings):
     cache_dir: str = DEFAULT_CACHE_DIR
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    grpc_port: GrpcPort | None = None
+    grpc: bool | None = None
     front_ends: Annotated[int, Field(ge=1, le=FRONT_ENDS_MAX)] = 1
     workers: Annotated[int, Field(ge=1, le=WORKERS_MAX)] = 1
     worker_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -138,6 +146,7 @@ def load_settings(flags: dict[str, object]) -> Settings:
         cache_dir=check_cache_dir(chosen.cache_dir, repositories),
         host=chosen.host,
         port=chosen.port,
+        grpc_port=_choose_grpc_port(chosen),
         front_ends=chosen.front_ends,
         workers=chosen.workers,
         worker_threads=chosen.worker_threads,
@@ -164,6 +173,29 @@ def load_settings(flags: dict[str, object]) -> Settings:
         drain_timeout_s=chosen.drain_timeout,
         log_level=chosen.log_level,
     )
+
+
+def _choose_grpc_port(chosen: ServeSettings) -> int | None:
+    """Return the port of gRPC: 0 for a free one, None for none.
+
+    Raises ConfigurationError when it is wanted and cannot be had.
+    """
+    is_wanted = chosen.grpc or (chosen.grpc is None and chosen.grpc_port not in (None, 0))
+    if chosen.grpc is False or (chosen.grpc_port == 0 and not is_wanted):
+        return None
+    if importlib.util.find_spec("google") is None or not importlib.util.find_spec(
+        "google.protobuf"
+    ):
+        if is_wanted:
+            raise ConfigurationError(
+                "gRPC needs the package protobuf: pip install 'overcommit[grpc]', or say --no-grpc"
+            )
+        return None
+    if chosen.grpc_port == -1 or (chosen.grpc_port is None and chosen.port == 0):
+        return 0
+    if not chosen.grpc_port:
+        return GRPC_PORT if chosen.port == 65_535 else chosen.port + 1
+    return chosen.grpc_port
 
 
 def _complaints(error: ValidationError, given: dict[str, object]) -> list[str]:

@@ -90,6 +90,7 @@ class Server:
         )
         self.log: list[str] = []
         self.port = 0
+        self.grpc_port = 0
         self._serving = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -99,6 +100,8 @@ class Server:
         for line in self.process.stdout:
             text = line.decode(errors="replace").rstrip()
             self.log.append(text)
+            if found := re.search(r"gRPC on [^:]+:(\d+)", text):
+                self.grpc_port = int(found[1])
             if found := re.search(r"serving on http://[^:]+:(\d+)", text):
                 self.port = int(found[1])
                 self._serving.set()

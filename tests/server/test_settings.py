@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_without_flags_the_settings_are_the_defaults(tmp_path: Path) -> None:
     settings = load(tmp_path)
     folder = str(tmp_path / "models")
     cache = str(tmp_path / "home/.cache/overcommit")
-    assert settings == Settings(repositories=(folder,), cache_dir=cache)
+    assert settings == Settings(repositories=(folder,), cache_dir=cache, grpc_port=8001)
     assert os.path.isdir(cache)
 
 
@@ -91,6 +92,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         "scan_interval": "0.3",
         "spin_us": "20",
         "log_level": "debug",
+        "grpc": True,
+        "grpc_port": "7001",
     }
     assert flags.keys() | {"repositories"} == ServeSettings.model_fields.keys()
     assert load(tmp_path, **flags) == Settings(
@@ -123,6 +126,7 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         scan_interval_s=0.3,
         spin_ns=20_000,
         log_level="debug",
+        grpc_port=7001,
     )
 
 
@@ -218,3 +222,38 @@ def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigurationError, match="--cache-dir"):
         load(tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "port"),
+    [
+        ({}, 8001),
+        ({"port": "9000"}, 9001),
+        ({"port": "0"}, 0),
+        ({"port": "65535"}, 8001),
+        ({"grpc_port": "7000"}, 7000),
+        ({"grpc_port": "auto"}, 0),
+        ({"grpc_port": "0"}, None),
+        ({"grpc": False}, None),
+        ({"grpc": False, "grpc_port": "7000"}, None),
+        ({"grpc": True, "grpc_port": "0"}, 8001),
+    ],
+)
+def test_grpc_has_the_port_behind_that_of_http(
+    tmp_path: Path, flags: dict[str, object], port: int | None
+) -> None:
+    assert load(tmp_path, **flags).grpc_port == port
+
+
+def test_without_protobuf_grpc_is_off_or_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *more: None if name.startswith("google") else find(name, *more),
+    )
+    assert load(tmp_path).grpc_port is None
+    for flags in ({"grpc": True}, {"grpc_port": "8001"}):
+        with pytest.raises(ConfigurationError, match=r"pip install 'overcommit\[grpc\]'"):
+            load(tmp_path, **flags)

@@ -1,0 +1,530 @@
+"""gRPC calls: from the first byte of a message to the status at the end.
+
+    unary   RECEIVING --END_STREAM--> SUBMITTED or RUNNING --[answer, failure]--> ended
+    stream  each message is an `Inference` of its own; answers leave in the order of the messages
+    any     --[RST_STREAM, connection lost]--> abandoned: what was submitted is cancelled
+
+Invariants
+ 1. A call ends once: with OK, with a status that is no OK, or abandoned by its client.
+ 2. The blocks of an inference are given back by the dispatch alone, whatever becomes of the call.
+ 3. A message is refused for its size before memory is taken for it; long ones count against the
+    budget that HTTP bodies count against, until they are submitted.
+
+Called by the HTTP/2 connection (in) and by the dispatch (out).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from overcommit.runtime.config import NEVER_NS
+from overcommit.runtime.errors import OvercommitError
+from overcommit.server import grpc_wire
+from overcommit.server.grpc_infer import FINAL, Answers, Asked, Requests, stream_answer
+from overcommit.server.grpc_wire import CallFailed, CallHead, Status, failure_of
+from overcommit.server.h2_connection import Connection, Stream, is_late
+from overcommit.server.inference import Data, Prepared
+from overcommit.server.limits import (
+    BODIES_BYTES_MAX,
+    GRPC_STREAM_REQUESTS_MAX,
+    SMALL_BODY_BYTES,
+)
+from overcommit.server.proto import messages
+
+if TYPE_CHECKING:
+    from overcommit.server.frontend import FrontEnd
+    from overcommit.server.parcels import Pending
+    from overcommit.server.plans import RoutePlans
+
+log = logging.getLogger("overcommit.grpc")
+
+Handler = Callable[[bytes], Awaitable[bytes]]
+
+_PREFIX: Final = grpc_wire.PREFIX_BYTES
+
+
+class Service(Protocol):
+    """What calls share: who answers them."""
+
+    front: FrontEnd
+    requests: Requests
+    answers: Answers
+
+
+class Owner(Protocol):
+    """Who asked for an inference."""
+
+    def on_answer(self, inference: Inference, pieces: list[bytes]) -> None:
+        """The model answered: a ModelInferResponse in pieces."""
+
+    def on_failure(self, inference: Inference, failure: CallFailed) -> None:
+        """There will be no answer."""
+
+
+class Inference:
+    """One ModelInferRequest; a `Reply` of the dispatch."""
+
+    __slots__ = ("_owner", "_pending", "_prepared", "_service", "answer", "id", "is_over")
+
+    def __init__(self, service: Service, owner: Owner) -> None:
+        self._service = service
+        self._owner = owner
+        self._pending: Pending | None = None
+        self._prepared: Prepared | None = None
+        self.id = ""
+        self.is_over = False
+        self.answer: list[bytes] | None = None  # of a stream, until it is its turn
+
+    def begin(self, message: Data, deadline_ns: int) -> None:
+        """Check and submit; the owner hears of it, perhaps at once."""
+        service = self._service
+        front = service.front
+        try:
+            asked = service.requests.read(message)
+            self.id = asked.id
+            plans = front.plans.serving.get((asked.name, asked.version))
+            if plans is None:
+                route = front.find(asked.name, asked.version)
+                if route is None:
+                    asyncio.get_running_loop().create_task(self._begin_later(asked, deadline_ns))
+                    return
+                plans = front.plans.serve(asked.name, asked.version, route)
+            self._submit(plans, asked, deadline_ns)
+        except OvercommitError as error:
+            self.fail(error)
+        except Exception:  # the request boundary
+            self._fail_badly()
+
+    async def _begin_later(self, asked: Asked, deadline_ns: int) -> None:
+        """The version's image is being made: wait for it."""
+        front = self._service.front
+        try:
+            route = await front.wait_for_route(asked.name, asked.version)
+            if not self.is_over:
+                self._submit(front.plans.of(route), asked, deadline_ns)
+        except OvercommitError as error:
+            self.fail(error)
+        except Exception:  # the request boundary
+            self._fail_badly()
+
+    def _submit(self, plans: RoutePlans, asked: Asked, deadline_ns: int) -> None:
+        front = self._service.front
+        self._prepared, data = prepared, _ = self._service.requests.prepare(plans, asked)
+        now_ns = time.monotonic_ns()
+        dispatch = front.dispatch
+        plan = prepared.plan
+        self._pending = pending = dispatch.open(plans.route, plan, self, now_ns)
+        dispatch.parcels.fill(pending, plan, data)
+        dispatch.send(pending, min(now_ns + front.timeout_ns(prepared), deadline_ns))
+
+    def abandon(self) -> None:
+        """Nobody wants the answer any more."""
+        self.is_over = True
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._service.front.dispatch.abandon(pending)
+
+    # --- of the dispatch ------------------------------------------------------------------------
+    def succeed(self, view: memoryview) -> None:
+        """Encode the answer, whose block is another's afterwards."""
+        self._pending = None
+        if self.is_over:
+            return
+        assert self._prepared is not None
+        try:
+            pieces = self._service.answers.respond(self._prepared, view, self.id)
+        except OvercommitError as error:
+            self.fail(error)
+            return
+        except Exception:  # the request boundary: others wait for their completions
+            self._fail_badly()
+            return
+        self.is_over = True
+        self._owner.on_answer(self, pieces)
+
+    def fail(self, error: OvercommitError) -> None:
+        """There will be no answer."""
+        self._pending = None
+        if not self.is_over:
+            self.is_over = True
+            self._owner.on_failure(self, failure_of(error))
+
+    def _fail_badly(self) -> None:
+        log.exception("a gRPC inference failed")
+        self.fail(OvercommitError("internal error; see the server's log"))
+
+
+class Call(Stream):
+    """Puts messages together; a subclass says what becomes of them."""
+
+    __slots__ = (
+        "_compressed",
+        "_filled",
+        "_held",
+        "_message",
+        "_start",
+        "deadline_ns",
+        "head",
+        "service",
+    )
+
+    def __init__(
+        self, connection: Connection, number: int, service: Service, head: CallHead
+    ) -> None:
+        super().__init__(connection, number)
+        self.service = service
+        self.head = head
+        timeout_ns = head.timeout_ns
+        self.deadline_ns = NEVER_NS if timeout_ns is None else time.monotonic_ns() + timeout_ns
+        self._start = b""  # of a message's prefix
+        self._message: bytearray | None = None  # under way
+        self._filled = 0
+        self._compressed = False
+        self._held = 0  # of the budget for long bodies
+
+    # --- messages in ----------------------------------------------------------------------------
+    def on_data(self, data: Data, is_end: bool) -> None:
+        """Take bytes of the client."""
+        try:
+            if (
+                type(data) is bytes
+                and len(data) >= _PREFIX
+                and not self._start
+                and self._message is None
+                and not data[0]
+                and int.from_bytes(data[1:_PREFIX], "big") + _PREFIX == len(data)
+            ):
+                self._check_size(len(data) - _PREFIX)
+                self.on_message(data[_PREFIX:], is_end)  # a whole message, as most are
+            else:
+                self._gather(data)
+            if is_end and not self.is_gone:
+                self.on_end()
+            elif not self.is_ended:
+                self.top_up()
+        except CallFailed as failure:
+            self.refuse(failure)
+
+    def _gather(self, data: Data) -> None:
+        at, end = 0, len(data)
+        while at < end and not self.is_gone:
+            if self._message is None:
+                count = min(_PREFIX - len(self._start), end - at)
+                self._start += bytes(data[at : at + count])
+                at += count
+                if len(self._start) < _PREFIX:
+                    return
+                self._begin_message()
+            assert self._message is not None
+            count = min(len(self._message) - self._filled, end - at)
+            self._message[self._filled : self._filled + count] = data[at : at + count]
+            self._filled += count
+            at += count
+            if self._filled == len(self._message):
+                message, self._message = self._message, None
+                self._take(message)
+
+    def _begin_message(self) -> None:
+        flag, length = self._start[0], int.from_bytes(self._start[1:], "big")
+        self._start = b""
+        if flag > 1:
+            raise CallFailed(Status.INTERNAL, f"a message has the unknown flags {flag}")
+        self._compressed = bool(flag)
+        self._check_size(length)
+        if length > SMALL_BODY_BYTES:
+            front = self.service.front
+            if front.bodies_bytes + length > BODIES_BYTES_MAX:
+                raise CallFailed(Status.UNAVAILABLE, "too many long messages are received", 1.0)
+            front.bodies_bytes += length
+            self._held += length
+        self._message, self._filled = bytearray(length), 0
+        if not length:
+            self._message = None
+            self._take(bytearray())
+
+    def _check_size(self, length: int) -> None:
+        limit = self.service.front.settings.body_bytes_max
+        if length > limit:
+            raise CallFailed(
+                Status.RESOURCE_EXHAUSTED,
+                f"a message of {length} bytes, the limit is {limit}; send less in one request or "
+                f"raise --max-body",
+            )
+
+    def _take(self, message: bytearray) -> None:
+        data: Data = memoryview(message)
+        if self._compressed:
+            if self.head.encoding == "identity":
+                raise CallFailed(Status.INTERNAL, "a message is compressed without grpc-encoding")
+            limit = self.service.front.settings.body_bytes_max
+            try:
+                data = grpc_wire.decompress(bytes(message), self.head.encoding, limit)
+            except OvercommitError as error:
+                raise failure_of(error) from error
+        self.on_message(data, False)
+
+    def release(self) -> None:
+        """Give back what the messages take of the budget."""
+        self.service.front.bodies_bytes -= self._held
+        self._held = 0
+
+    def top_up(self) -> None:
+        """Let the client send on."""
+        self.connection.top_up(self)
+
+    def check_time(self, now_s: float) -> None:
+        """Refuse a client that does not get its message out."""
+        if is_late(self, now_s):
+            self.refuse(
+                CallFailed(Status.DEADLINE_EXCEEDED, "the message was not complete in time")
+            )
+
+    def on_message(self, message: Data, is_last: bool) -> None:
+        """A message is there."""
+        raise NotImplementedError
+
+    def on_end(self) -> None:
+        """The client has sent all."""
+        raise NotImplementedError
+
+    # --- messages out ---------------------------------------------------------------------------
+    def send_message(self, pieces: list[bytes], trailers: bytes | None) -> None:
+        """Send one message, compressed if the client's are."""
+        encoding = self.head.answers_in
+        is_compressed = encoding != "identity"
+        if is_compressed:
+            pieces = [grpc_wire.compress(b"".join(pieces), encoding)]
+        prefix = grpc_wire.prefix(sum(map(len, pieces)), is_compressed=is_compressed)
+        self.connection.send(self, grpc_wire.BEGIN[encoding], [prefix, *pieces], trailers)
+
+    def refuse(self, failure: CallFailed) -> None:
+        """End with this status."""
+        self.release()
+        self.stop()
+        self.connection.refuse(self, grpc_wire.trailers(failure, is_only=not self.has_headers))
+
+    def stop(self) -> None:
+        """Let go of what runs for the call."""
+
+    def abandon(self) -> None:
+        """The client is gone."""
+        self.release()
+        self.stop()
+
+
+class Unary(Call):
+    """A call of one message; `run` begins when the client has sent all."""
+
+    __slots__ = ("_whole",)
+
+    def __init__(
+        self, connection: Connection, number: int, service: Service, head: CallHead
+    ) -> None:
+        super().__init__(connection, number, service, head)
+        self._whole: Data | None = None
+
+    def on_message(self, message: Data, is_last: bool) -> None:
+        """Keep the message; a second one is a fault."""
+        if self._whole is not None:
+            raise CallFailed(Status.UNIMPLEMENTED, "the method takes one message, two came")
+        self._whole = message
+
+    def on_end(self) -> None:
+        """Run."""
+        message, self._whole = self._whole, None
+        if message is None:
+            raise CallFailed(Status.INTERNAL, "the method takes one message, none came")
+        self.run(message)
+
+    def run(self, message: Data) -> None:
+        """Answer the message."""
+        raise NotImplementedError
+
+
+class InferCall(Unary):
+    """ModelInfer."""
+
+    __slots__ = ("_inference",)
+
+    def __init__(
+        self, connection: Connection, number: int, service: Service, head: CallHead
+    ) -> None:
+        super().__init__(connection, number, service, head)
+        self._inference: Inference | None = None
+
+    def run(self, message: Data) -> None:
+        """Submit the request."""
+        self._inference = inference = Inference(self.service, self)
+        inference.begin(message, self.deadline_ns)
+        self.release()
+
+    def on_answer(self, inference: Inference, pieces: list[bytes]) -> None:
+        """Send the answer."""
+        self.send_message(pieces, grpc_wire.TRAILERS_OK)
+
+    def on_failure(self, inference: Inference, failure: CallFailed) -> None:
+        """Send the error."""
+        self.refuse(failure)
+
+    def stop(self) -> None:
+        """Cancel what was submitted."""
+        if self._inference is not None:
+            self._inference.abandon()
+
+
+class StreamCall(Call):
+    """ModelStreamInfer: answers in the order of the requests."""
+
+    __slots__ = ("_later", "_turns")
+
+    def __init__(
+        self, connection: Connection, number: int, service: Service, head: CallHead
+    ) -> None:
+        super().__init__(connection, number, service, head)
+        self._turns: deque[Inference] = deque()  # submitted, not answered
+        self._later: deque[Data] = deque()  # not looked at yet
+
+    def on_message(self, message: Data, is_last: bool) -> None:
+        """Begin, or wait until there are fewer under way."""
+        # Others of the stream may come before it is looked at: keep bytes of its own.
+        self._later.append(message)
+        self._go_on()
+
+    def _is_full(self) -> bool:
+        return len(self._turns) >= GRPC_STREAM_REQUESTS_MAX or bool(self.queue)
+
+    def _go_on(self) -> None:
+        while self._later and not self._is_full() and not self.is_gone:
+            inference = Inference(self.service, self)
+            self._turns.append(inference)
+            inference.begin(self._later.popleft(), self.deadline_ns)
+        if not self._later and self._held and self._message is None:
+            self.release()
+        self._end_if_done()
+
+    def top_up(self) -> None:
+        """A client that sends faster than its requests are answered waits."""
+        if not self._later:
+            super().top_up()
+
+    def on_end(self) -> None:
+        """The client sends no more; its answers come all the same."""
+        self._end_if_done()
+
+    def on_sent(self) -> None:
+        """The client has read what waited."""
+        if not self.is_gone:
+            self._go_on()
+
+    def check_time(self, now_s: float) -> None:
+        """A stream may stay open and silent."""
+
+    def on_answer(self, inference: Inference, pieces: list[bytes]) -> None:
+        """Keep the answer until it is its turn."""
+        inference.answer = stream_answer([*pieces, FINAL])
+        self._send_turns()
+
+    def on_failure(self, inference: Inference, failure: CallFailed) -> None:
+        """An error is the request's, the stream goes on; unless the client wants it otherwise."""
+        if self.head.wants_status:
+            self.refuse(failure)
+            return
+        response = messages.ModelStreamInferResponse(error_message=failure.text)
+        response.infer_response.id = inference.id
+        response.infer_response.parameters["triton_final_response"].bool_param = True
+        inference.answer = [response.SerializeToString()]
+        self._send_turns()
+
+    def _send_turns(self) -> None:
+        turns = self._turns
+        while turns and turns[0].answer is not None:
+            answer = turns.popleft().answer
+            assert answer is not None
+            self.send_message(answer, None)
+        if self._later and not self._is_full():
+            self.connection.loop.call_soon(self.on_sent)
+        else:
+            self._end_if_done()
+        if not self._later and not self.is_ended:
+            self.top_up()
+
+    def _end_if_done(self) -> None:
+        if self.is_ended and not self._turns and not self._later and not self.is_gone:
+            self.release()
+            self.connection.send(
+                self, grpc_wire.BEGIN[self.head.answers_in], (), grpc_wire.TRAILERS_OK
+            )
+
+    def stop(self) -> None:
+        """Cancel what was submitted."""
+        self._later.clear()
+        turns, self._turns = self._turns, deque()
+        for inference in turns:
+            inference.abandon()
+
+
+class OtherCall(Unary):
+    """Every other method: a task that ends with the call."""
+
+    __slots__ = ("_handler", "_task")
+
+    def __init__(
+        self,
+        connection: Connection,
+        number: int,
+        service: Service,
+        head: CallHead,
+        handler: Handler,
+    ) -> None:
+        super().__init__(connection, number, service, head)
+        self._handler = handler
+        self._task: asyncio.Task[None] | None = None
+
+    def run(self, message: Data) -> None:
+        """Start the task."""
+        self._task = asyncio.get_running_loop().create_task(self._answer(bytes(message)))
+        self.release()
+
+    async def _answer(self, message: bytes) -> None:
+        left_s = None
+        if self.deadline_ns != NEVER_NS:
+            left_s = max(0.0, (self.deadline_ns - time.monotonic_ns()) / 1e9)
+        try:
+            answer = await asyncio.wait_for(self._handler(message), left_s)
+        except TimeoutError:
+            failure = CallFailed(Status.DEADLINE_EXCEEDED, "no answer within the request's time")
+        except CallFailed as error:
+            failure = error
+        except OvercommitError as error:
+            failure = failure_of(error)
+        except Exception:  # the request boundary
+            log.exception("the gRPC method %s failed", self.head.path)
+            failure = CallFailed(Status.INTERNAL, "internal error; see the server's log")
+        else:
+            self._task = None
+            self.send_message([answer], grpc_wire.TRAILERS_OK)
+            return
+        self._task = None
+        self.refuse(failure)
+
+    def stop(self) -> None:
+        """End the task."""
+        if self._task is not None:
+            self._task.cancel()
+
+
+class Refused(Call):
+    """A call that ended with its headers."""
+
+    __slots__ = ()
+
+    def on_message(self, message: Data, is_last: bool) -> None:
+        """Nothing: it is gone."""
+
+    def on_end(self) -> None:
+        """Nothing: it is gone."""

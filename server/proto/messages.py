@@ -1,0 +1,106 @@
+"""Made from inference.proto by `make proto`; not to be edited."""
+
+import base64
+import zlib
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+_DESCRIPTOR = (
+    'c-qxGU5_M3QrjOh(-ZwMJvFnt<J#|9d%fO|wmoaFKkv>xJ-xeq?)h*{&#vv`DAjb=^pxD))vl_xJw`$Y5+@<x{sH'
+    '0v!2=*35aOhJKp>Ei5GV0;2T$;XctJ>qbPot5B0s7s>!Uwryo+^DGZ`5X85tQF84;P)uw)Jn4ci#BjmprrTuWN?0'
+    'm=$2?-}-IhTSwjGgRZ#k>R+?O^`&OGqeVdAxV(!VS6ogHFYzm(*KoJ4^uVt&ap>-8&*P4&R`YhYy#jMSVO78@|M*'
+    'xdLjoh)<EyGu@+VOzqAGm$kH*b!CIPvy{2*tB$36$;m*TZCfk<b>K)zHJ)sZbT(l#Y`0T<+mjR3~Tw_2Q&RXVb20'
+    'I0avI(nH*vR-NobtbB;B17=1Zic+aY6?f5sCaZ=^OTR_t3KYC@rD!+tNdrHwVL!>#SvwD!=}6B`~GL(JL*SrWL4='
+    'lS>U)utqNBG<P~q9=)^+fL1&-Y}YiLwRy_zm8slzeUkdXwU1SShx`~y;lak~ko397LxV4d-zKK!9O>9WmOG=ehWr'
+    'g!iVQ22A@hlG%=wak3F&8gZ{+c0jknWprj(zipwuAK+SP3oz%^{?3c!J7^|T>@FuQ(qMqMN@iX>fwyg6|1zs4~L&'
+    'kSM!1u~TDP;gw^9CSGjU30|AGpLW$u|@|ygCk`TDMgSN)JGbLqs<{wmLQFS;Wi{F4?X#{_K{_x)A^e;tk9V;wb!f'
+    'x?hahq>rkZAYjXh3FoQd{K!85dH7Fqa0EgJ~oJywcqr3nmCYO)I)}=_H;&7u7D`MnDl}^e>dJ&dJ5oW}KvubG+<9'
+    '0Z_w;rGo(@d)c0t_RGycQ5CMUVteDE`5*Yd8T`4zUVqkwQH*<#%)3b5d1$ZsZa`p8z$%fEOubn^-Xlz`DbJr9gp?'
+    'xeF^n+U#&=fd5HN+;ZL;damG3bjyiSRD6^5x0?@;>b_H9uHf!OPPEY=_{>;*m-0d2QkWBXV>%z+FgiPwl5_N3%N>'
+    'wx{d0{D5MH8!TE-qKhNpk|$7v`>rF%M_L;7xl!oP7MHBDTBw;?AOa|)SX7MLgOOx4GiKSZY%W}V>FUKX8Ne*L*9c'
+    'b|jc@8thVfjoYd5;fZm=_yV1^zf8sFiB(2aMsU^v+^%<JS^gK=JCO^a1dJw_Bw7`dk69a`<xyvgn7|c@|Lc^3fa='
+    'E8TQQubs4)DnZK$3F%8Qxc28+nYYAHV)(L0!3%IYJorV8K3f8F7_FN3^`(ZmrLpE&NvbDb9IC|GxyaEMoF_^STA_'
+    'b(<Y);0<zcg`KNFX6Jl?}epP_2h%_jCb$9acg-_$(?g-=+}CCcl0zDj3J-Sju0epv-b1-8GtK-y~t<1}x(ItdZR|'
+    'SWJ~)e?H1bz^|wrSq;c&nqZrjZMw%)^rGsw<tF4jlEhh`gZXaHI?#KRGN<wu*(PmkG;paWDXOfY{72UJTaK%vfDd'
+    'hJG)!cCAF`jAgANT(OY2H}(F6vS_YqU2_`$$Lo;g0S^i3$(s0FRZ)PPQcX#BziO{sZXP%}!{9gbMAIj7S9rH^6RF'
+    '>q}<x_zv5jL%H61i5hzQWSU3Bip1@YS{?`9AZqE#T=SFgStsHCf=kyy5o>+eSvD+YhnhGKe8NG8(KZHeZ00vl?ep'
+    '2OCj=~q+lsBw6xFFoT6&3o=EO!TUdn)u*fu`;bB5k6?CB#(C8>HkQzda5>Fm@zp=fkZ9m>@R?BCUDr70V2#XY6-E'
+    'Zxb&qxKx(dNV5{c_50)v%TJS#0fW)|=&wUp?SQhryh+@4{1p3s-)W0pN2+mz-#mui&ik9MJrOp|rjtXlxVvTG+)-'
+    '3-X`z8qAYyTW9;Aw0<$JU>vOSfa0hemyF#p`|KRasPup74Op<5{M`S?{8(s`s)sGzfF;w>=>M8aQK<Fj(9=141j-'
+    'LWjF9zS&-z@m^={YbXa~C6KH@f3rada{*dTD?GpwPD-VJwtj^g-job-7dabOK_yA2H8*4VT()1pS1Q&&u9+Zr@!C'
+    '!2c1Qr>}i_P?|Q`3F1dR<)&V?`+p`$pyfpCpBDk0Z@DNq?}g%APsq{1a_c4rPcG+A@elW0aL%8et^*z*~V13EETR'
+    'up$|B4=H;58<c0A{{&h5Rx`52cE1}&l3o{9jMCXbw#?|ev;j##m)ti8UwqrWZ%%Wq=`PuQpax-f4i)x<1r~t~3Q`'
+    '{4rhn0<LtM*8%H|tyV?Uq*C+23xVfn0|xtfN}1?QiWjtF8KG1Suumg_ouvX-^uhN7~1Abq9UP^Kg}+Z&g2xpjG#@'
+    'y+_sEdO3r>q|C4yt@;*+W~Ga;7KLgLaKKi5yF91-X$taGzuZ_OT1~~Y`Z8Z8X0#Wg%f#4->l9ULCa%<5T&D_LW}@'
+    '!Zh<qy3L1TM&zs09>M)}J$_oF;XVCM-Qs`EWOBOR9qFtNZRgkEV<+(&0rP9?n#8T2bWEW0+DxZ3L>CBetQF6Ru5w'
+    's~l_sfp#+Z%n4$<Jic+r<8BQJQIj0YcT3-eib!EBbGeEI2%WvgA58F-+-LQD^z!7=ZN3lSb`!uguSZRzm?%Ub5H0'
+    'a`{tLrD{67BYwN=!uEd+sxx`5-4+*}?$fRZ@dMm|CrU@)4e3#P&@t*V!WZR>T&K3LO44i6+u2Le&f^)_fMtekhHN'
+    'D+7dIknj7R`tVyEkWGSN9lH1$y<Ykpz|uSYZ{Np*a}fnbkM?mVL|}^XoH=woB=@DA~s7kVO8=l%v=obzzlfnc;Ef'
+    'zsfigV;LH#2A8|KdxS~LCx$)1v*Li_YVHv^MXX+j`u3uFfnmK*kr=<0he8e-0}~*do#5u6%Ma)xg>G=5d<o{L9g%'
+    'RTXMAS#r~zWcOdIlF&qJ0hEsgLAp2II&cuTqo<%5xPtbMMVu7)J6U`sGc1pWlUbqXbAeM+N|%}0Gve*M)MEsNPY*'
+    '>&n-*ZY^mDt_8OJk}hVBT^&7SjFOL|L~aQj`Gj5u;{ZPMG~qQ%`v|;_?#ChWDfz73Ukb7vXaxgCzi89{VU7h87t`'
+    'smYD)Dh$8EPDM^R#uv74F5+)mjhq^@B1_1dvn4>`gNy9N*;hu^7EB|i_Ai$iahVO>e@bIgM8P|yXDL?>Bs2Oa9YX'
+    ')zee0Zt`u~zXl4Egg6oK5s+()UvE943)kqPygI{N`!BWkqPH=W&=MEGj~KtO)6+DMCA01o<Zz2#F#kMeS}v9k}&0'
+    '#F|(X{>ChYt+DreGWw^u$0wc?WBh}jchAmSN&||a<Cp}MyJ}-cZL~hpHtP?n`%Mz$mZ9K7F($=`HUw#GV;=NJX<j'
+    '4xU}TI89%1Z43DskuU&JLQD&g_|OHnlnM3ok!s8Ry8=!#A0J-FC04)syb)jZC9vu#_fj=|1>tSWOH&T31*!1U!D%'
+    'QiiF3!^97?69mMr>@doPPxPTFeWec^)IwfiJZ)FW$AfXKqwWS_%7uJ6hqQW0P|}7+w~gJ;v&p#)|=Ij$|>cCS$<!'
+    '?d5orJw!NbfvzXPPZJ=swFAw&-B&q&Le&2@gF24mA1Hq7^ew?I`=R7et2}VdCw_zFCI^>mtX4xHs+}Cndl)a7}4k'
+    's6vUcjc&)0zcXS+(SWn-og4?5$InfL-XStGsttBtuW=!TE%EMQKdYOt2bN;)J64_28^Oc!=Ku-ORC|FtQpIPdI@m'
+    '+psIcc#qtMwQ&UE7S6IQ{A$?gPn?@jo&Mtzf1<HR3c`r(n@$7fJEm>4U4FjDt~a6-6%0}^59uCnQZkYrF$RPchI1'
+    'sn%ASzb4kaV37y}Yl67zI8fo67kM%X}^PA(vp$F+etArn=hNUjuYtEY*f!QH81)fg2$ebqu+Xi4wFoa3U*{4(gq3'
+    '{ymGl@Vb^FOljjx_#U=-sE_>WZCcWc*y^mh6OH*R1H-=W}btXWMcqq4%~a|+M(Wa49&Gi27j?oqVNX<+(Ia+>CpE'
+    'B0%C@~AfV3*LU{C%gn&0kpGnZS69HbR%95R-%A$;TwlBlE+Rk=M-Dzrj^$+&z+qJs3*Q%<-GbZ(^_39?NN@)#NV}'
+    '14Q&2n100Ow;pwH;M$Y?d?fAr!>LPdwl^V1b(iH>jJlE{5t6%731MLStaMrrx6l64p@aB(=V@Q0uz{i(eYHr4c0N'
+    'j7bTBfCvN9O$VW6`YeBILphRao<G^SV6qzp0BX9FrTkB64A-f=7>%<;R=l~T5Ly7b0(qYA@VXl<?K99R>uyOkX58'
+    'T>)1oHs%IUj9)V*3T#g(YT)e#!AgHn3g?4f1zhZt-Ie8*luygi~MiuJ%^ZytD!tO6^9P1m+QCoz+kfwNNQGIl-WJ'
+    'uKpqe=7y0uxFimMyIBo(Qm?9ALrH|^);twxf+I-Jsxz@B}uF2c>f-D?+3l|zYEeZ=Pcca^F*4qKIoVoViBJIa(FU'
+    '!7Q1U+ucvWmY;2M~b!?J3Rcw+?j!ia}Vaee$^{QXr&%zS5oBF^p`UgF7PTqs8;~GPr>RgFhSb&Kh-x#VCSy~686t'
+    'tbgp4mNeHJe?>I{emh1v?wOkKfcf@^5A!OIV!haYQEaIO5yDHl^0rhrEz+cZ%pN`Q6foEN01>yh$Eb@I6hKu_ptS'
+    'Y0TJe@VPBoUYo>(!StM=-u4_%$)6*I%I`oiB+`izn|GlU7U4wC9`8YkB|84A$7}wJMMlEd@b`+335eXwv8$aYy4@'
+    'dhSsX5AFl!Ks8E^Z~(%72CZj%{nwp2VD^xmTR_sLn|B3u546wI+B?f>PZxdwR~U4hkS2w9E*3`kLK!V)vh;7FR|M'
+    '^ce?Z1Qu7>`(!d$SpsCyfF8KHC+$K$rmRnP+ajU-}yU38jO)g$>_<gq1H1GY;tezUxu+;k7aAvWIf)6m~tP^v1>J'
+    ')ti$qGo>*KYm&~{x!=BOMDRlr)eml)$bk!JIj)@unakWe9k>7-Qz3V?hO^7<96czeM<y7*Y;o?(BqAfm7C|KN|ZG'
+    '>l7l2GpW59!(SlbYT>GRBr9{xAat@3pmUwjHU7nK%7c^MW;|yB89kXA^=7`|Cw&#lF~-|1J&15Q5Z(WzHY-{DEs8'
+    'nug79MDEWt1aCEbYPH;tKqLc}k4(q4x~N8tT~|BYqGufBkw?D6sBw3dk0LPn7L=pH5JewiR@?Jdi?`%EP>%8>Pdp'
+    'Ar?N1DDpefaBZj}91;L<DqQ{>)}Jr)}GoX!6XARYM(fQ+Rhb4-Pn*{dbqBt15|Iun^a$9i~^ysYAfq?gHOl5fI8*'
+    'Klg_v(W7!ujL4SJ4@ppQp*W~m)l+)nuVfg6W>pGb@mEo%w9y9NqSMm&MuW>VGNdM!?Ph)V?zYD;3_*{n9qL;3XG1'
+    'Ab~ZMea4)N}F?byN01B2+tXwNl%_-9hnres+_hY%k>LkH6PoDC+GNqn^CcD&$6ufrGQzl*;@Yxk9yQ|ZJf3gLfXc'
+    '=S+Rty%pU|@@mrZXZj%-RxVDUXkGkeTEW?)h}=EgyS{L{fm!kk^hbO?<CJ4nFajnNSU5p^|_2<fwsrRWHiPe~|Gp'
+    'NbPonz*$>Neksp(VWrj%@!;OP+>U^yhmhy{+10zw8YCY_oGJ4uEkxvpL*ECWS&4^EX(FFV&rH#>*-SsD2l`q$c^|'
+    'RkUd{J~xU3FkMr!$I{hE}#-a#~=vY=H6559v*7G>iG=e_4<R+3)|#3BRC!;&M04>9SY%x(Yt)p#gyKH1u%2Q{W;i'
+    '7^FQsQ1nkb2_x#wY6lQ7&?E|q8&Pp-}RCZwzSTgOqrY?b2#zrgtz1xoJ};m6GiwKW<(6_MC4!fMQ}Jj5IAqFppWu'
+    'Bf|pu8;K3oOHQ+HybaJXEx^Ka<&th}LY%vJ^S!IAfB`raE;1%@oKjmi`SfWpe0~zpOS#U;eOxGPA!-xTMY#`M`#$'
+    '+OUsGGfnC_7F>F-c%f6MKFHPbOigQk4{P`*<1!Z?2}(7B~qz0Yfa1h(EcQl?AyCt3k<QA(Vlp@$iP_$LU+JNOzld'
+    'WV*B%G>tw-(I1(v^bP<c?VFB6Pk?E(Y^W_nSH7Qt^PzX+!s5qtlX?oeNuOLdf)Qp;V}#k6jS$5(`a}0Pcxpe3ITR'
+    '_4{~Z1`m~WG_x;K*@a9rhkX;`H?V<BU(3i0<1S+OJ#+XLyZz6UZ-VV$!lUT0++GXPrj+^63?pyTsv5$O2nM=R{39'
+    '#+vJAN5>-Me@NR(+#Wt<p_XYpZ<kct`oF*vhSqnQ&-2;{7LXJiUiv5fTU#QV`xE<C99TvaE-cLL=0XjFhq8LS@OX'
+    'Qu_kgPC2WTqlN|l%L^v>l(Fo9y-t)2o#$X{<p-i$jo*ys{B#NRdqK)Y1DY<wQ6)YG=QNrrAggAnYzc{7_?+;xOeG'
+    'rf7{J4U`<PJ!2q=bX{&G5mjL?<2hc4CR)F@NMJ9>#ogzXL2*<a1)R19|+MR935{!YV)Vz6A=RuCL*{Y2?E`-3>mQ'
+    'E)YHxIR1m^CvYwhyD{h(Uw9D;TD1^{3frp`fN5#k|Fwg(_-hA$pMvu-&RpGfn5X*lG%Z@s7#c5sA|OsIANgNIAoP'
+    'SjVAZ?XWuFrA8{2a*kJ3Ac&K|$>mhyXPkORT!piN8foLE)iB7Zts<lhgaNvs(BdZKQkB1|mJ9n2E+z7^hE*T-iXi'
+    '66v$2p1Bio9)w28FHpW2#gN5BEPNtei|-DSnm&d&p`W6614xuc<qOT_}caV%W!Foe6y{<WdPG*B>ox*5ao5avUlv'
+    'bMt|=}x4nmB#Q%*Zr8LS<({Ob>9T!a{->h`~r|RK1H`AzbStuz}yT?d2p};yAcA|ISi;xZ$0r$Ukc<2}|j|g}x9F'
+    'Szg0g3E-LycYA?eN;3VtO1XEcma&wKy$7cHH168J^v&mFGd3G(P`6^)0v_$J!s*)8$ld!1I$y`4IQu5_#x)GQ0fS'
+    'G+Z7>#jSETYL#LQelqPCoBX92Y%=y`VmA0PabjF7+f&W388*Wc&nIq#KS;rqDCsOVh|Y+78-Jt^Iz1*%L0v@1BMJ'
+    'yBArt;QbFx(`aCN*q++f~-Yf+rpED}wA5+P^*gEXwPY#qaO!*ww{^Ef_&oWmfVL5bzr1d0l8ax?O&r<`N*^HAWF^'
+    'oBa9hOs+L*1+JY7~-E`FV(QU+@4KbI;dzQKTE-C7@zO3Moc4j#}2^_ag0i4oU=K7&Ku!5-<eUM*rb1w2B~Rvz2Q6'
+    '~co>_qsMR>Z*a`nmDl+4#i3b18q<iZ^rcv~MGwI&??5Rdl9wB$9tM<LHYH!Un@t9)&8Mjvmog35S?Ug|B3!~bvwo'
+    '@m}JgVDU|DA%I_acP6-fw-hTh|)fkE_kbX88>H(w#y!c6OTO6#1H+HuoFbtvAbQ^3}87e)WDi69U{@FK0u5`>&Pf'
+    'e2$dEyw8y_SP<JtpA*|izUY%b*hO>@nuwhjnuuKR2j6R{jqQi!VlbTtNL^b0;S#JqRCjBB0f_u2ANdV}_W^?6B$P'
+    't6ujua=%9qCU^0VO#hJtzF2MVP)zW8H=^5t>eKEL;Q4$RnHjAso3w@YJseP&Of6#gMX>1s@X$d3og*Ct^2j9dH@5'
+    '})st@jsi#*j}CXyLwEQ;@g5tV}76{L6-@?cY^#rju#fMO{f8JzRDz&*gCPo>cvUF6eUmo2^eJd9sU)K@Z&R6SYD3'
+    '{8T;KD<;>00D=DIdNDU^Wh2&~cNDE_1I4JlbtRz$kq!(tYamY8Oq50$V;A~<xEWJ2mJ}=*#j_8jzg0*pJoOElZT#'
+    't=;`viF*4*M%0kI%rQI}@2jf^_-rjM)C*zm|fFlhQM(GLd5};Fe#W8Q+(|f^*4vi*$2_)P@cF(#%N^Tj+7wMQEX?'
+    'q(q^Go|>-Eg&v=Ggcf>gUK3jA8IqYZ(gzp@2!XG3d2$vYUzrjyGruiFB_Y2Z4+KMgJ0X}+&K%6s-xj|2f5wq(oB'
+)
+
+_file = descriptor_pb2.FileDescriptorProto.FromString(
+    zlib.decompress(base64.b85decode(_DESCRIPTOR))
+)
+_pool = descriptor_pool.DescriptorPool()
+_pool.Add(_file)
+DESCRIPTOR = _pool.FindFileByName(_file.name)
+globals().update(
+    (_name, message_factory.GetMessageClass(_message))
+    for _name, _message in DESCRIPTOR.message_types_by_name.items()
+)

@@ -1,0 +1,30 @@
+"""One real server for all clients that we did not write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from model_rig import ADD, DATATYPES, ECHO, FAULTY, SLOW, add_model
+from serving import Server
+
+MAX_BODY = "68MiB"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server, with every model ready."""
+    root = tmp_path_factory.mktemp("models")
+    for datatype in [*DATATYPES, "BYTES"]:
+        add_model(root, f"echo-{datatype.lower()}", ECHO, {"x": datatype})
+    add_model(root, "add", ADD, {"a": "INT32", "b": "INT32"})
+    add_model(root, "slow", SLOW, {"seconds": "FP32"}, batch=1)
+    add_model(root, "faulty", FAULTY, {"x": "FP32"})
+    add_model(root, "loadable", FAULTY, {"x": "FP32"})
+    flags = ("--allow-code", "--max-body", MAX_BODY, "--request-timeout", "30")
+    flags += ("--payload-memory", "192MiB")
+    with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
+        running.wait_until(
+            lambda: all(row["state"] == "READY" for row in running.models().values())
+        )
+        yield running

@@ -1,0 +1,68 @@
+"""Models that say what a client got right: echoes, sums, slow and faulty ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+ECHO = """
+import torch
+class Echo(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, x):
+        return {"y": x}
+"""
+ADD = """
+import torch
+class Add(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, a, b):
+        return {"sum": a + b, "difference": a - b}
+"""
+# `seconds` of the first row: a request that says how long it takes.
+SLOW = """
+import time
+import torch
+class Slow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, seconds):
+        time.sleep(float(seconds.max()))
+        return {"y": seconds}
+"""
+FAULTY = """
+import torch
+class Faulty(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.zero = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, x):
+        if (x > 100).any():
+            raise ValueError("too hot")
+        return {"y": x * 2}
+"""
+DATATYPES = ["FP16", "FP32", "FP64", "BF16", "BOOL"]
+DATATYPES += [f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)]
+
+
+def add_model(root: Path, name: str, code: str, inputs: dict[str, str], batch: int = 8) -> None:
+    """Write a model folder; `inputs`: name -> datatype, each [-1, -1]."""
+    import torch
+
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "model.py").write_text(code)
+    save_file({"zero": torch.zeros(1)}, folder / "model.safetensors")
+    tensors = "".join(
+        f'[[input]]\nname = "{each}"\ndatatype = "{datatype}"\nshape = [-1, -1]\n'
+        for each, datatype in inputs.items()
+    )
+    (folder / "model.toml").write_text(
+        f"allow_code = true\n{tensors}[batching]\nmax_batch_size = {batch}\n"
+    )
