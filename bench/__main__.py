@@ -40,6 +40,13 @@ class Scenario(enum.Enum):
     all = "all"
 
 
+class Protocol(enum.Enum):
+    """What the clients speak."""
+
+    http = "http"
+    grpc = "grpc"
+
+
 CHECK_FAILED: Final = 1
 RUN_FAILED: Final = 2
 TERMINATED: Final = 128 + signal.SIGTERM
@@ -80,6 +87,9 @@ def main(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=100, help="Turns of each server that is compared.")
     ] = None,
+    protocol: Annotated[
+        Protocol, typer.Option(help="small_requests: what is spoken.")
+    ] = Protocol.http,
     policies: Annotated[
         str, typer.Option(help="replay: policies; cost_aware:24 has a half-life of 24 h.")
     ] = "",
@@ -109,6 +119,7 @@ def main(
         load_processes=min(load_processes, connections),
         against=_peers(against),
         rounds=rounds,
+        protocol=protocol.value,
         models=models,
     )
     try:

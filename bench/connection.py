@@ -139,13 +139,16 @@ class Connection:
 
     def send(self, start_ns: int, now_ns: int) -> None:
         """IDLE -> WAITING; the request was meant to start at `start_ns`."""
-        run, transport = self._run, self._transport
-        assert transport is not None
+        run = self._run
         request = self._request = run.draw()
         run.tally.sent += 1
         self._start_ns = start_ns
         self._sent_ns = now_ns
-        transport.write(request.payload)
+        self._write(request.payload)
+
+    def _write(self, payload: bytes) -> None:
+        assert self._transport is not None
+        self._transport.write(payload)
 
     @property
     def is_idle(self) -> bool:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from overcommit.bench import wire
+from overcommit.bench import grpc_wire, wire
 
 Array = NDArray[np.float32]
 JSON_CHARS_PER_VALUE = 24  # at most; some servers write floats as doubles
@@ -121,7 +121,29 @@ class RawBytes(msgspec.Struct, frozen=True, kw_only=True, tag="raw_bytes"):
         return _answer(array.tobytes(), wire.BINARY_TYPE)
 
 
-Dialect = V2 | PlainJson | RawBytes
+class Grpc(msgspec.Struct, frozen=True, kw_only=True, tag="grpc"):
+    """ModelInfer of the Open Inference Protocol over gRPC, the tensor raw, both ways."""
+
+    input: str = "x"
+    output: str = "y"
+
+    def request(self, model: str, array: Array) -> bytes:
+        """Return a message; the connection puts it into a call."""
+        return grpc_wire.request(model, self.input, self.output, array)
+
+    def read(self, model: str, headers: Mapping[bytes, bytes], body: bytes) -> Array:
+        """Read an answer; ValueError for one that is none."""
+        name, values = grpc_wire.decode(body, self.output)
+        if name and name != model:
+            raise ValueError(f"the answer says that it is of {name}")
+        return values
+
+    def answer(self, model: str, array: Array) -> bytes:
+        """Return a message, as a server would."""
+        return grpc_wire.answer(model, self.output, array)
+
+
+Dialect = V2 | PlainJson | RawBytes | Grpc
 
 
 def is_text(dialect: Dialect) -> bool:

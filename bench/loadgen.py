@@ -26,7 +26,9 @@ import uvloop
 
 from overcommit.bench.arrivals import QUEUE_MAX, Arrivals, Closed, Schedule
 from overcommit.bench.connection import Connection, make_connection
+from overcommit.bench.dialect import Grpc
 from overcommit.bench.errors import BenchError
+from overcommit.bench.grpc_connection import GrpcConnection
 from overcommit.bench.pacer import Pacer
 from overcommit.bench.run import Run
 from overcommit.bench.tally import Tally, merge
@@ -86,7 +88,7 @@ async def drive(
     """
     run = Run(plan.host, plan.port, workload, plan.seed, plan.reconnect)
     pacer = _make_pacer(plan, run)
-    connections = [make_connection(run) for _ in range(plan.connections)]
+    connections = [_connect(plan, run) for _ in range(plan.connections)]
     cpu_ns = time.process_time_ns()
     run.tally.started_ns = run.last_answer_ns = time.monotonic_ns()
     for connection in connections:
@@ -113,6 +115,12 @@ async def drive(
         _stop(run, pacer, time.monotonic_ns())
     run.tally.cpu_ns = time.process_time_ns() - cpu_ns
     return run.finish()
+
+
+def _connect(plan: Plan, run: Run) -> Connection:
+    if isinstance(getattr(plan.workload, "dialect", None), Grpc):
+        return GrpcConnection(run)
+    return make_connection(run)
 
 
 def _make_pacer(plan: Plan, run: Run) -> Pacer | None:

@@ -43,6 +43,7 @@ class Options:
     load_processes: int = 1
     against: tuple[str, ...] = ()  # peers, for the scenarios that compare
     rounds: int | None = None
+    protocol: str = "http"  # small_requests: or grpc
     replay: ReplayPlan = ReplayPlan()
     models: int | None = None  # how many, for the scenarios that may choose
 

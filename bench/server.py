@@ -36,6 +36,7 @@ STOP_LIMIT_S: Final = 60.0
 LOG_TAIL_CHARS: Final = 4000
 PAGE_ROWS: Final = 1000  # the server's own limit
 _SERVING: Final = re.compile(r"serving on http://[^\s]*?:(\d+)")
+_GRPC: Final = re.compile(r"gRPC on [^\s]*?:(\d+)")
 
 
 class Server:
@@ -55,6 +56,7 @@ class Server:
         self.log = work / f"{name}.log"
         self.temporary = work / "tmp"
         self.port = 0
+        self.grpc_port = 0
         self.ready_s = 0.0
         self._connection: http.client.HTTPConnection | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -161,8 +163,11 @@ class Server:
 
     def _find_port(self) -> bool:
         if not self.port:
-            found = _SERVING.search(self.log.read_text(errors="replace"))
+            text = self.log.read_text(errors="replace")
+            found = _SERVING.search(text)
             self.port = int(found[1]) if found else 0
+            if found_grpc := _GRPC.search(text):
+                self.grpc_port = int(found_grpc[1])
         return self.port != 0
 
     def _is_ready(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Final
 
 from overcommit.bench import compare, peers, pingpong
 from overcommit.bench.compare import OURS, Case, Comparing, Comparison, Contestant
-from overcommit.bench.dialect import V2
+from overcommit.bench.dialect import V2, Grpc
 from overcommit.bench.echo import EchoPlan
 from overcommit.bench.loadgen import Plan
 from overcommit.bench.models_repo import ALLOW_CODE, make_echo
@@ -47,6 +47,7 @@ def run(options: Options, report: Report) -> None:
         "load processes": options.load_processes,
         "workers": 1,
         "front ends": 1,
+        "protocol": options.protocol,
     }
     with run_folder(options, report) as folder:
         contestants = [Contestant(OURS, lambda: ours(options, folder))]
@@ -77,11 +78,16 @@ def ours(options: Options, folder: Path) -> Iterator[Target]:
     with Server(repository, options.work / "cache", folder, flags, OURS) as server:
         server.wait_packed(["echo"])
         note = f"batches of up to {BATCH_MAX}, no queue delay, one worker, one front end"
+        if options.protocol == "grpc":
+            port = server.grpc_port
+            yield Target(OURS, "127.0.0.1", port, Grpc(), server.family, (note,))
+            return
         yield Target(OURS, "127.0.0.1", server.port, V2(), server.family, (note,))
 
 
 def _peer(name: str, options: Options, report: Report, folder: Path) -> Contestant:
-    job = Job(Kind.ECHO, folder, {"echo": SCALE}, WIDTH, BATCH_MAX)
+    scales = {"echo": SCALE}
+    job = Job(Kind.ECHO, folder, scales, WIDTH, BATCH_MAX, protocol=options.protocol)
     return Contestant(name, lambda: peers.serve(name, job, options.work, report.step))
 
 
@@ -104,6 +110,8 @@ def expect(report: Report, comparison: Comparison) -> None:
     faults = [m for m in comparison.measurements if m.contestant == OURS and m.errors + m.wrong]
     report.expect("none of our requests failed or was wrong", not faults, f"{faults[:2]}")
     measured = comparison.names()
+    if "grpc" in report.settings.values():
+        return  # the conditions are about HTTP
     for peer, connections, times in RATES:
         if peer in measured:
             ratio = comparison.ratio(peer, name_of(connections), "rate")

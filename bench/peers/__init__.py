@@ -18,8 +18,9 @@ from typing import Final
 
 import numpy as np
 
-from overcommit.bench.dialect import Dialect
-from overcommit.bench.peers import environments, litserve, mlserver, mosec, ray, triton
+from overcommit.bench import grpc_wire
+from overcommit.bench.dialect import Dialect, Grpc
+from overcommit.bench.peers import environments, grpc_aio, litserve, mlserver, mosec, ray, triton
 from overcommit.bench.peers.peer import CannotDo, Job, Kind, Launch, Peer
 from overcommit.bench.peers.ports import free_port
 from overcommit.bench.peers.process import PeerProcess
@@ -32,6 +33,7 @@ PEERS: Final[dict[str, Peer]] = {
     for peer in (
         *(triton.PEER, mosec.PEER, litserve.PEER, ray.PEER, ray.WITH_HAPROXY),
         mlserver.PEER,
+        grpc_aio.PEER,
     )
 }
 PROBE_LIMIT_S: Final = 5.0
@@ -63,6 +65,8 @@ def serve(
     job.folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     launch = peer.launch(job, environment, port)
+    if isinstance(launch.dialect, Grpc) != (job.protocol == "grpc"):
+        raise CannotDo(f"{name} does not speak {job.protocol}")
     process = PeerProcess(
         name,
         launch.argv,
@@ -84,6 +88,8 @@ def _answers(job: Job, launch: Launch, port: int) -> bool:
     request = launch.dialect.request(model, np.zeros((1, job.width), np.float32))
     try:
         with socket.create_connection(("127.0.0.1", port), PROBE_LIMIT_S) as connection:
+            if isinstance(launch.dialect, Grpc):
+                return grpc_wire.ask(connection, request) is not None
             connection.sendall(request)
             response = http.client.HTTPResponse(connection, method="POST")
             response.begin()

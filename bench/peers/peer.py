@@ -56,6 +56,7 @@ class Job:
     batch_max: int = 64
     weights: Path | None = None  # MULTIPLEXED: NAME.npy for every model
     room: int = 0  # MULTIPLEXED: models that may be in memory
+    protocol: str = "http"  # or grpc
 
 
 @dataclass(slots=True, frozen=True)

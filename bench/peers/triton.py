@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 from typing import Final
 
-from overcommit.bench.dialect import V2
+from overcommit.bench.dialect import V2, Grpc
 from overcommit.bench.peers.environments import Environment, python_version
 from overcommit.bench.peers.peer import CannotDo, Job, Kind, Launch, Peer, Requirements, only
 
@@ -58,12 +58,13 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
     server.chmod(0o755)
     argv = [str(server), "--model-repository", str(repository)]
     argv += ["--backend-directory", str(root / "backends")]
-    argv += ["--http-address", "127.0.0.1", "--http-port", str(port)]
-    argv += ["--allow-grpc", "false", "--allow-metrics", "false", "--log-info", "false"]
+    spoken, silent = ("grpc", "http") if job.protocol == "grpc" else ("http", "grpc")
+    argv += [f"--{spoken}-address", "127.0.0.1", f"--{spoken}-port", str(port)]
+    argv += [f"--allow-{silent}", "false", "--allow-metrics", "false", "--log-info", "false"]
     libraries = [str(environment.packages / "nvidia_pytriton.libs"), _python_library()]
     return Launch(
         tuple(argv),
-        V2(),
+        Grpc() if job.protocol == "grpc" else V2(),
         {
             "LD_LIBRARY_PATH": ":".join(libraries),
             # The stub is a Python of its own: it finds our packages through these.

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from overcommit.bench import peers
+from overcommit.bench import grpc_wire, peers
 from overcommit.bench.__main__ import WORK
+from overcommit.bench.dialect import Grpc
 from overcommit.bench.peers import PEERS, CannotDo, Job, Kind, environments
 from overcommit.bench.processes import is_same
 
@@ -25,6 +26,11 @@ def need(name: str) -> None:
 def ask(target: peers.Target, model: str, row: list[float]) -> list[float]:
     request = target.dialect.request(model, np.array([row], np.float32))
     with socket.create_connection((target.host, target.port), 20) as connection:
+        if isinstance(target.dialect, Grpc):
+            message = grpc_wire.ask(connection, request)
+            assert message is not None
+            values: list[float] = target.dialect.read(model, {}, message).ravel().tolist()
+            return values
         connection.sendall(request)
         response = http.client.HTTPResponse(connection, method="POST")
         response.begin()
@@ -35,11 +41,19 @@ def ask(target: peers.Target, model: str, row: list[float]) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PEERS)
-def test_a_peer_multiplies_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [
+        *((name, "http") for name in PEERS if name != "grpc_aio"),
+        ("triton", "grpc"),
+        ("grpc_aio", "grpc"),
+    ],
+)
+def test_a_peer_multiplies_and_leaves_nothing(name: str, protocol: str, tmp_path: Path) -> None:
     need(name)
     row = [number / 8 for number in range(16)]
-    with peers.serve(name, Job(Kind.ECHO, tmp_path, {"echo": 3.0}), DONE) as target:
+    job = Job(Kind.ECHO, tmp_path, {"echo": 3.0}, protocol=protocol)
+    with peers.serve(name, job, DONE) as target:
         rows = target.family()
         assert ask(target, "echo", row) == [3 * number for number in row]
     assert rows
