@@ -882,6 +882,59 @@ static PyObject *Leases_take(Leases *self, PyObject *const *a, Py_ssize_t n) {
   Py_RETURN_FALSE;
 }
 
+/* One fence for all: every lease is stored before any state is loaded. */
+static PyObject *Leases_take_all(Leases *self, PyObject *const *a, Py_ssize_t n) {
+  if (n != 3 || Py_TYPE(a[0]) != &TableType || !PyList_CheckExact(a[1]) ||
+      !PyList_CheckExact(a[2]) || PyList_GET_SIZE(a[1]) != PyList_GET_SIZE(a[2]) ||
+      PyList_GET_SIZE(a[1]) > STATUS_BATCH_MAX) {
+    PyErr_SetString(PyExc_TypeError, "take_all(table, slots, generations): two short lists");
+    return NULL;
+  }
+  Table *table = (Table *)a[0];
+  uint32_t limit = table->count < self->count ? table->count : self->count;
+  Py_ssize_t count = PyList_GET_SIZE(a[1]);
+  uint64_t slots[STATUS_BATCH_MAX], generations[STATUS_BATCH_MAX];
+  if (may_write(self->writable) < 0) return NULL;
+  for (Py_ssize_t i = 0; i < count; i++)
+    if (slot_of(PyList_GET_ITEM(a[1], i), limit, &slots[i]) < 0 ||
+        as_u64(PyList_GET_ITEM(a[2], i), &generations[i]) < 0)
+      return NULL;
+  PyObject *lost = PyList_New(0);
+  if (!lost) return NULL;
+  for (Py_ssize_t i = 0; i < count; i++)
+    atomic_store_explicit(&self->entries[slots[i]].lease, 1, memory_order_relaxed);
+  full_fence(); /* as in take() */
+  for (Py_ssize_t i = 0; i < count; i++) {
+    uint64_t word = atomic_load_explicit(&table->words[slots[i]], memory_order_acquire);
+    if (word == (generations[i] << 8 | RESIDENT)) continue;
+    atomic_store_explicit(&self->entries[slots[i]].lease, 0, memory_order_release);
+    PyObject *index = PyLong_FromSsize_t(i);
+    if (!index || PyList_Append(lost, index) < 0) {
+      Py_XDECREF(index);
+      Py_DECREF(lost);
+      for (Py_ssize_t k = 0; k < count; k++)
+        atomic_store_explicit(&self->entries[slots[k]].lease, 0, memory_order_release);
+      return NULL;
+    }
+    Py_DECREF(index);
+  }
+  return lost;
+}
+
+static PyObject *Leases_drop_all(Leases *self, PyObject *slots) {
+  uint64_t slot;
+  if (!PyList_CheckExact(slots)) {
+    PyErr_SetString(PyExc_TypeError, "drop_all(slots): a list");
+    return NULL;
+  }
+  if (may_write(self->writable) < 0) return NULL;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(slots); i++) {
+    if (slot_of(PyList_GET_ITEM(slots, i), self->count, &slot) < 0) return NULL;
+    atomic_store_explicit(&self->entries[slot].lease, 0, memory_order_release); /* as in drop() */
+  }
+  Py_RETURN_NONE;
+}
+
 static PyObject *Leases_drop(Leases *self, PyObject *arg) {
   uint64_t slot;
   if (may_write(self->writable) < 0 || slot_of(arg, self->count, &slot) < 0) return NULL;
@@ -931,7 +984,9 @@ static PyObject *Leases_read(Leases *self, PyObject *arg) {
 
 static PyMethodDef lease_methods[] = {
     {"take", (PyCFunction)(void (*)(void))Leases_take, METH_FASTCALL, NULL},
+    {"take_all", (PyCFunction)(void (*)(void))Leases_take_all, METH_FASTCALL, NULL},
     {"drop", (PyCFunction)Leases_drop, METH_O, NULL},
+    {"drop_all", (PyCFunction)Leases_drop_all, METH_O, NULL},
     {"set_waiting", (PyCFunction)(void (*)(void))Leases_set_waiting, METH_FASTCALL, NULL},
     {"add_uses", (PyCFunction)(void (*)(void))Leases_add_uses, METH_FASTCALL, NULL},
     {"read", (PyCFunction)Leases_read, METH_O, NULL},

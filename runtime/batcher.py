@@ -43,18 +43,23 @@ from __future__ import annotations
 import heapq
 import itertools
 import weakref
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.backlog import Foresight
 from overcommit.runtime.config import NEVER_NS
+from overcommit.runtime.joining import common_form, may_join
 from overcommit.runtime.lanes import Job, Lane, Limits
-from overcommit.runtime.signature import Form, shares_form
 from overcommit.runtime.turns import Ranks, Rooms, State, Turn
 
-LANE_JOBS_MAX: Final = 4  # of one version in a mixed batch: who has more runs better alone
 PASSED_MAX: Final = 64  # lanes that are looked at and left, for one batch
+# Attributes of an enumeration take as long to find as a call.
+_DUE: Final = State.DUE
+_EMPTY: Final = State.EMPTY
+_RUNNING: Final = State.RUNNING
+_WAITING: Final = State.WAITING
 LONG_NS: Final = 1_000_000  # batches from here on teach their lane's pace each time
 SWEEP_NS: Final = 2_000_000  # a job that waits may be answered EXPIRED this much late
 
@@ -79,7 +84,7 @@ class Batcher:
         self._waiting: set[Turn] = set()  # lanes with jobs
         self._running: list[Turn] = []
         # Lanes that may share batches; an entry goes with the last of them.
-        self._mates: weakref.WeakKeyDictionary[Rooms, dict[Turn, None]]
+        self._mates: weakref.WeakKeyDictionary[Rooms, deque[Turn]]
         self._mates = weakref.WeakKeyDictionary()
         self._expired: list[Job] = []
         self._sweep_ns = NEVER_NS
@@ -107,12 +112,13 @@ class Batcher:
     def set_family(self, slot: int, family: Rooms | None) -> None:
         """Say with which other versions this one may share batches."""
         turn = self._turn(slot)
-        turn.mates.pop(turn, None)
+        turn.in_mates = False  # where it was it is passed over
         turn.rooms = family
         if family is not None:
-            turn.mates = self._mates.setdefault(family, {})
-            if turn.state is State.DUE:
-                turn.mates[turn] = None
+            turn.mates = self._mates.setdefault(family, deque())
+            if turn.state is _DUE:
+                turn.in_mates = True
+                turn.mates.append(turn)
 
     def set_runnable(self, slot: int, can_run: bool, now_ns: int) -> None:
         """Say whether batches of this version can run now."""
@@ -128,7 +134,6 @@ class Batcher:
         assert turn not in self._running, "a version is not removed while its batch runs"
         jobs = self._take_out(turn, turn.lane.remove(lambda _: True))
         turn.state = State.GONE
-        turn.mates.pop(turn, None)
         return jobs
 
     def waiting(self, slot: int) -> int:
@@ -146,9 +151,8 @@ class Batcher:
         assert job.request_id not in self._jobs, "a request is queued once"
         self._enter(turn, job)
         # A lane that is DUE stays where it is; one that is WAITING may have become full.
-        if turn.state is State.EMPTY or (
-            turn.state is State.WAITING and lane.rows >= lane.limits.rows_max
-        ):
+        state = turn.state
+        if state is _EMPTY or (state is _WAITING and lane.rows >= lane.limits.rows_max):
             self._place(turn, now_ns)
         return True
 
@@ -200,13 +204,14 @@ class Batcher:
         while self._timers and self._timers[0][0] <= now_ns:
             turn = heapq.heappop(self._timers)[2]
             turn.in_timers = False
-            if turn.state is State.WAITING:
+            if turn.state is _WAITING:
                 self._place(turn, now_ns)
         while (chosen := self._ranks.pop()) is not None:
             rank, turn = chosen
             jobs = self._take(turn, now_ns)
             if jobs:
-                rank.clock_ns = max(rank.clock_ns, turn.start_ns)
+                if rank.clock_ns < turn.start_ns:
+                    rank.clock_ns = turn.start_ns
                 others = () if turn.rooms is None else self._take_along(turn, jobs, now_ns)
                 return Batch(turn.lane.slot, jobs, others)
             self._place(turn, now_ns)
@@ -216,21 +221,26 @@ class Batcher:
     def finish(self, batch: Batch, cost_ns: int, now_ns: int, lost: Collection[int] = ()) -> None:
         """The batch has run; charge its lanes.  The jobs of the slots in `lost` wait again."""
         parts = self._back(batch)
-        count = sum(len(jobs) for turn, jobs in parts if turn.lane.slot not in lost)
-        ran = self._ranks.of(parts[0][0])
+        count = 0
+        for turn, mine in parts:
+            if turn.lane.slot not in lost:
+                count += len(mine)
+        first = parts[0][0]
+        ran = self._ranks.of(first)
         self.slowest_ns = max(cost_ns, self.slowest_ns - (self.slowest_ns >> 5))
-        for turn, jobs in parts:
+        jobs, charge = self._jobs, self._ranks.charge
+        for turn, mine in parts:
             if turn.lane.slot in lost:
-                for job in jobs:
+                for job in mine:
                     self._enter(turn, job)
                 continue
-            for job in jobs:
-                del self._jobs[job.request_id]
-            share_ns = cost_ns * len(jobs) / count
-            self._ranks.charge(turn, share_ns)
+            for job in mine:
+                del jobs[job.request_id]
+            share_ns = cost_ns * len(mine) / count
+            charge(turn, share_ns)
             # Of the lanes of a batch one is enough, and of short batches one in four: it costs as
             # much as taking a request.
-            if turn is parts[0][0] and (cost_ns >= LONG_NS or not self._finished & 3):
+            if turn is first and (cost_ns >= LONG_NS or not self._finished & 3):
                 turn.pace.note(turn.lane.taken_rows, share_ns)
         self._finished += 1
         self._ranks.settle(ran, cost_ns)
@@ -289,7 +299,7 @@ class Batcher:
         if late:
             self._expired += self._take_out(turn, late)
         if jobs:
-            turn.state = State.RUNNING
+            turn.state = _RUNNING
             self._running.append(turn)
         return jobs
 
@@ -297,45 +307,51 @@ class Batcher:
         self, first: Turn, jobs: list[Job], now_ns: int
     ) -> tuple[tuple[int, list[Job]], ...]:
         """Take jobs like these from lanes that may share the batch and are due."""
-        form = _common_form(jobs)
+        form = common_form(jobs)
         if first.rooms is None or form is None:
             return ()
         left = first.rooms.room(form) - len(jobs)
         others: list[tuple[int, list[Job]]] = []
         passed: list[Turn] = []
-        while left > 0 and first.mates and len(passed) < PASSED_MAX:
-            turn = next(iter(first.mates))
-            del first.mates[turn]
-            if turn.state is not State.DUE:
+        mates = first.mates
+        while left > 0 and mates and len(passed) < PASSED_MAX:
+            turn = mates.popleft()
+            if turn.mates is not mates or not turn.in_mates:
+                continue  # it has left the family, or came back and stands here twice
+            turn.in_mates = False
+            if turn.state is not _DUE:
                 continue
-            if not _may_join(turn.lane, first.lane, form, left):
+            lane = turn.lane
+            if not may_join(lane, first.lane, form, left):
                 passed.append(turn)
                 continue
             taken = self._take(turn, now_ns)
             if taken:
                 turn.entry = 0
-                others.append((turn.lane.slot, taken))
+                others.append((lane.slot, taken))
                 left -= len(taken)
             else:
                 self._place(turn, now_ns)
-        first.mates.update(dict.fromkeys(passed))
+        for turn in passed:
+            turn.in_mates = True
+        mates.extend(passed)
         return tuple(others)
 
     def _back(self, batch: Batch) -> list[tuple[Turn, list[Job]]]:
         turns, self._running = self._running, []
         assert turns, "no batch is out"
-        parts = ((batch.slot, batch.jobs), *batch.others)
-        assert [turn.lane.slot for turn in turns] == [slot for slot, _ in parts], (
-            "another one is out"
-        )
-        return [(turn, jobs) for turn, (_, jobs) in zip(turns, parts, strict=True)]
+        assert turns[0].lane.slot == batch.slot, "another one is out"
+        parts = [(turns[0], batch.jobs)]
+        if batch.others:
+            parts += [(turn, jobs) for turn, (_, jobs) in zip(turns[1:], batch.others, strict=True)]
+        return parts
 
     def _place(self, turn: Turn, now_ns: int) -> None:
         """Put a lane where it belongs now."""
         lane = turn.lane
         if not lane.count:
             self._waiting.discard(turn)
-            turn.state = State.EMPTY
+            turn.state = _EMPTY
         elif not turn.can_run:
             turn.state = State.PARKED
         elif not lane.limits.delay_ns:
@@ -345,7 +361,7 @@ class Batcher:
             if due_ns <= now_ns:
                 self._ranks.make_due(turn)
                 return
-            turn.state = State.WAITING
+            turn.state = _WAITING
             if not turn.in_timers:
                 turn.in_timers = True
                 heapq.heappush(self._timers, (due_ns, next(self._order), turn))
@@ -368,20 +384,3 @@ class Batcher:
             self._place(turn, now_ns)
         deadlines = (turn.lane.first_deadline_ns() for turn in self._waiting)
         self._sweep_ns = min(deadlines, default=NEVER_NS)
-
-
-def _common_form(jobs: Sequence[Job]) -> Form | None:
-    """The form of all these jobs, if they may share a batch with other versions'."""
-    form = jobs[0].form
-    if form is None or len(jobs) > LANE_JOBS_MAX:
-        return None
-    if any(job.alone or not shares_form(job.form, form) for job in jobs):
-        return None
-    return form
-
-
-def _may_join(lane: Lane, first: Lane, form: Form, left: int) -> bool:
-    """Whether all that waits in a lane may join a batch of this form."""
-    if lane.count > min(left, LANE_JOBS_MAX) or lane.limits.priority != first.limits.priority:
-        return False
-    return all(not job.alone and shares_form(job.form, form) for job in lane.jobs())

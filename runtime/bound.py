@@ -28,7 +28,7 @@ Called by the worker's loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -217,6 +217,16 @@ class Versions:
             return  # nobody will have to go for long; the order is only kept when it may matter
         self._recent.pop(slot, None)
         self._recent[slot] = None
+
+    def on_runs(self, slots: Sequence[int]) -> None:
+        """Several versions ran."""
+        if 2 * len(self._recent) >= self.bound_max:
+            for slot in slots:
+                self.on_run(slot)
+            return
+        for slot in slots:
+            if slot not in self._recent:
+                self._recent[slot] = None
 
     def make_room(self, is_waiting: Callable[[int], bool]) -> list[int]:
         """Let go of what ran longest ago while there is too much; return the slots."""

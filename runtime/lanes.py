@@ -2,10 +2,12 @@
 
 Owns the jobs that wait for one version.  Jobs of equal `shape_key` can share a batch; each key has
 its own heap, ordered by deadline and then by arrival, so that with one time-out for all a lane is a
-plain queue.
+plain queue.  A job that comes into an empty lane lies beside the heaps: with many models most lanes
+never hold more than one.
 
 Invariants
- 1. `count` is the number of jobs in the heaps, `rows` the sum of their rows.
+ 1. `count` is the number of jobs in the heaps and beside them, `rows` the sum of their rows.
+    While a job lies beside the heaps they are empty.
  2. A batch holds jobs of one shape key, at least one, at most BATCH_REQUESTS_MAX; unless it is a
     single job it has at most `rows_max` rows and BATCH_BYTES_MAX padded bytes.
  3. Within a shape key, no job is taken before one with an earlier deadline.
@@ -17,7 +19,7 @@ Pure.  Called by the batcher alone.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Final
 
@@ -88,7 +90,7 @@ def _first(heap: Heap) -> tuple[int, int]:
 class Lane:
     """The jobs that wait for one version."""
 
-    __slots__ = ("_arrived", "_shapes", "count", "limits", "rows", "slot", "taken_rows")
+    __slots__ = ("_arrived", "_shapes", "count", "limits", "only", "rows", "slot", "taken_rows")
 
     def __init__(self, slot: int, limits: Limits) -> None:
         self.slot = slot
@@ -96,24 +98,37 @@ class Lane:
         self.count = 0
         self.rows = 0
         self.taken_rows = 0  # by the last `take` that found jobs
+        self.only: Job | None = None  # the one job that waits, while it is in no heap
         self._shapes: dict[Hashable, Heap] = {}
         self._arrived = 0
 
     def push(self, job: Job) -> None:
         """Queue a job."""
-        key = ("alone", job.request_id) if job.alone else job.shape_key
-        heap = self._shapes.get(key)
-        if heap is None:
-            heap = self._shapes[key] = []
         if not job.order:
             self._arrived += 1
             job.order = self._arrived
-        heapq.heappush(heap, (job.deadline_ns, job.order, job))
+        if not self.count:
+            self.only = job
+            self.count = 1
+            self.rows = job.rows
+            return
+        if self.only is not None:
+            self._heaps()
+        self._to_heap(job)
         self.count += 1
         self.rows += job.rows
 
     def take(self, now_ns: int, expired: list[Job]) -> list[Job]:
         """Take one batch; what is found expired on the way goes to `expired`.  May be empty."""
+        only = self.only
+        if only is not None:
+            self.only = None
+            self.count = self.rows = 0
+            if only.deadline_ns <= now_ns:
+                expired.append(only)
+                return []
+            self.taken_rows = only.rows
+            return [only]
         shapes = self._shapes
         while shapes:
             if len(shapes) == 1:
@@ -129,7 +144,7 @@ class Lane:
 
     def expire(self, now_ns: int, expired: list[Job]) -> None:
         """Move every job whose deadline is over to `expired`."""
-        for heap in self._shapes.values():
+        for heap in self._heaps():
             while heap and heap[0][0] <= now_ns:
                 expired.append(self._pop(heap))
         self._drop_empty()
@@ -137,7 +152,7 @@ class Lane:
     def remove(self, gone: Callable[[Job], bool]) -> list[Job]:
         """Take out every job for which `gone` is true.  Linear: cancels and lost links are rare."""
         removed: list[Job] = []
-        for heap in self._shapes.values():
+        for heap in self._heaps():
             out = [entry[2] for entry in heap if gone(entry[2])]
             if out:
                 heap[:] = [entry for entry in heap if not gone(entry[2])]
@@ -150,30 +165,37 @@ class Lane:
 
     def jobs(self) -> list[Job]:
         """All jobs that wait, in no order."""
-        return [entry[2] for heap in self._shapes.values() for entry in heap]
+        return [entry[2] for heap in self._heaps() for entry in heap]
 
     def first_deadline_ns(self) -> int:
         """The earliest deadline; NEVER_NS when the lane is empty."""
-        return min((heap[0][0] for heap in self._shapes.values()), default=NEVER_NS)
+        return min((heap[0][0] for heap in self._heaps()), default=NEVER_NS)
 
     def before(self, deadline_ns: int) -> tuple[int, int]:
         """How many jobs, with how many rows, would be run before one with this deadline."""
-        rows = [e[2].rows for heap in self._shapes.values() for e in heap if e[0] <= deadline_ns]
+        rows = [e[2].rows for heap in self._heaps() for e in heap if e[0] <= deadline_ns]
         return len(rows), sum(rows)
 
     def oldest_ns(self) -> int:
         """When the job was taken that has waited longest; NEVER_NS when the lane is empty."""
-        taken = (entry[2].taken_ns for heap in self._shapes.values() for entry in heap)
+        taken = (entry[2].taken_ns for heap in self._heaps() for entry in heap)
         return min(taken, default=NEVER_NS)
 
+    def _heaps(self) -> Collection[Heap]:
+        """All heaps, with the job that was beside them."""
+        if self.only is not None:
+            self._to_heap(self.only)
+            self.only = None
+        return self._shapes.values()
+
+    def _to_heap(self, job: Job) -> None:
+        key = ("alone", job.request_id) if job.alone else job.shape_key
+        heap = self._shapes.get(key)
+        if heap is None:
+            heap = self._shapes[key] = []
+        heapq.heappush(heap, (job.deadline_ns, job.order, job))
+
     def _take_from(self, heap: Heap, now_ns: int, expired: list[Job]) -> list[Job]:
-        first = heap[0][2]
-        if len(heap) == 1 and first.deadline_ns > now_ns:
-            heap.clear()
-            self.count -= 1
-            self.rows -= first.rows
-            self.taken_rows = first.rows
-            return [first]
         jobs: list[Job] = []
         rows = widest = 0
         while heap and len(jobs) < BATCH_REQUESTS_MAX:

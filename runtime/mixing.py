@@ -100,7 +100,7 @@ class Family:
 
     def room(self, form: Form) -> int:
         """How many requests of this form a batch may hold now; 1 when they cannot share one (yet)."""
-        key = _key(form)
+        key = form.shapes
         state = self._forms.get(key)
         if state is not None:
             return state.room
@@ -122,7 +122,7 @@ class Family:
 
     def pick(self, form: Form, count: int) -> Sized | None:
         """Return the size that runs so many requests; None: run each version alone."""
-        state = self._forms.get(_key(form))
+        state = self._forms.get(form.shapes)
         if state is None or count < 2:
             return None
         for sized in state.sizes:
@@ -135,7 +135,7 @@ class Family:
         """This size is not used any more."""
         log.warning("batches of %d across versions are given up: %s", sized.recording.size, reason)
         sized.is_on, sized.trials = False, 0
-        self._settle(self._forms[_key(form)])
+        self._settle(self._forms[form.shapes])
 
     # --- trials ---------------------------------------------------------------------------------
     def try_out(
@@ -165,7 +165,7 @@ class Family:
         sized.trials -= 1
         if not sized.trials:
             sized.is_on = sized.best_ns[0] * GAIN_MIN <= sized.best_ns[1]
-            self._settle(self._forms[_key(form)])
+            self._settle(self._forms[form.shapes])
             log.info(
                 "batches of %d across versions take %.0f us, one after the other %.0f: %s",
                 sized.recording.size,
@@ -177,10 +177,6 @@ class Family:
     def _settle(state: _FormState) -> None:
         usable = [s.recording.size for s in state.sizes if s.is_on or s.trials]
         state.room = max(usable, default=1)
-
-
-def _key(form: Form) -> Hashable:
-    return form.key, form.rows, form.sizes
 
 
 def _is_equal(datatype: str, mixed: Array, expected: Array) -> bool:

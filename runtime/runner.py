@@ -89,26 +89,28 @@ class Runner:
 
         Return the versions that are not resident; nothing was done with their jobs.
         """
-        held: list[Part] = []
+        slots = [version.info.slot for version, _ in parts]
+        # No version was ever resident as generation 0: who has none is refused.
+        refused = self._leases.take_all(
+            self._table, slots, [version.generation or 0 for version, _ in parts]
+        )
         lost: list[Version] = []
+        if refused:
+            lost = [parts[index][0] for index in refused]
+            parts = [part for index, part in enumerate(parts) if index not in refused]
+            slots = [version.info.slot for version, _ in parts]
         try:
-            for version, jobs in parts:
-                slot, generation = version.info.slot, version.generation
-                if generation is None or not self._leases.take(self._table, slot, generation):
-                    lost.append(version)
-                else:
-                    held.append((version, jobs))
-            if held:
-                self._run_held(held)
+            if parts:
+                self._run_held(parts)
         finally:
-            for version, _ in held:
-                self._leases.drop(version.info.slot)
+            self._leases.drop_all(slots)
             if self._table.hungry():
                 os.eventfd_write(self._supervisor_bell, 1)
         now_ns = time.monotonic_ns()
-        for version, jobs in held:
+        add_uses = self._leases.add_uses
+        for slot, (version, jobs) in zip(slots, parts, strict=True):
             version.has_run = True
-            self._leases.add_uses(version.info.slot, len(jobs), now_ns)
+            add_uses(slot, len(jobs), now_ns)
         return lost
 
     def try_warm_up(self, version: Version) -> None:

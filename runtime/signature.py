@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -82,6 +82,10 @@ class Form:
     key: int  # equal: can share a batch
     sizes: tuple[int, ...]  # of the ragged axes, in the order of `Signature.ragged`
     end: int  # bytes of the block that hold it
+    shapes: Hashable = field(init=False)  # equal, for one signature: the same shapes throughout
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", (self.key, self.rows, self.sizes))
 
 
 def shares_form(one: Form | None, other: Form | None) -> bool:
@@ -90,7 +94,7 @@ def shares_form(one: Form | None, other: Form | None) -> bool:
         return one is not None
     if one is None or other is None:
         return False
-    return (one.key, one.rows, one.sizes) == (other.key, other.rows, other.sizes)
+    return one.shapes == other.shapes
 
 
 class Signature:

@@ -22,8 +22,9 @@ Called by the batcher.
 from __future__ import annotations
 
 import enum
-import heapq
 import itertools
+from collections import deque
+from heapq import heappop, heappush
 from typing import Final, Protocol
 
 from overcommit.runtime.lanes import Lane
@@ -52,12 +53,15 @@ class State(enum.Enum):
     GONE = enum.auto()
 
 
+_DUE: Final = State.DUE  # an attribute of an enumeration takes as long to find as a call
+
+
 class Turn:
     """A lane with its place in the order."""
 
     __slots__ = (
-        *("can_run", "entry", "in_timers", "lane", "mates", "pace"),
-        *("rooms", "start_ns", "state", "used_ns"),
+        *("can_run", "entry", "in_mates", "in_timers", "lane", "mates", "pace"),
+        *("rank", "rooms", "start_ns", "state", "used_ns"),
     )
 
     def __init__(self, lane: Lane) -> None:
@@ -70,8 +74,11 @@ class Turn:
         self.in_timers = False
         self.pace = Pace()  # what its batches cost, over their rows
         self.rooms: Rooms | None = None
-        # The lanes that it may share batches with and that became due; some are no longer.
-        self.mates: dict[Turn, None] = {}
+        self.rank: Rank | None = None  # of its priority, once it was due
+        # The lanes that it may share batches with and that became due; some are no longer, and
+        # one that has left the family stays until it comes up.
+        self.mates: deque[Turn] = deque()
+        self.in_mates = False
 
 
 class Rank:
@@ -88,13 +95,14 @@ class Rank:
 
     def first(self) -> Turn | None:
         """The lane that is next in this class."""
-        while self.due:
-            _, entry, turn = self.due[0]
+        due = self.due
+        while due:
+            _, entry, turn = due[0]
             if turn.entry == entry:
-                if turn.state is State.DUE:
+                if turn.state is _DUE:
                     return turn
                 turn.entry = 0
-            heapq.heappop(self.due)
+            heappop(due)
         return None
 
 
@@ -107,28 +115,33 @@ class Ranks:
 
     def make_due(self, turn: Turn) -> None:
         """Give a lane its place."""
-        turn.state = State.DUE
-        if turn.rooms is not None:
-            turn.mates[turn] = None
+        turn.state = _DUE
+        if turn.rooms is not None and not turn.in_mates:
+            turn.in_mates = True
+            turn.mates.append(turn)
         if turn.entry:
             return
-        rank = self.of(turn)
-        turn.start_ns = max(turn.used_ns, rank.clock_ns)
-        turn.entry = next(self._entries)
-        heapq.heappush(rank.due, (turn.start_ns, turn.entry, turn))
+        rank = turn.rank or self.of(turn)
+        start_ns = turn.used_ns
+        if start_ns < rank.clock_ns:
+            start_ns = rank.clock_ns
+        turn.start_ns = start_ns
+        turn.entry = entry = next(self._entries)
+        heappush(rank.due, (start_ns, entry, turn))
 
     def of(self, turn: Turn) -> Rank:
         """The class of a lane."""
-        priority = turn.lane.limits.priority
-        if self._ranks and self._ranks[0].priority == priority:
-            return self._ranks[0]
-        for rank in self._ranks:
-            if rank.priority == priority:
-                return rank
-        rank = Rank(priority)
-        self._ranks.append(rank)
-        self._ranks.sort(key=lambda rank: -rank.priority)
-        return rank
+        if turn.rank is None:
+            priority = turn.lane.limits.priority
+            for rank in self._ranks:
+                if rank.priority == priority:
+                    break
+            else:
+                rank = Rank(priority)
+                self._ranks.append(rank)
+                self._ranks.sort(key=lambda rank: -rank.priority)
+            turn.rank = rank
+        return turn.rank
 
     def pop(self) -> tuple[Rank, Turn] | None:
         """Take the lane whose turn it is; None when none is due.
@@ -141,7 +154,7 @@ class Ranks:
             if turn is not None and (chosen is None or rank.owed_ns > max(0.0, chosen[0].owed_ns)):
                 chosen = rank, turn
         if chosen is not None:
-            heapq.heappop(chosen[0].due)
+            heappop(chosen[0].due)
             chosen[1].entry = 0
         return chosen
 
@@ -156,9 +169,10 @@ class Ranks:
 
     def charge(self, turn: Turn, cost_ns: float) -> None:
         """A lane has had so much compute."""
-        rank = self.of(turn)
-        turn.used_ns = turn.start_ns + cost_ns / turn.lane.limits.weight
-        rank.used_ns = max(rank.used_ns, turn.used_ns)
+        rank = turn.rank or self.of(turn)
+        turn.used_ns = used_ns = turn.start_ns + cost_ns / turn.lane.limits.weight
+        if used_ns > rank.used_ns:
+            rank.used_ns = used_ns
 
     def settle(self, ran: Rank, cost_ns: float) -> None:
         """Owe the classes that waited below; what a class ran before its betters, it has had."""

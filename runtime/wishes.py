@@ -23,6 +23,7 @@ import gc
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
@@ -109,6 +110,13 @@ class Wishes:
         if self._noted.get(slot, 0) != waiting:
             self._noted[slot] = waiting
             self._leases.set_waiting(slot, waiting)
+
+    def note_all_waiting(self, slots: Sequence[int]) -> None:
+        """`note_waiting` for the versions of a batch; most have nothing waiting and said so."""
+        noted, waiting = self._noted.get, self._batcher.waiting
+        for slot in slots:
+            if waiting(slot) != noted(slot, 0):
+                self.note_waiting(slot)
 
     # --- from the supervisor --------------------------------------------------------------------
     def on_info(self, info: VersionInfo, now_ns: int) -> list[Job]:

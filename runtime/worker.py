@@ -247,11 +247,12 @@ class Worker:
         if batch is None:
             self._say_waiting(())
             return False
-        # What this batch takes need not be said.
-        self._say_waiting((batch.slot, *(slot for slot, _ in batch.others)))
+        slots = [batch.slot]
+        slots += [slot for slot, _ in batch.others]
+        self._say_waiting(slots)  # what this batch takes need not be said
         self.links.ring_bells()  # who was refused or has expired need not wait for this batch
         if batch.others:
-            self._run_mixed(batch, now_ns)
+            self._run_mixed(batch, slots, now_ns)
             return True
         version = self._runnable(batch.slot)
         start_ns = time.monotonic_ns()
@@ -272,21 +273,23 @@ class Worker:
                 self.wishes.note_waiting(slot)
             self._unsaid.clear()
 
-    def _run_mixed(self, batch: Batch, now_ns: int) -> None:
+    def _run_mixed(self, batch: Batch, slots: list[int], now_ns: int) -> None:
         """Run a batch of several versions; those that are not resident any more run later."""
-        parts = [
-            (self._runnable(slot), jobs) for slot, jobs in ((batch.slot, batch.jobs), *batch.others)
-        ]
+        parts = [(self._runnable(batch.slot), batch.jobs)]
+        parts += [(self._runnable(slot), jobs) for slot, jobs in batch.others]
         start_ns = time.monotonic_ns()
         lost = self._runner.run_mixed(parts)
         end_ns = time.monotonic_ns()
-        self.batcher.finish(batch, end_ns - start_ns, end_ns, {v.info.slot for v in lost})
-        for version, _ in parts:
-            if version in lost:
+        if lost:
+            lost_slots = {version.info.slot for version in lost}
+            self.batcher.finish(batch, end_ns - start_ns, end_ns, lost_slots)
+            for version in lost:
                 self.wishes.lose(version, now_ns)
-            else:
-                self.versions.on_run(version.info.slot)
-            self.wishes.note_waiting(version.info.slot)
+            self.versions.on_runs([slot for slot in slots if slot not in lost_slots])
+        else:
+            self.batcher.finish(batch, end_ns - start_ns, end_ns)
+            self.versions.on_runs(slots)
+        self.wishes.note_all_waiting(slots)
 
     def _runnable(self, slot: int) -> Version:
         version = self.versions.get(slot)

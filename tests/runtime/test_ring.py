@@ -299,6 +299,40 @@ def test_a_leased_version_is_not_evicted_and_an_evicted_one_is_not_leased() -> N
     assert two.read(3)[0] == 0
 
 
+def test_leases_taken_together_are_refused_one_by_one() -> None:
+    table, one, two = words()
+    for slot, state in ((1, _shm.RESIDENT), (2, _shm.EVICTING), (3, _shm.RESIDENT)):
+        table.set(slot, state, 5)
+    table.set(4, _shm.RESIDENT, 6)
+    slots = [1, 2, 3, 4]
+    assert one.take_all(table, slots, [5, 5, 5, 5]) == [1, 3]
+    assert [one.read(slot)[0] for slot in slots] == [1, 0, 1, 0]
+    assert not _shm.try_evict(table, (one, two), 3, 5)
+    one.drop_all([1, 3])
+    assert [one.read(slot)[0] for slot in slots] == [0, 0, 0, 0]
+    assert _shm.try_evict(table, (one, two), 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("slots", "generations", "error"),
+    [
+        ([1, 8], [5, 5], IndexError),
+        ([1], [5, 5], TypeError),
+        ([1] * 65, [5] * 65, TypeError),
+        ((1,), (5,), TypeError),
+        ([1], [-1], OverflowError),
+    ],
+)
+def test_leases_that_cannot_be_taken_together_take_none(
+    slots: list[int], generations: list[int], error: type[Exception]
+) -> None:
+    table, one, _ = words()
+    table.set(1, _shm.RESIDENT, 5)
+    with pytest.raises(error):
+        one.take_all(table, slots, generations)
+    assert one.read(1)[0] == 0
+
+
 def test_a_lease_of_another_generation_is_refused() -> None:
     table, one, _ = words()
     table.set(3, _shm.RESIDENT, 5)
