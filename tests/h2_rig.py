@@ -106,7 +106,7 @@ class H2Client:
     def answer(self, number: int) -> tuple[dict[str, str], list[bytes], dict[str, str]]:
         """Return headers, messages and trailers of a call that has ended."""
         blocks: list[dict[str, str]] = []
-        data = b""
+        pieces: list[bytes] = []
         for each in self.frames:
             if each.stream != number:
                 continue
@@ -114,12 +114,13 @@ class H2Client:
                 pairs = hpack.Decoder().decode(each.payload)
                 blocks.append({name.decode(): value.decode() for name, value in pairs})
             elif each.kind == h2.DATA:
-                data += each.payload
+                pieces.append(each.payload)
+        data, at = b"".join(pieces), 0
         found: list[bytes] = []
-        while data:
-            length = int.from_bytes(data[1:5], "big")
-            found.append(data[5 : 5 + length])
-            data = data[5 + length :]
+        while at < len(data):
+            end = at + 5 + int.from_bytes(data[at + 1 : at + 5], "big")
+            found.append(data[at + 5 : end])
+            at = end
         return blocks[0], found, blocks[-1]
 
     def status(self, number: int) -> int:
