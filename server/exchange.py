@@ -92,6 +92,7 @@ class Exchange:
     held_bytes = 0  # of the front end's body budget
     prepared: Prepared | None = None
     pending: Pending | None = None
+    prepare = staticmethod(prepare)  # how a body is read
 
     def __init__(self, protocol: Connection, name: str, version: str | None) -> None:
         self.protocol = protocol
@@ -115,7 +116,7 @@ class Exchange:
                     self.protocol.loop.create_task(self._begin_later())
                     return
                 plans = front.plans.serve(self.name, self.version, route)
-            self._submit(*prepare(plans, bytes(self.body), self.json_bytes))
+            self._submit(*self.prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary
@@ -128,7 +129,7 @@ class Exchange:
             route = await front.wait_for_route(self.name, self.version)
             if not self.disconnected:
                 plans = front.plans.of(route)
-                self._submit(*prepare(plans, bytes(self.body), self.json_bytes))
+                self._submit(*self.prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary

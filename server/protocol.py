@@ -32,7 +32,7 @@ from overcommit.runtime.errors import (
     Overloaded,
     PayloadTooLarge,
 )
-from overcommit.server import heads
+from overcommit.server import heads, msgpack_body
 from overcommit.server.bulk import BulkReceiver
 from overcommit.server.connection import Connection
 from overcommit.server.exchange import Exchange
@@ -178,7 +178,8 @@ class HotProtocol(Connection):
     def _go_hot(self, raw_name: bytes, raw_version: bytes | None, raw_head: bytes) -> None:
         name = unquote(raw_name.decode("latin-1"))
         version = unquote(raw_version.decode("latin-1")) if raw_version is not None else None
-        exchange = Exchange(self, name, version)
+        is_msgpack = msgpack_body.is_msgpack(self.headers)
+        exchange = (msgpack_body.MsgpackExchange if is_msgpack else Exchange)(self, name, version)
         assert self.parser is not None
         exchange.keep_alive = (
             self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
@@ -195,7 +196,7 @@ class HotProtocol(Connection):
             and exchange.keep_alive
             and exchange.body_bytes is not None
             and exchange.body_bytes <= SMALL_BODY_BYTES
-            and not (exchange.encoding or self.expect_100_continue)
+            and not (exchange.encoding or self.expect_100_continue or is_msgpack)
         ):
             head = heads.Head(name, version, exchange.body_bytes, exchange.json_bytes)
             self.front.heads.remember(raw_head, head)
