@@ -18,6 +18,7 @@ import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.messages import Route
+from overcommit.server import embeddings
 from overcommit.server.exchange import retry_headers
 from overcommit.server.limits import ADMIN_PAGE_MAX
 from overcommit.server.routing import check_usable
@@ -179,6 +180,30 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
         return await front.ask("status")
 
 
+def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
+    texts = embeddings.Embeddings(front)
+
+    @app.post("/v1/embeddings", tags=["embeddings"])
+    async def embed(request: Request) -> Response:
+        try:
+            body = await texts.answer(await request.body())
+        except OvercommitError as error:
+            headers = {}
+            if error.retry_after_s is not None:
+                headers = dict(retry_headers(error.retry_after_s))
+            text = embeddings.error_body(error)
+            return Response(text, error.http_status, headers, "application/json")
+        return Response(body, media_type="application/json")
+
+    @app.get("/v1/models", tags=["embeddings"])
+    async def listed() -> Response:
+        rows = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "overcommit"}
+            for name in front.table.names()
+        ]
+        return _json({"object": "list", "data": rows})
+
+
 def make_app(front: FrontEnd) -> FastAPI:
     """Build the app of one front end."""
     app = FastAPI(title="overcommit", version=overcommit.__version__, redoc_url=None)
@@ -186,4 +211,5 @@ def make_app(front: FrontEnd) -> FastAPI:
     _add_health(app, front)
     _add_models(app, front)
     _add_repository(app, front)
+    _add_embeddings(app, front)
     return app

@@ -49,6 +49,12 @@ GRPC_TIMEOUT_S_MAX: Final = 86_400.0
 GRPC_MESSAGE_CHARS_MAX: Final = 4096  # of an error's text
 GRPC_ANSWERS_MAX: Final = 4096  # remembered layouts of answers
 
+# --- embeddings of text ---------------------------------------------------------------------------
+EMBEDDINGS_INPUTS_MAX: Final = 2048  # of one request
+EMBEDDINGS_IN_FLIGHT: Final = 64  # of one request at a time: others want batches too
+TEXT_MODELS_MAX: Final = 64  # tokenizers in memory; one may take 20 MB
+TOKENS_MAX: Final = 1 << 17  # of one text, whatever its model says
+
 # --- loop and control ---------------------------------------------------------------------------
 DRAIN_ROUNDS_MAX: Final = 8  # ring sweeps before other connections get their turn
 DRAIN_GRACE_S: Final = 1.0  # idle connections stay this long, to be told `Connection: close`

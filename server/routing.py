@@ -81,6 +81,10 @@ class RouteTable:
         usable = (route for route in ordered if route.state in ("ready", "packing"))
         self._latest[name] = next(usable, ordered[0])
 
+    def names(self) -> list[str]:
+        """The models that are known, in order."""
+        return sorted(self._names)
+
     def versions(self, name: str) -> list[str]:
         """Version numbers of a model, ascending."""
         return sorted(self._names.get(name, {}), key=_number)
