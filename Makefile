@@ -22,6 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(SOURCES)
 	@# PyTorch first and alone: a bare requirement would pull the CUDA packages in.
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev,bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps kserve==0.21.0
 	touch $@
 
 serve: install

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 from safetensors.torch import save_file
 
 ECHO = """
@@ -49,6 +52,16 @@ class Faulty(torch.nn.Module):
 """
 DATATYPES = ["FP16", "FP32", "FP64", "BF16", "BOOL"]
 DATATYPES += [f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)]
+NUMPY: dict[str, Any] = {
+    "BF16": ml_dtypes.bfloat16,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+    "BOOL": np.bool_,
+    "BYTES": np.object_,
+}
+NUMPY |= {f"{s}INT{b}": np.dtype(f"{s.lower()}int{b}") for s in ("", "U") for b in (8, 16, 32, 64)}
+Array = np.ndarray[Any, Any]
 
 
 def add_model(root: Path, name: str, code: str, inputs: dict[str, str], batch: int = 8) -> None:
@@ -66,3 +79,14 @@ def add_model(root: Path, name: str, code: str, inputs: dict[str, str], batch: i
     (folder / "model.toml").write_text(
         f"allow_code = true\n{tensors}[batching]\nmax_batch_size = {batch}\n"
     )
+
+
+def sample(datatype: str) -> Array:
+    if datatype == "BYTES":
+        return np.array(
+            [[b"a", b"", b"\xff\x00raw"], ["\u00e9\u4e2d".encode(), b"b" * 300, b"c"]], np.object_
+        )
+    kind = np.dtype(NUMPY[datatype])
+    if datatype == "BOOL":
+        return np.array([[True, False, True], [False, False, True]])
+    return np.array([[0, 1, 2], [3, 100, 7]]).astype(kind)

@@ -7,25 +7,15 @@ import queue
 from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
-from model_rig import DATATYPES
+from model_rig import DATATYPES, sample
 from serving import WATCHDOG_S, Server
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-NUMPY: dict[str, Any] = {
-    "BF16": ml_dtypes.bfloat16,
-    "FP16": np.float16,
-    "FP32": np.float32,
-    "FP64": np.float64,
-    "BOOL": np.bool_,
-    "BYTES": np.object_,
-}
-NUMPY |= {f"{s}INT{b}": np.dtype(f"{s.lower()}int{b}") for s in ("", "U") for b in (8, 16, 32, 64)}
 Array = np.ndarray[Any, Any]
 
 
@@ -43,17 +33,6 @@ def tensor(name: str, array: Array, datatype: str) -> triton.InferInput:
 
 def fp32(*rows: list[float], name: str = "x") -> triton.InferInput:
     return tensor(name, np.array(rows, np.float32), "FP32")
-
-
-def sample(datatype: str) -> Array:
-    if datatype == "BYTES":
-        return np.array(
-            [[b"a", b"", b"\xff\x00raw"], ["\u00e9\u4e2d".encode(), b"b" * 300, b"c"]], np.object_
-        )
-    kind = np.dtype(NUMPY[datatype])
-    if datatype == "BOOL":
-        return np.array([[True, False, True], [False, False, True]])
-    return np.array([[0, 1, 2], [3, 100, 7]]).astype(kind)
 
 
 def code_of(error: pytest.ExceptionInfo[InferenceServerException]) -> str:
