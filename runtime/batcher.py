@@ -93,7 +93,7 @@ class Batcher:
         # About the longest that a batch has taken of late: with the number of jobs, a bound on what
         # anybody waits that costs one multiplication to look at.
         self.slowest_ns = 0
-        self._finished = 0  # batches
+        self.finished = 0  # batches, ever
         self.foresight = Foresight(self._turns, self._waiting)
 
     def __len__(self) -> int:
@@ -240,9 +240,9 @@ class Batcher:
             charge(turn, share_ns)
             # Of the lanes of a batch one is enough, and of short batches one in four: it costs as
             # much as taking a request.
-            if turn is first and (cost_ns >= LONG_NS or not self._finished & 3):
+            if turn is first and (cost_ns >= LONG_NS or not self.finished & 3):
                 turn.pace.note(turn.lane.taken_rows, share_ns)
-        self._finished += 1
+        self.finished += 1
         self._ranks.settle(ran, cost_ns)
         for turn, _ in parts:
             self._place(turn, now_ns)

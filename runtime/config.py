@@ -123,6 +123,11 @@ QUEUE_DELAY_US: Final = 0
 METRICS_MODELS: Final = 100  # versions with metric series of their own
 METRICS_MODELS_MAX: Final = 10_000
 BOUND_MODELS_MAX: Final = 2048  # bound programs that a worker keeps
+HEAP_KEPT_BYTES_MAX: Final = 256 * MIB  # that a worker's batches have freed, for the next ones ...
+HEAP_BLOCK_BYTES_MAX: Final = (
+    32 * MIB
+)  # ... in blocks up to this long, the most that glibc takes ...
+HEAP_IDLE_NS: Final = 10_000_000_000  # ... until it has had no batch for so long
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

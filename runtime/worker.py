@@ -41,6 +41,7 @@ from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, ProtocolError
 from overcommit.runtime.garbage import Garbage
+from overcommit.runtime.heap import Heap
 from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import (
@@ -106,6 +107,7 @@ class Worker:
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = 0
         self.garbage = Garbage(time.monotonic_ns())
+        self._heap = Heap()
         self._was_helped = False
         self.is_stopping = False
 
@@ -343,6 +345,8 @@ class Worker:
                 self._runner.try_warm_up(version)
                 return True
         now_ns = time.monotonic_ns()
+        if self._heap.trim_if_due(self.batcher.finished, now_ns):
+            return True
         return self.garbage.look_if_due(now_ns, self.versions.released, is_idle=True)
 
 

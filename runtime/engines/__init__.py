@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from overcommit.runtime import heap
 from overcommit.runtime.errors import Forbidden, ImageError, OvercommitError
 from overcommit.runtime.image import ImageHeader
 from overcommit.runtime.mixing import Mixable
@@ -112,8 +113,9 @@ def _load(header: ImageHeader) -> TorchProgram | ExportProgram:
 
 
 def set_up(threads: int) -> None:
-    """Prepare a worker process: how many threads one batch may use."""
+    """Prepare a worker process: how many threads one batch may use, and its heap."""
     import torch
 
+    heap.keep()
     torch.set_num_threads(max(1, threads))
     torch.set_grad_enabled(False)
