@@ -12,7 +12,7 @@ HAS_GPU := $(wildcard /dev/nvidiactl)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints.txt)
 SOURCES := $(wildcard runtime/*.c runtime/*.h kernels/*.c)
 
-.PHONY: install serve test test-quick lint proto bench bench-memory clean
+.PHONY: install serve test test-quick lint proto js bench bench-memory clean
 
 install: $(VENV)/.installed
 
@@ -29,7 +29,7 @@ serve: install
 	$(BIN)/overcommit demo $(DEMO)
 	$(BIN)/overcommit serve $(DEMO) --host $(HOST) --port $(PORT)
 
-test: install
+test: install js
 	$(BIN)/python -m coverage run -m pytest $(PYTEST_FLAGS)
 	$(BIN)/python -m coverage report
 
@@ -38,6 +38,12 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# A client in another language, where there is npm; without it its test is skipped.
+js:
+	@if command -v npm >/dev/null && test ! -d tests/conformance/js/node_modules; then \
+		npm ci --prefix tests/conformance/js --no-audit --no-fund --ignore-scripts --silent \
+		|| echo "npm cannot install the JavaScript client: its test is skipped"; fi
 
 # After a change of server/proto/inference.proto.
 proto: install
