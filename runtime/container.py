@@ -169,7 +169,7 @@ def parse_stored(path: str | Path, head: memoryview, size: int) -> tuple[Stored,
     start, encoded = check_head(path, head)
     try:
         stored = _DECODER.decode(encoded)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ImageError(f"the header of {path} cannot be decoded: {error}; {REMEDY}") from error
     if (
         stored.stored_bytes < 0

@@ -172,7 +172,7 @@ class ControlSocket:
                 raise ProtocolError(
                     f"{type(message).__name__} names {len(names)} descriptors, {len(fds)} came"
                 )
-        except (ProtocolError, msgspec.DecodeError) as error:
+        except (ProtocolError, msgspec.DecodeError, UnicodeDecodeError) as error:
             for fd in fds:
                 os.close(fd)
             if isinstance(error, ProtocolError):

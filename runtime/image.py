@@ -261,7 +261,7 @@ def read_header(path: str | Path) -> tuple[ImageHeader, int]:
     _, encoded = check_head(path, memoryview(head))
     try:
         header = _DECODER.decode(encoded)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ImageError(f"the header of {path} cannot be decoded: {error}; {REMEDY}") from error
     if (
         header.nbytes <= 0

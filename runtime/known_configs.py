@@ -144,5 +144,5 @@ class KnownConfigs:
                 folder: (fingerprint, configs[number])
                 for folder, (fingerprint, number) in file.versions.items()
             }
-        except (msgspec.MsgspecError, IndexError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as error:
             log.warning("%s is of no use: %s", path, error)

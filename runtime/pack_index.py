@@ -259,7 +259,7 @@ def _read_records(content: bytes) -> Iterator[tuple[Fact | None, int]]:
                 fact = None
             else:
                 fact = facts.decode(body)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             return
         offset = start + nbytes
         yield fact, offset

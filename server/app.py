@@ -136,7 +136,7 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
         data = await request.body()
         try:
             value = msgspec.json.decode(data) if data.strip() else {}
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f"the request is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise BadRequest("the request must be a JSON object")

@@ -99,7 +99,7 @@ def flag(parameters: Parameters | None, name: str) -> bool | None:
         return None
     try:
         return _BOOL.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"parameter '{name}' must be true or false") from error
 
 
@@ -109,7 +109,7 @@ def whole(parameters: Parameters | None, name: str) -> int | None:
         return None
     try:
         value = _INT.decode(raw)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"parameter '{name}' must be a whole number") from error
     if value < 0:
         raise BadRequest(f"parameter '{name}' must not be negative, it is {value}")
@@ -138,7 +138,7 @@ def decode_data(raw: Raw, datatype: str, shape: tuple[int, ...]) -> bytes:
         return _pack_integers(raw, datatype, shape)
     except msgspec.ValidationError as error:
         raise BadRequest(f"data does not fit {datatype}: {error}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"data is not JSON: {error}") from error
     except RecursionError as error:
         raise BadRequest("data is nested too deeply") from error

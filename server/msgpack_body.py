@@ -89,7 +89,7 @@ def prepare(
         raise BadRequest(
             f"model '{name}': the request does not fit the V2 inference protocol: {error}"
         ) from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"model '{name}': the body is not MessagePack: {error}") from error
     return prepare_decoded(
         plans,

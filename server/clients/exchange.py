@@ -274,7 +274,7 @@ def decode(received: Received, kind: type[Any]) -> Any:
     check(received)
     try:
         return msgspec.json.decode(received.body, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ServerError(f"the answer is not what the protocol says: {error}") from error
 
 
@@ -285,7 +285,7 @@ def check(received: Received) -> None:
     try:
         said = msgspec.json.decode(received.body)["error"]
         message = said["message"] if isinstance(said, dict) else str(said)
-    except (msgspec.MsgspecError, KeyError, TypeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, TypeError):
         text = received.body[:500].decode(errors="replace")
         message = f"the server says {received.status}: {text}"
     kind = _BY_STATUS.get(received.status, ServerError)
