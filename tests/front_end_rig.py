@@ -175,7 +175,7 @@ class Rig:
 
     epoch = 1
 
-    def __init__(self, route: Route = ROUTE, **settings: Any) -> None:
+    def __init__(self, route: Route = ROUTE, app: Any = None, **settings: Any) -> None:
         self.settings = Settings(**settings)
         self.route = route
         self.heads, self.plans = Heads(), Plans()
@@ -195,11 +195,11 @@ class Rig:
         os.close(ingress)
         os.close(egress)
 
-        async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def refuse(scope: Any, receive: Any, send: Any) -> None:
             raise AssertionError("nothing here is for ASGI")
 
         self._config = uvicorn.Config(
-            app,
+            app or refuse,
             http=protocol_class(self),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",

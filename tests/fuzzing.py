@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 HANG_S = 20.0  # for one input: a watchdog, not a measure
-GROWTH_BYTES_MAX = 1 << 20  # that the second half of a run may keep
+GROWTH_BYTES_MAX = 1 << 20  # that the second half of a run may keep, where nothing is remembered
 _ENDS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 63, (1 << 64) - 1)
 _TEXTS = (
     b"-1",
@@ -86,6 +86,8 @@ def fuzz(
     corpus: Sequence[bytes],
     times: int,
     refuses: tuple[type[Exception], ...] = (),
+    *,
+    grown_max: int = GROWTH_BYTES_MAX,
 ) -> int:
     """Feed a target; return how many inputs it took without refusing them."""
     seed = int(os.environ.get("OVERCOMMIT_FUZZ_SEED", "1"))
@@ -113,7 +115,7 @@ def fuzz(
         grown = _kept() - kept
     finally:
         tracemalloc.stop()
-    assert grown <= GROWTH_BYTES_MAX, f"the last {count - count // 2} inputs left {grown} bytes"
+    assert grown <= grown_max, f"the last {count - count // 2} inputs left {grown} bytes"
     return taken
 
 
