@@ -99,6 +99,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     headlines: list[tuple[str, str, str]] = field(default_factory=list)  # figure, value, limit
     plots: dict[str, Callable[[Path], None]] = field(default_factory=dict)  # name -> makes a PNG
+    took_s: float = 0.0  # to run it, where it was one of a group
 
     def step(self, text: str) -> None:
         """Say what is being done now."""

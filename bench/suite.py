@@ -8,6 +8,7 @@ missed condition of its own, and the others go on.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -76,7 +77,7 @@ def members(group: str) -> list[str]:
 def run(name: str, options: Options, console: Console) -> list[Report]:
     """Run one scenario or a group of them; each is shown as soon as it is done.
 
-    Raises BenchError when the only one fails.
+    How long each of a group took is said at the end.  Raises BenchError when the only one fails.
     """
     if name not in GROUPS:
         report = Report(name, console)
@@ -88,12 +89,22 @@ def run(name: str, options: Options, console: Console) -> list[Report]:
         report = Report(each, console)
         reports.append(report)
         against = options.against or AGAINST.get(each, ())
+        started_s = time.monotonic()
         try:
             SCENARIOS[each](dataclasses.replace(options, against=against), report)
         except BenchError as error:
             report.expect("it runs", False, error.message)
         report.show()
+        report.took_s = time.monotonic() - started_s
+    console.print(f"\ntook {times(reports)}", highlight=False)
     return reports
+
+
+def times(reports: Sequence[Report]) -> str:
+    """Return how long each scenario took, and all of them."""
+    each = ", ".join(f"{report.scenario} {report.took_s:.0f} s" for report in reports)
+    minutes, seconds = divmod(round(sum(report.took_s for report in reports)), 60)
+    return f"{each}; all {minutes} min {seconds} s"
 
 
 def to_json(reports: Sequence[Report]) -> bytes:
@@ -104,6 +115,7 @@ def to_json(reports: Sequence[Report]) -> bytes:
     for report in reports:
         found = msgspec.json.decode(report.to_json())
         del found["scenario"], found["machine"]
+        found["took_s"] = round(report.took_s, 1)
         content["scenarios"][report.scenario] = found
     return msgspec.json.format(msgspec.json.encode(content), indent=2)
 

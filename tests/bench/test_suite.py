@@ -45,6 +45,13 @@ def test_one_that_cannot_run_is_missed_and_the_others_go_on(reports: list[Report
     assert ran.headlines == [("pigs", "2 fly", "the sky")], "compared with its usual peer"
 
 
+def test_each_says_how_long_it_took(reports: list[Report]) -> None:
+    reports[0].took_s, reports[1].took_s = 61.4, 3.2
+    assert suite.times(reports) == "chaos 61 s, overcommit 3 s; all 1 min 5 s"
+    content = json.loads(suite.to_json(reports))["scenarios"]
+    assert [one["took_s"] for one in content.values()] == [61.4, 3.2]
+
+
 def test_results_are_one_file_with_one_description_of_the_machine(reports: list[Report]) -> None:
     content = json.loads(suite.to_json(reports))
     assert set(content) == {"machine", "scenarios"}
