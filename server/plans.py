@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Key = tuple[tuple[str, str, tuple[int, ...]], ...]  # of each input: name, datatype, shape
 Selection = tuple[tuple[str, bool | None], ...] | None  # outputs that are asked for; None: all
 
+SHORT_NUMBERS_MIN = 64  # FP32 from here on is written by the array; a list is as fast for few
 UNPACK_NUMBERS_MAX = 4096  # at once, by a format of their own; half as dear for few
 _UNKNOWN_AXIS = 128  # guess for an output axis that no input decides
 
@@ -64,7 +65,7 @@ class Part:
     start: int
     end: int
     is_binary: bool
-    unpack: Callable[[memoryview, int], Sequence[object]] | None  # its numbers, if it has some
+    unpack: Callable[[memoryview, int], object] | None  # its numbers, for `codec.encode`
 
 
 @dataclass(slots=True, frozen=True)
@@ -239,11 +240,13 @@ class Plans:
         return plans
 
 
-def _unpack(place: TensorPlace) -> Callable[[memoryview, int], Sequence[object]] | None:
+def _unpack(place: TensorPlace) -> Callable[[memoryview, int], object] | None:
     code = codec.CODES.get(place.datatype)
     if code is None:
         return None
     count = place.nbytes // DATATYPES[place.datatype][1]
+    if place.datatype == "FP32" and count >= SHORT_NUMBERS_MIN:
+        return lambda view, start: codec.encode_fp32(view[start : start + place.nbytes])
     if count <= UNPACK_NUMBERS_MAX:
         return struct.Struct(f"<{count}{code}").unpack_from
 
