@@ -149,10 +149,12 @@ class Batcher:
         if lane.count >= lane.limits.jobs_max:
             return False
         assert job.request_id not in self._jobs, "a request is queued once"
+        if lane.limits.wait_ns:
+            job.deadline_ns = min(job.deadline_ns, job.taken_ns + lane.limits.wait_ns)
         self._enter(turn, job)
         # A lane that is DUE stays where it is; one that is WAITING may have become full.
         state = turn.state
-        if state is _EMPTY or (state is _WAITING and lane.rows >= lane.limits.rows_max):
+        if state is _EMPTY or (state is _WAITING and lane.is_full):
             self._place(turn, now_ns)
         return True
 
@@ -368,7 +370,7 @@ class Batcher:
 
     @staticmethod
     def _due_ns(lane: Lane) -> int:
-        if lane.rows >= lane.limits.rows_max:
+        if lane.is_full:
             return 0
         return lane.oldest_ns() + lane.limits.delay_ns
 

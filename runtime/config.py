@@ -104,6 +104,10 @@ NAME_CHARS_MAX: Final = 256
 ID_CHARS_MAX: Final = 1024
 TENSORS_MAX: Final = 256
 RANK_MAX: Final = 16
+ALIASES_MAX: Final = 64  # of one model
+STEPS_MAX: Final = 64  # of one ensemble
+WARMUPS_MAX: Final = 64  # requests of one model, and ...
+WARMUP_RUNS_MAX: Final = 1000  # ... how often one of them runs
 HEADER_BYTES_MAX: Final = 64 * KIB
 JSON_BYTES_MAX: Final = 64 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB
@@ -168,7 +172,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     access_log: bool = False
 
 
-class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One input or output.
 
     `shape` is the full shape, -1 where the size varies; where the model batches, axis 0 is the
@@ -183,19 +187,83 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     axes: tuple[str | None, ...] = ()
     pad: float | None = None
     optional: bool = False
+    labels: str | None = None  # output: the file, in the model's folder, that names its classes
 
 
-class Batching(msgspec.Struct, frozen=True, kw_only=True):
+class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How requests for one model are gathered.  `max_batch_size` 0: the model does not batch."""
 
     max_batch_size: int = BATCH_SIZE_MAX
     max_queue_delay_us: int = QUEUE_DELAY_US
     max_queue_size: int = QUEUE_SIZE_MAX
     across_versions: bool = True  # a batch may hold requests of other versions of the program
+    preferred_sizes: tuple[int, ...] = ()  # so many rows need not wait for the queue delay
+    queue_timeout_us: int = 0  # a request that waits longer is refused; 0: its own time counts
+    priority_levels: int = 0
+    default_priority: int = 0
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What `model.toml` says; everything may be absent."""
+class WarmupInput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One input of a warm-up request; `shape` without the batch, where the model batches."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Literal["zero", "random", "file"] = "zero"
+    file: str = ""  # absolute
+
+
+class Warmup(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request that a worker runs, and forgets, before the first one of a client."""
+
+    name: str
+    batch_size: int = 1  # rows, where the model batches
+    count: int = 1
+    inputs: tuple[WarmupInput, ...] = ()
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An input that tells a stateful model where in a sequence a request is."""
+
+    kind: Literal["start", "end", "ready", "corrid"]
+    name: str
+    datatype: str
+    values: tuple[float, float] = (0, 1)  # for no and yes
+
+
+class Sequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model with state: the requests of one correlation id go to one slot of one worker."""
+
+    idle_us: int = 1_000_000
+    strategy: Literal["direct", "oldest"] = "direct"
+    controls: tuple[Control, ...] = ()
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One model of an ensemble.  The maps lead from the model's names to the ensemble's."""
+
+    model: str
+    version: str = ""  # "": what the model's name means
+    inputs: dict[str, str] = {}
+    outputs: dict[str, str] = {}
+
+
+class Naming(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model's names mean: no image, and nothing that runs, depends on it.
+
+    With neither `latest` nor `specific` every version is served.
+    """
+
+    latest: int = 0  # so many of the highest versions are served
+    specific: tuple[str, ...] = ()  # these versions are served
+    aliases: dict[
+        str, str
+    ] = {}  # further names -> a version, or "" for what the model's name means
+    weights: dict[str, float] = {}  # version -> percent of the requests that name none
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model's folder says of it; everything may be absent."""
 
     engine: str | None = None
     inputs: tuple[TensorSpec, ...] = ()
@@ -210,4 +278,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     timeout_ms: int | None = None
     allow_code: bool = False
     entry: str | None = None  # model.py: "file.py:ClassName"
+    file: str | None = None  # of the version's folder, that holds the program
     parameters: dict[str, str | int | float | bool] = {}
+    warmup: tuple[Warmup, ...] = ()
+    sequence: Sequence | None = None
+    steps: tuple[Step, ...] = ()  # an ensemble's
+    naming: Naming | None = None
+
+
+def imaged(config: ModelConfig) -> ModelConfig:
+    """Leave out what no image depends on."""
+    return config if config.naming is None else msgspec.structs.replace(config, naming=None)

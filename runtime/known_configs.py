@@ -20,20 +20,21 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from overcommit import __version__
+from overcommit.runtime import model_files
 from overcommit.runtime.config import ModelConfig
-from overcommit.runtime.model_toml import merge, parse, rules, significant, to_config
+from overcommit.runtime.model_toml import rules, significant
 
 log = logging.getLogger("overcommit.scanner")
 
 FILE_NAME: Final = "repository.msgpack"
-FORMAT: Final = 1
+FORMAT: Final = 2
 PARSED_MAX: Final = 256
 _CRC_BYTES: Final = 4
 
@@ -57,7 +58,7 @@ class KnownConfigs:
         self._path = path
         self._encoder = msgspec.msgpack.Encoder()
         # Of thousands of folders most have files that some program wrote: equal but for comments.
-        self._parsed: dict[tuple[bytes, ...], ModelConfig] = {}
+        self._parsed: dict[tuple[tuple[str, bytes], ...], ModelConfig] = {}
         self._shared: dict[bytes, ModelConfig] = {}
         # Only what a start needs: afterwards each source has its own config.
         self._versions: dict[str, tuple[str, ModelConfig]] = {}
@@ -76,15 +77,12 @@ class KnownConfigs:
         """Return the one object that is equal to `config`."""
         return self._shared.setdefault(self._encoder.encode(config), config)
 
-    def parse(self, contents: tuple[bytes, ...]) -> ModelConfig:
-        """Return what these files say, the later ones over the earlier.  Raises RepositoryError."""
-        key = tuple(significant(content) for content in contents)
+    def parse(self, files: Sequence[tuple[str, bytes]]) -> ModelConfig:
+        """Return what these files say, as `model_files.read`.  Raises RepositoryError."""
+        key = tuple((name, significant(content)) for name, content in files)
         known = self._parsed.get(key)
         if known is None:
-            table: dict[str, object] = {}
-            for content in contents:
-                table = merge(table, parse(content))
-            known = self.share(to_config(table) if contents else ModelConfig())
+            known = self.share(model_files.read(files)[0])
             if len(self._parsed) >= PARSED_MAX:
                 self._parsed.clear()
             self._parsed[key] = known

@@ -40,7 +40,9 @@ class Limits:
     """What a version's config says about its lane."""
 
     rows_max: int = 1
+    rows_due: int = 0  # so many do not wait for the delay; 0: rows_max
     delay_ns: int = 0
+    wait_ns: int = 0  # a job that waits longer has expired; 0: its deadline counts
     jobs_max: int = QUEUE_SIZE_MAX
     weight: int = 1
     priority: int = 0
@@ -49,8 +51,11 @@ class Limits:
 def limits_of(config: ModelConfig) -> Limits:
     """Read a lane's limits from its version's config; a version that does not batch has one row."""
     batching = config.batching
+    rows_max = max(1, batching.max_batch_size)
     return Limits(
-        rows_max=max(1, batching.max_batch_size),
+        rows_max=rows_max,
+        rows_due=min((rows_max, *batching.preferred_sizes)),
+        wait_ns=batching.queue_timeout_us * 1000,
         delay_ns=batching.max_queue_delay_us * 1000 if batching.max_batch_size > 1 else 0,
         jobs_max=batching.max_queue_size,
         weight=max(1, config.weight),
@@ -117,6 +122,11 @@ class Lane:
         self._to_heap(job)
         self.count += 1
         self.rows += job.rows
+
+    @property
+    def is_full(self) -> bool:
+        """Whether enough rows wait for a batch that need not wait for more."""
+        return self.rows >= (self.limits.rows_due or self.limits.rows_max)
 
     def take(self, now_ns: int, expired: list[Job]) -> list[Job]:
         """Take one batch; what is found expired on the way goes to `expired`.  May be empty."""

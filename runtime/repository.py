@@ -1,9 +1,11 @@
 """The repository: which model versions the operator's folders hold.
 
-    ROOT/<model>/[<version number>/]files        optional model.toml in either folder
+    ROOT/<model>/[<version number>/]files        optional model.toml in either folder,
+                                                 or config.pbtxt, or model-settings.json
 
-A scan looks at names, sizes and times alone; of the files it reads only `model.toml`, and that once
-per change.  Without version folders the model folder itself is version "1".
+A scan looks at names, sizes and times alone; of the files it reads only those that say how a model is
+served (`model_files`), and those once per change.  Without version folders the model folder itself is
+version "1".
 
 Invariants
  1. Every folder of a root that does not start with "." yields at least one VersionSource: a folder
@@ -13,6 +15,7 @@ Invariants
  3. No file outside a root is ever reached: a symlink that leaves its root makes its version broken.
  4. A version whose folder changed within the last SETTLE_NS is `settling` (somebody is copying into
     it) unless this is the first scan; what it says is not final.
+ 5. What the model's version policy leaves out is `spare`: served only in another version's place.
 
 Called by the scanner and by `overcommit pack`.
 """
@@ -26,14 +29,18 @@ import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from overcommit.runtime.config import NAME_CHARS_MAX, VERSIONS_MAX, ModelConfig
+import msgspec
+
+from overcommit.runtime import model_files
+from overcommit.runtime.config import NAME_CHARS_MAX, VERSIONS_MAX, ModelConfig, Naming
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.known_configs import KnownConfigs
-from overcommit.runtime.model_toml import FILE_NAME, read_file
+from overcommit.runtime.model_toml import read_file
 
+CONTENT_DIGITS: Final = 16
 SETTLE_NS: Final = 1_000_000_000
 FILES_MAX: Final = 10_000  # of one version
 DEPTH_MAX: Final = 8  # folders inside a version
@@ -49,7 +56,8 @@ class VersionSource:
     """One version as it lies on disk.
 
     Unless it is `settling`, `config` is None exactly when `error` says why the version cannot be
-    served.  `fingerprint` changes whenever a file of the version or a model.toml above it does.
+    served.  `fingerprint` changes whenever a file of the version or a model.toml above it does; it
+    begins with CONTENT_DIGITS that only the version's own files change.
     """
 
     name: str
@@ -59,6 +67,7 @@ class VersionSource:
     config: ModelConfig | None
     error: str | None = None
     settling: bool = False
+    spare: bool = False  # left out by the version policy
 
 
 class Folder(NamedTuple):
@@ -70,7 +79,7 @@ class Folder(NamedTuple):
 
 
 _Entries = list[os.DirEntry[str]]
-_Toml = tuple[str, int, int]  # path, size, time of a model.toml
+_Toml = tuple[str, str, int, int]  # name, path, size, time of a model.toml or its like
 
 
 @dataclass(slots=True)
@@ -79,7 +88,7 @@ class _Files:
 
     rows: list[str]
     newest_ns: int = 0
-    toml: _Toml | None = None  # of the folder itself
+    tomls: list[_Toml] = field(default_factory=list)  # of the folder itself
 
 
 class _Vanished(Exception):
@@ -113,7 +122,8 @@ def scan(roots: Iterable[str | os.PathLike[str]], *, is_first: bool = True) -> l
         for folder in model_folders(real_root):
             if folder.name not in names:
                 names.add(folder.name)
-                sources.extend(scan_model(real_root, folder, before_ns, configs))
+                found = scan_model(real_root, folder, before_ns, configs)
+                sources.extend(source for source in found if not source.spare)
             if len(sources) >= VERSIONS_MAX:
                 return sources[:VERSIONS_MAX]
     return sources
@@ -148,10 +158,24 @@ def scan_model(
     """
     known = {source.folder: source for source in former}
     found = []
-    for source in _versions(root, model, before_ns, configs, known):
+    for source in with_policy(list(_versions(root, model, before_ns, configs, known))):
         old = known.get(source.folder)
         found.append(old if old is not None and old == source else source)
     return found
+
+
+def with_policy(versions: list[VersionSource]) -> list[VersionSource]:
+    """Mark what the model's version policy, as its highest version has it, leaves out."""
+    naming = next((v.config.naming for v in reversed(versions) if v.config is not None), None)
+    if naming is None or not (naming.latest or naming.specific):
+        return [replace(v, spare=False) if v.spare else v for v in versions]
+    # A folder with a name of no version counts for nothing.
+    numbers = [v.version for v in versions if _VERSION.fullmatch(v.version)]
+    chosen = set(naming.specific or numbers[-naming.latest :])
+    return [
+        v if v.spare == (v.version not in chosen) else replace(v, spare=not v.spare)
+        for v in versions
+    ]
 
 
 def _versions(
@@ -169,7 +193,7 @@ def _versions(
     try:
         if is_link:
             _refuse_outside(root, path)
-        folders, toml, entries = _look_at_model(path)
+        folders, tomls, entries = _look_at_model(path)
     except FileNotFoundError:
         return
     except (OSError, RepositoryError) as error:
@@ -177,14 +201,14 @@ def _versions(
         return
     for folder in folders:
         try:
-            yield _scan_version(root, name, folder, toml, entries, before_ns, configs, known)
+            yield _scan_version(root, name, folder, tomls, entries, before_ns, configs, known)
         except _Vanished:
             # Somebody is at work in it: the next scan knows more.
             yield VersionSource(name, folder.name, folder.path, "", None, None, settling=True)
 
 
-def _look_at_model(path: str) -> tuple[list[Folder], _Toml | None, _Entries | None]:
-    """Return the version folders in numeric order, and the model folder's own model.toml.
+def _look_at_model(path: str) -> tuple[list[Folder], list[_Toml], _Entries | None]:
+    """Return the version folders in numeric order, and the model folder's own model.toml or its like.
 
     Without version folders the model's folder is the version: then also what it holds.
     """
@@ -197,21 +221,21 @@ def _look_at_model(path: str) -> tuple[list[Folder], _Toml | None, _Entries | No
     ]
     if not folders:
         # The walk over the version finds model.toml; the model's link was looked at already.
-        return [Folder("1", path, False)], None, entries
+        return [Folder("1", path, False)], [], entries
     folders.sort(key=lambda folder: (len(folder.name), folder.name))
-    toml = None
+    tomls = []
     for entry in entries:
-        if entry.name == FILE_NAME:
+        if entry.name in model_files.RANKS:
             info = entry.stat()
-            toml = (entry.path, info.st_size, info.st_mtime_ns)
-    return folders, toml, None
+            tomls.append((entry.name, entry.path, info.st_size, info.st_mtime_ns))
+    return folders, tomls, None
 
 
 def _scan_version(
     root: str,
     name: str,
     place: Folder,
-    model_toml: _Toml | None,
+    model_tomls: list[_Toml],
     entries: _Entries | None,
     before_ns: int | None,
     configs: KnownConfigs,
@@ -229,25 +253,70 @@ def _scan_version(
         if is_link:
             _refuse_outside(root, folder)
         _walk(root, folder, "", 0, files, entries)
-        tomls = [toml for toml in (model_toml, files.toml) if toml is not None]
+        tomls = sorted([*model_tomls, *files.tomls], key=lambda toml: model_files.RANKS[toml[0]])
         digest = _fingerprint(files, tomls)
-        files.newest_ns = max(files.newest_ns, *(mtime_ns for _, _, mtime_ns in tomls), 0)
+        files.newest_ns = max(files.newest_ns, *(mtime_ns for *_, mtime_ns in tomls), 0)
         # A time far ahead of our clock is no sign of somebody at work.
         if before_ns is not None and before_ns < files.newest_ns < before_ns + 2 * SETTLE_NS:
             return VersionSource(name, version, folder, digest, None, None, settling=True)
-        if not files.rows:
-            raise RepositoryError("the folder holds no model files; copy them in or remove it")
         old = known.get(folder)
         if old is not None and old.fingerprint == digest and old.config is not None:
             return old
         config = configs.find(folder, digest)
+        if config is None and not files.rows and not tomls:
+            raise RepositoryError("the folder holds no model files; copy them in or remove it")
         if config is None:
-            config = configs.parse(tuple(read_file(path) for path, _, _ in tomls))
+            config = configs.parse([(file, read_file(path)) for file, path, *_ in tomls])
+            config = configs.share(_complete(root, name, folder, config))
+        if not files.rows and not config.steps:
+            raise RepositoryError("the folder holds no model files; copy them in or remove it")
         return VersionSource(name, version, folder, digest, config)
     except FileNotFoundError as error:
         raise _Vanished from error
     except (OSError, RepositoryError) as error:
         return VersionSource(name, version, folder, digest, None, _reason(error))
+
+
+def _complete(root: str, name: str, folder: str, config: ModelConfig) -> ModelConfig:
+    """Find the files that a configuration names; leave an alias out that is the model's own name.
+
+    Raises RepositoryError.
+    """
+    if config.sequence is not None:
+        raise RepositoryError(
+            "models with state ([sequence], sequence_batching) are not served yet"
+        )
+    if config.steps or config.engine == "ensemble":
+        raise RepositoryError("ensembles are not served yet")
+    if config.naming is not None and name in config.naming.aliases:
+        aliases = {key: value for key, value in config.naming.aliases.items() if key != name}
+        naming = msgspec.structs.replace(config.naming, aliases=aliases)
+        config = msgspec.structs.replace(config, naming=naming if naming != Naming() else None)
+    if any(each.file for warmup in config.warmup for each in warmup.inputs):
+        warmups = tuple(
+            msgspec.structs.replace(
+                warmup,
+                inputs=tuple(
+                    msgspec.structs.replace(
+                        each, file=each.file and _find(root, name, folder, each.file)
+                    )
+                    for each in warmup.inputs
+                ),
+            )
+            for warmup in config.warmup
+        )
+        config = msgspec.structs.replace(config, warmup=warmups)
+    return config
+
+
+def _find(root: str, name: str, folder: str, file: str) -> str:
+    """A file of the version's folder, or else of the model's."""
+    for place in (folder, os.path.join(root, name)):
+        path = os.path.join(place, file)
+        if os.path.isfile(path) and not os.path.isabs(file):
+            _refuse_outside(os.path.realpath(os.path.join(root, name)), path)
+            return os.path.realpath(path)
+    raise RepositoryError(f"its warm-up needs the file '{_printable(file)}', which is not there")
 
 
 def _walk(
@@ -274,8 +343,8 @@ def _walk(
         if not stat.S_ISREG(info.st_mode):
             continue
         files.newest_ns = max(files.newest_ns, info.st_mtime_ns)
-        if name == FILE_NAME and not prefix:
-            files.toml = (entry.path, info.st_size, info.st_mtime_ns)
+        if not prefix and name in model_files.RANKS:
+            files.tomls.append((name, entry.path, info.st_size, info.st_mtime_ns))
             continue
         files.rows.append(f"{prefix}{name}\0{info.st_size}\0{info.st_mtime_ns}")
         if len(files.rows) > FILES_MAX:
@@ -283,9 +352,11 @@ def _walk(
 
 
 def _fingerprint(files: _Files, tomls: list[_Toml]) -> str:
-    rows = sorted(files.rows) + [f"{size}\0{mtime_ns}" for _, size, mtime_ns in tomls]
-    content = "\n".join(rows).encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    digests = []
+    for rows in (sorted(files.rows), [f"{name} {size} {at}" for name, _, size, at in tomls]):
+        content = "\n".join(rows).encode("utf-8", "surrogateescape")
+        digests.append(hashlib.blake2b(content, digest_size=CONTENT_DIGITS // 2).hexdigest())
+    return "".join(digests)
 
 
 def _refuse_outside(root: str, path: str) -> None:

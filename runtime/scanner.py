@@ -165,7 +165,7 @@ class Scanner:
     def _collect(self) -> None:
         """Make the list anew."""
         models = self._models
-        found = (source for name in self._folders for source in models.get(name, ()))
+        found = (s for name in self._folders for s in models.get(name, ()) if not s.spare)
         self.sources = list(itertools.islice(found, VERSIONS_MAX))
 
     def _save(self, now_s: float) -> None:

@@ -132,6 +132,23 @@ def test_a_queue_delay_holds_a_lane_until_its_oldest_job_has_waited_that_long() 
     assert batcher.wake_ns() is None
 
 
+def test_a_preferred_size_does_not_wait_for_the_delay() -> None:
+    batcher = runnable(1, delay_ns=100, rows_due=2)
+    jobs = [job(), job()]
+    add(batcher, jobs[0])
+    assert take(batcher) == []
+    add(batcher, jobs[1])
+    assert take(batcher) == jobs
+
+
+def test_a_job_expires_when_it_has_waited_as_long_as_its_lane_allows() -> None:
+    batcher = runnable(1, wait_ns=5 * MS)
+    patient, hasty = job(), job(deadline_ns=MS)
+    add(batcher, patient, hasty)
+    assert batcher.next(5 * MS) is None
+    assert batcher.take_expired() == [hasty, patient]
+
+
 def test_a_full_batch_does_not_wait_for_its_delay() -> None:
     batcher = runnable(1, delay_ns=100)
     jobs = [job() for _ in range(4)]

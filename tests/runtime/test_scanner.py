@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from overcommit.runtime import known_configs, repository, scanner
+from overcommit.runtime import known_configs, model_files, repository, scanner
+from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.scanner import Scanner
 
 
@@ -156,13 +158,13 @@ class Parses:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        parse = known_configs.parse
+        read = model_files.read
 
-        def counting(content: bytes) -> dict[str, object]:
+        def counting(files: Iterable[tuple[str, bytes]]) -> tuple[ModelConfig, list[str]]:
             self.count += 1
-            return parse(content)
+            return read(files)
 
-        monkeypatch.setattr(known_configs, "parse", counting)
+        monkeypatch.setattr(model_files, "read", counting)
 
 
 def test_a_second_start_parses_only_what_has_changed(

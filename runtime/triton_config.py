@@ -1,0 +1,449 @@
+"""Triton's `config.pbtxt`: what of it is served, in the words of `model.toml`.
+
+The messages are those of Triton's public `model_config.proto`, as far as we read them.  What has no meaning
+here is ignored with a note; what would change answers if it were ignored makes the model one that cannot be
+served, with the reason.
+
+Invariants
+ 1. Every field of the file is read, noted, or refused.
+ 2. Shapes are whole: with a `max_batch_size` above 0 a leading -1 stands for the batch, as in `model.toml`.
+ 3. Without a version policy the highest version alone is served, as Triton does.
+
+Pure.  Called by `model_files`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from overcommit.runtime.config import BATCH_SIZE_LIMIT
+from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.text_format import parse
+
+FILE_NAME: Final = "config.pbtxt"
+
+# None: found from the files.
+_BACKENDS: Final[dict[str, str | None]] = {
+    "onnxruntime": "onnx",
+    "pytorch": None,
+    "python": "python",
+    "ensemble": "ensemble",
+}
+_PLATFORMS: Final[dict[str, str | None]] = {
+    "onnxruntime_onnx": "onnx",
+    "pytorch_libtorch": None,
+    "torch_aoti": "aoti",
+    "ensemble": "ensemble",
+}
+_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+DataType = Literal[
+    "TYPE_INVALID",
+    "TYPE_BOOL",
+    "TYPE_UINT8",
+    "TYPE_UINT16",
+    "TYPE_UINT32",
+    "TYPE_UINT64",
+    "TYPE_INT8",
+    "TYPE_INT16",
+    "TYPE_INT32",
+    "TYPE_INT64",
+    "TYPE_FP16",
+    "TYPE_FP32",
+    "TYPE_FP64",
+    "TYPE_STRING",
+    "TYPE_BF16",
+]
+
+
+# --- messages -----------------------------------------------------------------------------------
+class _Reshape(msgspec.Struct):
+    shape: tuple[int, ...] = ()
+
+
+class _Tensor(msgspec.Struct):
+    """ModelInput and ModelOutput."""
+
+    name: str = ""
+    data_type: DataType = "TYPE_INVALID"
+    format: Literal["FORMAT_NONE", "FORMAT_NHWC", "FORMAT_NCHW"] = "FORMAT_NONE"
+    dims: tuple[int, ...] = ()
+    reshape: _Reshape | None = None
+    is_shape_tensor: bool = False
+    allow_ragged_batch: bool = False
+    optional: bool = False
+    is_non_linear_format_io: bool = False
+    label_filename: str = ""
+
+
+class _Anything(msgspec.Struct):
+    """A message of which only that it is there counts."""
+
+
+class _QueuePolicy(msgspec.Struct):
+    timeout_action: Literal["REJECT", "DELAY"] = "REJECT"
+    default_timeout_microseconds: _Count = 0
+    allow_timeout_override: bool = False
+    max_queue_size: _Count = 0
+
+
+class _DynamicBatching(msgspec.Struct):
+    preferred_batch_size: tuple[int, ...] = ()
+    max_queue_delay_microseconds: _Count = 0
+    preserve_ordering: bool = False
+    priority_levels: _Count = 0
+    default_priority_level: _Count = 0
+    default_queue_policy: _QueuePolicy | None = None
+    priority_queue_policy: tuple[_Anything, ...] = ()
+
+
+class _Latest(msgspec.Struct):
+    num_versions: int = 0
+
+
+class _Specific(msgspec.Struct):
+    versions: tuple[int, ...] = ()
+
+
+class _VersionPolicy(msgspec.Struct):
+    latest: _Latest | None = None
+    all: _Anything | None = None
+    specific: _Specific | None = None
+
+
+class _InstanceGroup(msgspec.Struct):
+    name: str = ""
+    kind: Literal["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"] = "KIND_AUTO"
+    count: int = 1
+    gpus: tuple[int, ...] = ()
+
+
+class _WarmupInput(msgspec.Struct):
+    data_type: DataType = "TYPE_INVALID"
+    dims: tuple[int, ...] = ()
+    zero_data: bool = False
+    random_data: bool = False
+    input_data_file: str = ""
+
+
+class _Warmup(msgspec.Struct):
+    name: str = ""
+    batch_size: int = 0
+    inputs: dict[str, _WarmupInput] = {}
+    count: int = 0
+
+
+class _Control(msgspec.Struct):
+    kind: Literal[
+        "CONTROL_SEQUENCE_START",
+        "CONTROL_SEQUENCE_READY",
+        "CONTROL_SEQUENCE_END",
+        "CONTROL_SEQUENCE_CORRID",
+    ] = "CONTROL_SEQUENCE_START"
+    int32_false_true: tuple[int, ...] = ()
+    fp32_false_true: tuple[float, ...] = ()
+    bool_false_true: tuple[bool, ...] = ()
+    data_type: DataType = "TYPE_INVALID"
+
+
+class _ControlInput(msgspec.Struct):
+    name: str = ""
+    control: tuple[_Control, ...] = ()
+
+
+class _Sequence(msgspec.Struct):
+    direct: _Anything | None = None
+    oldest: _Anything | None = None
+    max_sequence_idle_microseconds: _Count = 0
+    control_input: tuple[_ControlInput, ...] = ()
+    state: tuple[_Anything, ...] = ()
+    iterative_sequence: bool = False
+
+
+class _Step(msgspec.Struct):
+    model_name: str = ""
+    model_version: int = -1
+    input_map: dict[str, str] = {}
+    output_map: dict[str, str] = {}
+    model_namespace: str = ""
+
+
+class _Ensemble(msgspec.Struct):
+    step: tuple[_Step, ...] = ()
+    max_inflight_requests: _Count = 0
+
+
+class _Parameter(msgspec.Struct):
+    string_value: str = ""
+
+
+class _Transactions(msgspec.Struct):
+    decoupled: bool = False
+
+
+class _Cache(msgspec.Struct):
+    enable: bool = False
+
+
+class TritonModel(msgspec.Struct):
+    """ModelConfig."""
+
+    name: str = ""
+    platform: str = ""
+    backend: str = ""
+    runtime: str = ""
+    version_policy: _VersionPolicy | None = None
+    max_batch_size: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    input: tuple[_Tensor, ...] = ()
+    output: tuple[_Tensor, ...] = ()
+    batch_input: tuple[_Anything, ...] = ()
+    batch_output: tuple[_Anything, ...] = ()
+    optimization: _Anything | None = None
+    dynamic_batching: _DynamicBatching | None = None
+    sequence_batching: _Sequence | None = None
+    ensemble_scheduling: _Ensemble | None = None
+    instance_group: tuple[_InstanceGroup, ...] = ()
+    default_model_filename: str = ""
+    cc_model_filenames: dict[str, str] = {}
+    metric_tags: dict[str, str] = {}
+    parameters: dict[str, _Parameter] = {}
+    model_warmup: tuple[_Warmup, ...] = ()
+    model_operations: _Anything | None = None
+    model_transaction_policy: _Transactions | None = None
+    model_repository_agents: _Anything | None = None
+    response_cache: _Cache | None = None
+    model_metrics: _Anything | None = None
+
+
+# --- reading ------------------------------------------------------------------------------------
+def read(content: bytes) -> tuple[dict[str, Any], list[str]]:
+    """Return a table as `model.toml` has it, and what is ignored.
+
+    Raises RepositoryError when the file is broken, or asks for what cannot be served.
+    """
+    model, unknown = parse(content, TritonModel, FILE_NAME)
+    outer = [name for name in unknown if not name.startswith(("optimization.", *_OPAQUE))]
+    notes = [f"unknown field '{name}'" for name in outer]
+    for problem in _unsupported(model):
+        raise RepositoryError(f"{FILE_NAME}: {problem}")
+    notes += _ignored(model)
+    table: dict[str, Any] = {}
+    engine = _engine(model)
+    if engine is not None:
+        table["engine"] = engine
+    if model.default_model_filename:
+        table["file"] = model.default_model_filename
+    batches = _batching(model, table, notes)
+    for kind, tensors in (("input", model.input), ("output", model.output)):
+        if tensors:
+            table[kind] = [_tensor(kind, tensor, batches, notes) for tensor in tensors]
+    table["versions"] = _versions(model.version_policy)
+    if model.parameters:
+        table["parameters"] = {key: each.string_value for key, each in model.parameters.items()}
+    if model.model_warmup:
+        table["warmup"] = [_warmup(each) for each in model.model_warmup]
+    if model.sequence_batching is not None:
+        table["sequence"] = _sequence(model.sequence_batching)
+    if model.ensemble_scheduling is not None:
+        table["ensemble"] = {"step": [_step(step) for step in model.ensemble_scheduling.step]}
+    return table, notes
+
+
+_OPAQUE: Final = (
+    *("sequence_batching.direct.", "sequence_batching.oldest.", "model_metrics."),
+    *("dynamic_batching.priority_queue_policy.", "version_policy.all."),
+    *("model_repository_agents.", "model_operations.", "batch_input.", "batch_output."),
+    *(
+        "sequence_batching.state.",
+        "instance_group.rate_limiter",
+        "instance_group.secondary_devices",
+    ),
+    *("instance_group.profile", "instance_group.passive", "instance_group.host_policy"),
+)
+
+
+def _unsupported(model: TritonModel) -> Iterator[str]:
+    if model.batch_input or model.batch_output:
+        yield "batch_input and batch_output are not supported: the model would lack inputs"
+    if model.model_operations is not None:
+        yield "model_operations (libraries of operators) are not supported"
+    if model.model_transaction_policy is not None and model.model_transaction_policy.decoupled:
+        yield "decoupled models, which answer never or often, are not supported"
+    for tensor in (*model.input, *model.output):
+        if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
+            yield f"'{tensor.name}' is a tensor of TensorRT alone; export the model to ONNX"
+        if tensor.reshape is not None:
+            yield (
+                f"'{tensor.name}' has a reshape, which is not supported: give dims as the model has "
+                f"them, or reshape in the model"
+            )
+    sequence = model.sequence_batching
+    if sequence is not None and (sequence.state or sequence.iterative_sequence):
+        yield "sequence_batching with implicit state or iterative sequences is not supported"
+    schedulers = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")
+    if sum(getattr(model, name) is not None for name in schedulers) > 1:
+        yield f"at most one of {', '.join(schedulers)} can be there"
+
+
+def _ignored(model: TritonModel) -> Iterator[str]:
+    if model.optimization is not None:
+        yield "optimization: hints for Triton's backends"
+    if model.instance_group:
+        yield "instance_group: the server's workers run every model (--workers)"
+    for name in ("runtime", "cc_model_filenames", "metric_tags", "model_metrics"):
+        if getattr(model, name):
+            yield f"{name}: it has no meaning here"
+    if model.model_repository_agents is not None:
+        yield "model_repository_agents: none are run"
+    if model.response_cache is not None and model.response_cache.enable:
+        yield "response_cache: every request is computed"
+
+
+def _engine(model: TritonModel) -> str | None:
+    for given, known, field in (
+        (model.platform, _PLATFORMS, "platform"),
+        (model.backend, _BACKENDS, "backend"),
+    ):
+        if given:
+            if given not in known:
+                raise RepositoryError(
+                    f"{FILE_NAME}: {field} '{given}' is not served; known are "
+                    f"{', '.join(known)}: export the model to ONNX or with torch.export"
+                )
+            return known[given]
+    return "ensemble" if model.ensemble_scheduling is not None else None
+
+
+def _batching(model: TritonModel, table: dict[str, Any], notes: list[str]) -> bool:
+    """Fill in how requests are gathered; return whether shapes lack the batch."""
+    size = model.max_batch_size
+    if size is None and not model.input and not model.output:
+        return False  # everything is found out by trials, as Triton completes such a file
+    batching: dict[str, Any] = {"max_batch_size": min(size or 0, BATCH_SIZE_LIMIT)}
+    if size is not None and size > BATCH_SIZE_LIMIT:
+        notes.append(f"max_batch_size: {size} is above the limit of {BATCH_SIZE_LIMIT}")
+    dynamic = model.dynamic_batching
+    if dynamic is not None:
+        batching["max_queue_delay_us"] = dynamic.max_queue_delay_microseconds
+        if dynamic.preferred_batch_size:
+            batching["preferred_sizes"] = sorted(set(dynamic.preferred_batch_size))
+        if dynamic.priority_levels:
+            batching["priority_levels"] = dynamic.priority_levels
+            batching["default_priority"] = dynamic.default_priority_level
+        if dynamic.priority_queue_policy:
+            notes.append("dynamic_batching.priority_queue_policy: one policy holds for all levels")
+        if dynamic.preserve_ordering:
+            notes.append("dynamic_batching.preserve_ordering: every request has its own answer")
+        policy = dynamic.default_queue_policy
+        if policy is not None:
+            _queue_policy(policy, batching, notes)
+    table["batching"] = batching
+    return bool(size)
+
+
+def _queue_policy(policy: _QueuePolicy, batching: dict[str, Any], notes: list[str]) -> None:
+    where = "dynamic_batching.default_queue_policy"
+    if policy.max_queue_size:
+        batching["max_queue_size"] = min(policy.max_queue_size, 1_000_000)
+    if policy.default_timeout_microseconds and policy.timeout_action == "REJECT":
+        batching["queue_timeout_us"] = policy.default_timeout_microseconds
+    elif policy.default_timeout_microseconds:
+        notes.append(f"{where}.timeout_action DELAY: requests are taken by their deadlines")
+    if policy.allow_timeout_override:
+        notes.append(f"{where}.allow_timeout_override: a request's own timeout always counts")
+
+
+def _datatype(name: str, data_type: str) -> str:
+    if data_type == "TYPE_INVALID":
+        raise RepositoryError(f"{FILE_NAME}: '{name}' has no data_type")
+    return "BYTES" if data_type == "TYPE_STRING" else data_type.removeprefix("TYPE_")
+
+
+def _tensor(kind: str, tensor: _Tensor, batches: bool, notes: list[str]) -> dict[str, Any]:
+    if not tensor.dims:
+        raise RepositoryError(f"{FILE_NAME}: {kind} '{tensor.name}' has no dims")
+    row: dict[str, Any] = {
+        "name": tensor.name,
+        "datatype": _datatype(tensor.name, tensor.data_type),
+        "shape": [-1, *tensor.dims] if batches else list(tensor.dims),
+    }
+    if tensor.optional:
+        row["optional"] = True
+    if tensor.label_filename:
+        row["labels"] = tensor.label_filename
+    if tensor.allow_ragged_batch:
+        notes.append(f"input '{tensor.name}': requests of different shapes run one after another")
+    if tensor.format != "FORMAT_NONE":
+        notes.append(f"{kind} '{tensor.name}': format is a hint")
+    return row
+
+
+def _versions(policy: _VersionPolicy | None) -> dict[str, Any]:
+    if policy is None:
+        return {"latest": 1}
+    given = [name for name in ("latest", "all", "specific") if getattr(policy, name) is not None]
+    if len(given) > 1:
+        raise RepositoryError(f"{FILE_NAME}: version_policy has {' and '.join(given)}; give one")
+    if policy.specific is not None:
+        return {"specific": list(policy.specific.versions)}
+    return (
+        {"all": True}
+        if policy.all is not None
+        else {"latest": max(1, policy.latest.num_versions) if policy.latest is not None else 1}
+    )
+
+
+def _warmup(warmup: _Warmup) -> dict[str, Any]:
+    inputs: dict[str, Any] = {}
+    for name, given in warmup.inputs.items():
+        row: dict[str, Any] = {
+            "datatype": _datatype(name, given.data_type),
+            "shape": list(given.dims),
+        }
+        if given.input_data_file:
+            row |= {"data": "file", "file": f"warmup/{given.input_data_file}"}
+        elif given.random_data:
+            row["data"] = "random"
+        inputs[name] = row
+    return {
+        "name": warmup.name,
+        "batch_size": max(1, warmup.batch_size),
+        "count": max(1, warmup.count),
+        "inputs": inputs,
+    }
+
+
+def _sequence(sequence: _Sequence) -> dict[str, Any]:
+    controls = []
+    for given in sequence.control_input:
+        for control in given.control:
+            kind = control.kind.removeprefix("CONTROL_SEQUENCE_").lower()
+            row: dict[str, Any] = {"kind": kind, "name": given.name}
+            for datatype, values in (
+                ("INT32", control.int32_false_true),
+                ("FP32", control.fp32_false_true),
+                ("BOOL", control.bool_false_true),
+            ):
+                if values:
+                    row |= {"datatype": datatype, "values": [float(value) for value in values]}
+            if kind == "corrid":
+                row["datatype"] = _datatype(given.name, control.data_type)
+            controls.append(row)
+    table: dict[str, Any] = {"controls": controls}
+    if sequence.max_sequence_idle_microseconds:
+        table["idle_us"] = sequence.max_sequence_idle_microseconds
+    if sequence.oldest is not None:
+        table["strategy"] = "oldest"
+    return table
+
+
+def _step(step: _Step) -> dict[str, Any]:
+    return {
+        "model": step.model_name,
+        "version": "" if step.model_version < 0 else str(step.model_version),
+        "inputs": step.input_map,
+        "outputs": step.output_map,
+    }

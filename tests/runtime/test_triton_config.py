@@ -1,0 +1,223 @@
+"""config.pbtxt and model-settings.json: what is served, noted and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.runtime.test_repository import make_model, only, settle
+
+from overcommit.runtime import mlserver_config, model_files, triton_config
+from overcommit.runtime.config import (
+    Batching,
+    ModelConfig,
+    Naming,
+    TensorSpec,
+    Warmup,
+    WarmupInput,
+)
+from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.repository import VersionSource, scan
+
+CONFIG = """
+name: "resnet"
+platform: "onnxruntime_onnx"
+max_batch_size: 8
+input [ { name: "x" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [ 3, 224, 224 ] } ]
+output [ { name: "y" data_type: TYPE_STRING dims: [ -1 ] label_filename: "labels.txt" } ]
+dynamic_batching {
+  preferred_batch_size: [ 8, 4 ]
+  max_queue_delay_microseconds: 500
+  default_queue_policy { timeout_action: REJECT default_timeout_microseconds: 9000 max_queue_size: 7 }
+}
+instance_group [ { count: 2 kind: KIND_GPU gpus: [ 0 ] rate_limiter { } } ]
+optimization { graph { level: 1 } cuda { graphs: true } }
+parameters { key: "k" value: { string_value: "v" } }
+"""
+
+
+def read(pbtxt: str) -> tuple[ModelConfig, list[str]]:
+    return model_files.read([(triton_config.FILE_NAME, pbtxt.encode())])
+
+
+def test_every_part_of_a_config_arrives() -> None:
+    config, notes = read(CONFIG)
+    assert config == ModelConfig(
+        engine="onnx",
+        inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 3, 224, 224)),),
+        outputs=(TensorSpec(name="y", datatype="BYTES", shape=(-1, -1), labels="labels.txt"),),
+        batching=Batching(
+            max_batch_size=8,
+            max_queue_delay_us=500,
+            max_queue_size=7,
+            preferred_sizes=(4, 8),
+            queue_timeout_us=9000,
+        ),
+        parameters={"k": "v"},
+        naming=Naming(latest=1),
+    )
+    assert [note.partition(": ")[2].partition(":")[0] for note in notes] == [
+        *("optimization", "instance_group", "input 'x'"),
+    ]
+
+
+def test_without_a_batch_size_dims_are_the_whole_shape() -> None:
+    config, _ = read('input { name: "x" data_type: TYPE_INT64 dims: [ -1, 2 ] }')
+    assert config.inputs[0].shape == (-1, 2)
+    assert config.batching.max_batch_size == 0
+
+
+def test_a_config_that_says_nothing_of_tensors_leaves_them_to_the_trials() -> None:
+    config, _ = read('backend: "pytorch"')
+    assert config == ModelConfig(naming=Naming(latest=1))
+
+
+@pytest.mark.parametrize(
+    ("policy", "naming"),
+    [
+        ("latest { num_versions: 3 }", Naming(latest=3)),
+        ("all { }", None),
+        ("specific { versions: [ 1, 4 ] }", Naming(specific=("1", "4"))),
+    ],
+)
+def test_version_policies_are_read(policy: str, naming: Naming | None) -> None:
+    assert read(f"version_policy {{ {policy} }}")[0].naming == naming
+
+
+def test_warm_up_requests_are_read() -> None:
+    config, _ = read(
+        'max_batch_size: 4 model_warmup { name: "w" batch_size: 2 inputs { key: "x" value { '
+        "data_type: TYPE_FP32 dims: [ 3 ] random_data: true } } }"
+    )
+    given = WarmupInput(name="x", datatype="FP32", shape=(3,), data="random")
+    assert config.warmup == (Warmup(name="w", batch_size=2, inputs=(given,)),)
+
+
+@pytest.mark.parametrize(
+    ("pbtxt", "problem"),
+    [
+        ('backend: "tensorrt"', "backend 'tensorrt' is not served"),
+        ("model_transaction_policy { decoupled: true }", "decoupled models"),
+        ('input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] reshape { } }', "has a reshape"),
+        ('input { name: "x" dims: [ 1 ] }', "'x' has no data_type"),
+        ("dynamic_batching { } sequence_batching { }", "at most one of"),
+        ("version_policy { all { } latest { } }", "give one"),
+        ("sequence_batching { state { } }", "implicit state"),
+        ("max_batch_size: -1", "max_batch_size"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(pbtxt: str, problem: str) -> None:
+    with pytest.raises(RepositoryError) as raised:
+        read(pbtxt)
+    assert problem in raised.value.message
+    assert "config.pbtxt" in raised.value.message
+
+
+def test_unknown_fields_are_noted() -> None:
+    assert read("quantum_batching { depth: 3 }")[1] == [
+        "config.pbtxt: unknown field 'quantum_batching'"
+    ]
+
+
+# --- MLServer -----------------------------------------------------------------------------------
+SETTINGS = """{
+  "name": "iris", "implementation": "mlserver_sklearn.SKLearnModel", "parallel_workers": 2,
+  "max_batch_size": 16, "max_batch_time": 0.25,
+  "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4], "parameters": {"content_type": "np"}}],
+  "parameters": {"uri": "./model.joblib", "version": "v0.1.0", "extra": {"a": 1, "b": []}}
+}"""
+
+
+def test_model_settings_are_read() -> None:
+    config, notes = model_files.read([(mlserver_config.FILE_NAME, SETTINGS.encode())])
+    assert config == ModelConfig(
+        engine="sklearn",
+        file="model.joblib",
+        inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),),
+        batching=Batching(max_batch_size=16, max_queue_delay_us=250_000),
+        parameters={"a": 1},
+        naming=Naming(aliases={"iris": ""}),
+    )
+    assert len(notes) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ('{"implementation": "my.Model"}', "'my.Model' is not served"),
+        ('{"parameters": {"uri": "../secret"}}', "leads out of the model's folder"),
+        ('{"name": 3}', "model-settings.json"),
+        ("{", "model-settings.json"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_refused(settings: str, problem: str) -> None:
+    with pytest.raises(RepositoryError) as raised:
+        model_files.read([(mlserver_config.FILE_NAME, settings.encode())])
+    assert problem in raised.value.message
+
+
+# --- in a repository ------------------------------------------------------------------------------
+def add(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    settle(folder)
+
+
+def test_our_own_file_wins_key_by_key(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "resnet/1", "[batching]\nmax_batch_size = 2").parent
+    add(folder, "config.pbtxt", CONFIG)
+    config = only(tmp_path).config
+    assert config is not None
+    assert (config.engine, config.batching.max_batch_size) == ("onnx", 2)
+    assert config.batching.max_queue_delay_us == 500
+
+
+def test_a_change_of_the_config_changes_only_the_end_of_the_fingerprint(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "resnet")
+    before = only(tmp_path).fingerprint
+    (folder / "config.pbtxt").write_text(CONFIG)
+    after = only(tmp_path).fingerprint
+    assert before != after
+    assert before[:16] == after[:16]
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        ("", ["10"]),
+        ("version_policy { latest { num_versions: 2 } }", ["9", "10"]),
+        ("version_policy { specific { versions: [ 2, 10, 77 ] } }", ["2", "10"]),
+        ("version_policy { all { } }", ["2", "9", "10"]),
+    ],
+)
+def test_the_version_policy_chooses_folders(tmp_path: Path, policy: str, served: list[str]) -> None:
+    for version in ("2", "9", "10"):
+        folder = make_model(tmp_path, f"m/{version}")
+    add(folder.parent, "config.pbtxt", policy)
+    assert [source.version for source in scan([tmp_path])] == served
+
+
+def test_a_name_of_its_own_is_an_alias(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "iris")
+    add(folder, "model-settings.json", '{"name": "iris"}')
+    assert named(only(tmp_path)) is None
+    add(folder, "model-settings.json", '{"name": "flower"}')
+    assert named(only(tmp_path)) == Naming(aliases={"flower": ""})
+
+
+def named(source: VersionSource) -> Naming | None:
+    assert source.config is not None
+    return source.config.naming
+
+
+def test_a_warm_up_file_is_found_beside_the_versions_and_nowhere_else(tmp_path: Path) -> None:
+    toml = """[[warmup]]\ninputs.x = {datatype="FP32", shape=[1], data="file", file="%s"}"""
+    folder = make_model(tmp_path, "m/1").parent
+    (folder / "warmup").mkdir()
+    add(folder / "warmup", "x", "data")
+    add(folder, "model.toml", toml % "warmup/x")
+    config = only(tmp_path).config
+    assert config is not None
+    assert config.warmup[0].inputs[0].file == str(folder / "warmup" / "x")
+    make_model(tmp_path, "other/1")
+    add(folder, "model.toml", toml % "../other/1/model.safetensors")
+    assert "symlink" in (scan([tmp_path])[0].error or "")
