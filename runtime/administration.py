@@ -1,7 +1,7 @@
 """What a front end asks on behalf of a client and only the supervisor knows.
 
-Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`.  Every reply is bytes
-that the front end passes on.
+Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`; those of
+`accounts.py` and `client_books.py`.  Every reply is bytes that the front end passes on.
 
 Invariants
  1. One `AdminReply` (in parts, if long) for each `Admin`; an unknown operation or a wrong argument
@@ -20,9 +20,11 @@ from collections.abc import Callable
 
 import msgspec
 
+from overcommit.runtime.accounts import Accounts
 from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.client_books import ClientBooks
 from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
-from overcommit.runtime.errors import BadRequest, OvercommitError
+from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.house import House
@@ -31,6 +33,7 @@ from overcommit.runtime.messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.registry import Entry, State
 
 MODELS_PAGE_MAX = 1000
+_BATCHES = FIELDS.index("batches")
 
 # Index states as V2 clients know them.
 _INDEX_STATE = {
@@ -58,6 +61,7 @@ class Administration:
         self.house = house
         self.catalogue = catalogue
         self._past = Counters()
+        self.books = ClientBooks(house)
         self._operations: dict[str, Callable[[Admin], bytes]] = {
             "index": self._index,
             "load": self._load,
@@ -67,6 +71,8 @@ class Administration:
             "metrics": self._metrics,
             "ensure": self._ensure,
             "status": self._status,
+            **Accounts(house).operations,
+            **self.books.operations,
         }
 
     def on_admin(self, front: Child, request: Admin, now_ns: int) -> None:
@@ -88,7 +94,8 @@ class Administration:
     def on_counters(self, front: Child, counters: Counters) -> None:
         """A front end tells its totals, and what it has counted for versions since the last time."""
         self.house.ledger.add(counters.models)
-        front.counters = msgspec.structs.replace(counters, models=())
+        self.house.ledger.add_batches(counters.batches)
+        front.counters = msgspec.structs.replace(counters, models=(), batches=())
 
     def keep_counters(self, counters: Counters) -> None:
         """A front end died with these totals."""
@@ -121,7 +128,7 @@ class Administration:
                 "name": entry.name,
                 "version": entry.version,
                 "state": _INDEX_STATE[entry.state],
-                "reason": entry.reason or ("unloaded" if entry.state is State.UNLOADED else ""),
+                **_reason(entry),
             }
             for entry in entries
         ]
@@ -129,6 +136,11 @@ class Administration:
 
     def _load(self, request: Admin) -> bytes:
         name = _text(request, "name")
+        if not self.house.registry.has(name):
+            raise NotFound(
+                f"failed to load '{name}', failed to poll from model repository: there is no such "
+                f"model"
+            )
         affected = self.house.registry.set_loaded(name)
         self.catalogue.look_at(name)
         now_ns = time.monotonic_ns()
@@ -141,7 +153,10 @@ class Administration:
         return b"{}"
 
     def _unload(self, request: Admin) -> bytes:
-        affected = self.house.registry.set_unloaded(_text(request, "name"))
+        name = _text(request, "name")
+        if not self.house.registry.has(name):
+            return b"{}"  # it is not loaded, which is what was asked for
+        affected = self.house.registry.set_unloaded(name)
         now_ns = time.monotonic_ns()
         self.catalogue.announce_routes(affected, [], now_ns)
         for entry in affected:
@@ -183,7 +198,7 @@ class Administration:
             {
                 **self._row(entry, now_ns),
                 **dict(zip(FIELDS, self.house.ledger.get(entry.slot), strict=True)),
-                "batches": self.house.ledger.get(entry.slot)[-1] / BATCH_UNIT,
+                "batches": self.house.ledger.get(entry.slot)[_BATCHES] / BATCH_UNIT,
                 "folder": entry.folder,
                 "image": entry.image_path,
                 "program": entry.program_key,
@@ -284,8 +299,14 @@ class Administration:
         return exposition(self.house, self.totals())
 
 
+def _reason(entry: Entry) -> dict[str, str]:
+    """Why it does not serve, where there is something to say."""
+    reason = entry.reason or ("unloaded" if entry.state is State.UNLOADED else "")
+    return {"reason": reason} if reason else {}
+
+
 def _totals(counters: Counters) -> dict[str, int]:
-    names = [name for name in counters.__struct_fields__ if name != "models"]
+    names = [name for name in counters.__struct_fields__ if name not in ("models", "batches")]
     return {name: getattr(counters, name) for name in names}
 
 

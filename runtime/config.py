@@ -108,6 +108,8 @@ ALIASES_MAX: Final = 64  # of one model
 STEPS_MAX: Final = 64  # of one ensemble
 WARMUPS_MAX: Final = 64  # requests of one model, and ...
 WARMUP_RUNS_MAX: Final = 1000  # ... how often one of them runs
+REGIONS_MAX: Final = 1024  # shared memory that clients have registered, for all front ends
+TRACED_MODELS_MAX: Final = 1024  # models with trace settings of their own
 HEADER_BYTES_MAX: Final = 64 * KIB
 JSON_BYTES_MAX: Final = 64 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB
@@ -162,6 +164,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     verify: Literal["first", "always", "never"] = "first"
     payload_bytes: int = PAYLOAD_BYTES
     body_bytes_max: int = BODY_BYTES_MAX
+    client_shared_memory: bool = False  # clients may name pieces of /dev/shm in place of tensors
     ring_slots: int = RING_SLOTS
     spin_ns: int | None = None
     scan_interval_s: float = 2.0

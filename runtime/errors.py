@@ -111,6 +111,14 @@ class Forbidden(OvercommitError):
     code = "forbidden"
 
 
+class NotOffered(OvercommitError):
+    """An extension of the protocol that this server does not have."""
+
+    http_status = 501
+    grpc_code = "UNIMPLEMENTED"
+    code = "not_offered"
+
+
 class RepositoryError(OvercommitError):
     """A model folder that cannot be served: bad name, bad model.toml, unknown format."""
 

@@ -29,7 +29,12 @@ _TEXTS: Final = {
     "failure": "Requests failed",
     "queue_ns": "Nanoseconds requests waited in a worker",
     "compute_ns": "Nanoseconds requests were computed",
+    "input_ns": "Nanoseconds of these in which batches were gathered",
+    "output_ns": "Nanoseconds of these in which batches were split",
     "request_ns": "Nanoseconds requests took in all",
+    "failure_ns": "Nanoseconds that failed requests took in all",
+    "inferences": "Rows computed",
+    "executions": "Batches computed; parts of them, where versions share one",
     "batches": "Batches that answered them",
 }
 _LABELS: Final = ("model", "version")

@@ -20,9 +20,11 @@ import heapq
 from collections.abc import Iterable
 from typing import Final
 
-from overcommit.runtime.messages import ModelCounters
+from overcommit.runtime.messages import BatchCounters, ModelCounters
 
-FIELDS: Final = ("success", "failure", "queue_ns", "compute_ns", "request_ns", "batches")
+FIELDS: Final = ModelCounters.__struct_fields__[1:]
+# Of the batches of one size: how many, and the time in which they were gathered, computed and split.
+BatchRow = tuple[int, int, int, int]
 
 
 class Ledger:
@@ -31,6 +33,7 @@ class Ledger:
     def __init__(self, shown_max: int) -> None:
         self._shown_max = shown_max
         self._rows: dict[int, list[int]] = {}
+        self._batches: dict[int, dict[int, BatchRow]] = {}  # by slot, then by rows
         self._shown: set[int] = set()
         self._rest = [0] * len(FIELDS)
 
@@ -52,14 +55,27 @@ class Ledger:
                 if is_hidden:
                     self._rest[at] += value
 
+    def add_batches(self, increments: Iterable[BatchCounters]) -> None:
+        """Count batches by their size."""
+        for more in increments:
+            sizes = self._batches.setdefault(more.slot, {})
+            old = sizes.get(more.rows, (0, 0, 0, 0))
+            new = (more.executions, more.input_ns, more.infer_ns, more.output_ns)
+            sizes[more.rows] = (old[0] + new[0], old[1] + new[1], old[2] + new[2], old[3] + new[3])
+
     def forget(self, slot: int) -> None:
         """The version is gone, and the slot is for another one."""
         self._rows.pop(slot, None)
+        self._batches.pop(slot, None)
         self._shown.discard(slot)
 
     def get(self, slot: int) -> tuple[int, ...]:
         """Return a version's counts."""
         return tuple(self._rows.get(slot, (0,) * len(FIELDS)))
+
+    def batches(self, slot: int) -> dict[int, BatchRow]:
+        """Return a version's batches by their rows, the smallest first."""
+        return dict(sorted(self._batches.get(slot, {}).items()))
 
     def requests(self, slot: int) -> int:
         """How many requests for a version were answered, errors included."""

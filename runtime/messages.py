@@ -9,7 +9,7 @@ Who sends what:
     supervisor -> all        Start, Drain, Stop
     supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, Expected, ActivationFailed,
                              Withdrawn, Forget, Chunks
-    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure
+    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure, RegionsChanged, LogLevel
     supervisor -> mover      Load, CancelLoad, PromoteLoad, Chunks
     supervisor -> packer     Pack
     all -> supervisor        Ready
@@ -211,6 +211,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["ready", "packing", "unloaded", "unavailable"]
     reason: str = ""
     platform: str = ""
+    labels: tuple[
+        tuple[str, ...], ...
+    ] = ()  # of each output, where the names of its classes may be
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int = 0
@@ -228,7 +231,8 @@ class Routes(Message, frozen=True):
 class Admin(Message, frozen=True):
     """Front end: an operation that only the supervisor can do.
 
-    operations: index, load, unload, models, model, metrics, ensure (pack this slot now), status
+    operations: index, load, unload, models, model, metrics, ensure (pack this slot now), status,
+    statistics, config, region_add, region_remove, trace, log
     """
 
     id: int
@@ -248,16 +252,60 @@ class AdminReply(Message, frozen=True):
     more: bool = False
 
 
+class Region(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a client's shared memory, by the name that requests call it: `/dev/shm` + `key`."""
+
+    name: str
+    key: str
+    offset: int
+    byte_size: int
+
+
+class RegionsChanged(Message, frozen=True):
+    """Front end: clients may use these regions from now on, and those not any more.
+
+    A front end that is new hears of all that there are.
+    """
+
+    upsert: tuple[Region, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+class LogLevel(Message, frozen=True):
+    """Front end: log from this level on (a name as `logging` has it)."""
+
+    level: str
+
+
 class ModelCounters(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What a front end has counted for one version since it said so last; at most 64 bytes long."""
+    """What a front end has counted for one version since it said so last; at most 100 bytes long.
+
+    Times are sums over requests; those of a batch count for each request in it.
+    """
 
     slot: int
     success: int = 0
     failure: int = 0
     queue_ns: int = 0
-    compute_ns: int = 0
+    compute_ns: int = 0  # from the batch's start to its end, with what follows:
+    input_ns: int = 0  # gathering
+    output_ns: int = 0  # splitting
     request_ns: int = 0
-    batches: int = 0  # sum over successes of BATCH_UNIT / batch size
+    failure_ns: int = 0  # of request_ns, those that failed
+    inferences: int = 0  # rows computed
+    executions: int = 0  # batches of this version, or its parts of batches across versions
+    batches: int = 0  # BATCH_UNIT for each; the part of it, where versions share one
+
+
+class BatchCounters(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Batches of one version and size, since a front end said so last; at most 45 bytes long."""
+
+    slot: int
+    rows: int
+    executions: int
+    input_ns: int
+    infer_ns: int
+    output_ns: int
 
 
 class Counters(Message, frozen=True):
@@ -272,6 +320,7 @@ class Counters(Message, frozen=True):
     late_completions: int = 0
     retries: int = 0
     models: tuple[ModelCounters, ...] = ()
+    batches: tuple[BatchCounters, ...] = ()
 
 
 class Load(Message, frozen=True):
@@ -455,6 +504,8 @@ AnyMessage = (
     | Admin
     | AdminReply
     | Counters
+    | RegionsChanged
+    | LogLevel
     | Load
     | CancelLoad
     | PromoteLoad

@@ -36,6 +36,7 @@ from typing import Final
 
 from overcommit.runtime.config import VERSIONS_MAX, ModelConfig
 from overcommit.runtime.errors import NotFound, RepositoryError
+from overcommit.runtime.labels import label_files
 from overcommit.runtime.messages import PackDone, Route, VersionInfo
 from overcommit.runtime.pack_index import PackIndex
 from overcommit.runtime.parts import PartInfo
@@ -148,6 +149,10 @@ class Registry:
             if entry.state in (State.READY, State.PACKING):
                 return entry
         return versions[-1]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a model of this name, in whatever state."""
+        return name in self._by_name()
 
     def versions(self, name: str) -> tuple[Entry, ...]:
         """Return every version of a model, in numeric order.  Raises NotFound."""
@@ -389,6 +394,7 @@ def to_route(entry: Entry) -> Route:
         state=entry.state.value,
         reason=entry.reason,
         platform=entry.engine,
+        labels=label_files(entry.folder, config, entry.source_config),
         inputs=config.inputs,
         outputs=config.outputs,
         max_batch_size=config.batching.max_batch_size,

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from overcommit.runtime import _shm
+from overcommit.runtime import _shm, stages
 from overcommit.runtime.assembly import Array, gather, split
 from overcommit.runtime.bound import Version
 from overcommit.runtime.config import TensorSpec
@@ -157,15 +157,21 @@ class Runner:
             forms, ingress, egress = self._blocks(jobs)
             inputs = gather(family.signature, forms, ingress)
             self._status.phase(_shm.PHASE_COMPUTE)
+            gathered_ns = time.monotonic_ns()
             outputs = sized.recording.run(_addresses(held), inputs)
             self._status.phase(_shm.PHASE_COPY_OUT)
+            computed_ns = time.monotonic_ns()
             needs = split(family.signature, outputs, forms, egress)
         except Exception as error:  # the batch boundary
             family.turn_off(form, sized, _text(error))
             return False
         finally:
             self._status.end()
-        self._answer(jobs, needs, started_ns)
+        times_ns = (started_ns, gathered_ns, computed_ns, time.monotonic_ns())
+        at, size = 0, len(jobs)
+        for _, mine in held:
+            self._answer(mine, needs[at : at + len(mine)], times_ns, size)
+            at += len(mine)
         return True
 
     def _try_out(
@@ -205,7 +211,7 @@ class Runner:
             [job.request_id for job in jobs],
         )
         try:
-            needs = self._compute(version, jobs)
+            needs, gathered_ns, computed_ns = self._compute(version, jobs)
         except Exception as error:  # the batch boundary
             self._status.end()
             if len(jobs) == 1:
@@ -214,28 +220,49 @@ class Runner:
                 self._run_alone(version, jobs, error)
             return
         self._status.end()
-        self._answer(jobs, needs, started_ns)
+        times_ns = (started_ns, gathered_ns, computed_ns, time.monotonic_ns())
+        self._answer(jobs, needs, times_ns, len(jobs))
 
-    def _answer(self, jobs: Sequence[Job], needs: Sequence[int], started_ns: int) -> None:
-        times_ns = (started_ns, time.monotonic_ns())
-        size = len(jobs)
+    def _answer(
+        self,
+        jobs: Sequence[Job],
+        needs: Sequence[int],
+        times_ns: tuple[int, int, int, int],
+        batch_size: int,
+    ) -> None:
+        """Complete the jobs of one version; the first that succeeds speaks for all of them."""
+        started_ns, gathered_ns, computed_ns, ended_ns = times_ns
+        rows = sum([job.rows for job in jobs])
+        word = stages.pack(rows, len(jobs), gathered_ns - started_ns, ended_ns - computed_ns)
+        ran_ns = (started_ns, ended_ns)
         complete = self._links.complete
         for job, need in zip(jobs, needs, strict=True):
             if need <= job.out_capacity:
-                complete(job, _shm.OK, times_ns, out_length=need, batch_size=size)
+                complete(
+                    *(job, _shm.OK, ran_ns),
+                    out_length=need,
+                    batch_size=batch_size,
+                    detail=word,
+                )
+                word = 0
             else:
-                complete(job, _shm.TOO_LARGE, times_ns, batch_size=size, detail=need)
+                complete(job, _shm.TOO_LARGE, ran_ns, batch_size=batch_size, detail=need)
 
-    def _compute(self, version: Version, jobs: list[Job]) -> list[int]:
-        """Gather, run and split; return the egress bytes that each job needs."""
+    def _compute(self, version: Version, jobs: list[Job]) -> tuple[list[int], int, int]:
+        """Gather, run and split.
+
+        Return the egress bytes that each job needs, and when the inputs and the outputs were there.
+        """
         assert version.model is not None, "only a bound version runs"
         signature = version.signature
         forms, ingress, egress = self._blocks(jobs)
         inputs = gather(signature, forms, ingress)
         self._status.phase(_shm.PHASE_COMPUTE)
+        gathered_ns = time.monotonic_ns()
         outputs = version.model.run(inputs)
         self._status.phase(_shm.PHASE_COPY_OUT)
-        return split(signature, outputs, forms, egress)
+        computed_ns = time.monotonic_ns()
+        return split(signature, outputs, forms, egress), gathered_ns, computed_ns
 
     def _blocks(self, jobs: Sequence[Job]) -> tuple[list[Form], list[memoryview], list[memoryview]]:
         forms: list[Form] = []

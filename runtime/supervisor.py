@@ -160,6 +160,7 @@ class Supervisor:
         if house.prefetching is not None and self.phase is Phase.SERVING:
             house.prefetching.step(now_ns)
         house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
+        self.administration.books.tell_new()
         self.catalogue.step(now_ns)
         if self.catalogue.packing.process is not None:
             self._watch(self.catalogue.packing.process, None)

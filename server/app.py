@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -18,24 +17,16 @@ import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.messages import Route
-from overcommit.server import embeddings
+from overcommit.server import app_extensions, embeddings, openapi
+from overcommit.server.app_extensions import EXTENSIONS
+from overcommit.server.bodies import error_response, field, json_response, read_object
 from overcommit.server.exchange import retry_headers
 from overcommit.server.limits import ADMIN_PAGE_MAX
+from overcommit.server.openapi import answers
 from overcommit.server.routing import check_usable
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
-
-EXTENSIONS = ["binary_tensor_data", "model_repository", "schedule_policy", "statistics"]
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    body = msgspec.json.encode({"error": message})
-    return Response(body, status, headers, "application/json")
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -58,40 +49,42 @@ def _add_error_handlers(app: FastAPI) -> None:
         headers = {}
         if error.retry_after_s is not None:
             headers = dict(retry_headers(error.retry_after_s))
-        return _error(error.http_status, error.message, headers)
+        return error_response(error.http_status, error.message, headers)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
+    async def httperror_response(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404 and path.startswith("/v2/models/"):
             name = path.removeprefix("/v2/models/").split("/")[0]
-            return _error(404, f"Request for unknown model: '{name}' is not found, or no such path")
+            return error_response(
+                404, f"Request for unknown model: '{name}' is not found, or no such path"
+            )
         message = f"{request.method} {path}: {error.detail}"
-        return _error(error.status_code, message, dict(error.headers or {}))
+        return error_response(error.status_code, message, dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        return _error(400, f"{request.method} {request.url.path}: {problems}")
+        return error_response(400, f"{request.method} {request.url.path}: {problems}")
 
 
 def _add_health(app: FastAPI, front: FrontEnd) -> None:
-    @app.get("/v2/health/live", tags=["health"])
+    @app.get("/v2/health/live", tags=["health"], responses=answers())
     async def live() -> Response:
-        return _json({"live": True})
+        return json_response({"live": True})
 
-    @app.get("/v2/health/ready", tags=["health"])
+    @app.get("/v2/health/ready", tags=["health"], responses=answers())
     async def ready() -> Response:
         body: dict[str, Any] = {"ready": front.is_ready}
         if front.thrashing:
             # Ready all the same: a load balancer that took this box out would make others thrash.
             body["thrashing"] = front.thrashing
-        return _json(body, 200 if front.is_ready else 503)
+        return json_response(body, 200 if front.is_ready else 503)
 
-    @app.get("/v2", tags=["health"])
+    @app.get("/v2", tags=["health"], responses=answers())
     @app.get("/v2/", include_in_schema=False)
     async def server_metadata() -> Response:
-        return _json(
+        return json_response(
             {"name": "overcommit", "version": overcommit.__version__, "extensions": EXTENSIONS}
         )
 
@@ -99,71 +92,87 @@ def _add_health(app: FastAPI, front: FrontEnd) -> None:
 def _add_models(app: FastAPI, front: FrontEnd) -> None:
     async def described(name: str, version: str | None) -> Response:
         route = await front.wait_for_route(name, version)
-        return _json(_metadata(route, front.table.versions(name)))
+        return json_response(_metadata(route, front.table.versions(name)))
 
     async def is_ready(name: str, version: str | None) -> Response:
         try:
             ready = front.is_ready and check_usable(front.table.find(name, version))
         except OvercommitError as error:
             raise BadRequest(f"model '{name}' is not ready: {error.message}") from error
-        return _json({"name": name, "ready": ready}, 200 if ready else 400)
+        return json_response({"name": name, "ready": ready}, 200 if ready else 400)
 
-    @app.get("/v2/models/{name}", tags=["models"])
+    @app.get("/v2/models/{name}", tags=["models"], responses=answers(404))
     async def model_metadata(name: str) -> Response:
         return await described(name, None)
 
-    @app.get("/v2/models/{name}/versions/{version}", tags=["models"])
+    @app.get("/v2/models/{name}/versions/{version}", tags=["models"], responses=answers(404))
     async def version_metadata(name: str, version: str) -> Response:
         return await described(name, version)
 
-    @app.get("/v2/models/{name}/ready", tags=["models"])
+    @app.get("/v2/models/{name}/ready", tags=["models"], responses=answers())
     async def model_ready(name: str) -> Response:
         return await is_ready(name, None)
 
-    @app.get("/v2/models/{name}/versions/{version}/ready", tags=["models"])
+    @app.get("/v2/models/{name}/versions/{version}/ready", tags=["models"], responses=answers())
     async def version_ready(name: str, version: str) -> Response:
         return await is_ready(name, version)
 
     # Declared for the documentation and for other methods; POST is answered before it gets here.
-    @app.post("/v2/models/{name}/infer", tags=["inference"])
-    @app.post("/v2/models/{name}/versions/{version}/infer", tags=["inference"])
-    async def infer(name: str, version: str | None = None) -> Response:
+    documented: Any = {
+        "tags": ["inference"],
+        "responses": answers(403, 404, 500),
+        "openapi_extra": openapi.INFER,
+    }
+
+    @app.post("/v2/models/{name}/infer", **documented)
+    async def infer(name: str) -> Response:
+        raise NotFound(f"Request for unknown model: '{name}' is not found")
+
+    @app.post("/v2/models/{name}/versions/{version}/infer", **documented)
+    async def infer_version(name: str, version: str) -> Response:
         raise NotFound(f"Request for unknown model: '{name}' is not found")
 
 
 def _add_repository(app: FastAPI, front: FrontEnd) -> None:
-    async def body_of(request: Request) -> dict[str, Any]:
-        data = await request.body()
-        try:
-            value = msgspec.json.decode(data) if data.strip() else {}
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"the request is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise BadRequest("the request must be a JSON object")
-        return value
-
-    @app.post("/v2/repository/index", tags=["repository"])
+    @app.post(
+        "/v2/repository/index",
+        tags=["repository"],
+        responses=answers(),
+        openapi_extra=openapi.INDEX,
+    )
     async def index(request: Request, offset: int = 0, limit: int | None = None) -> Response:
-        ready = bool((await body_of(request)).get("ready", False))
+        ready = field(await read_object(request), "ready", bool, False)
         if offset < 0 or (limit is not None and limit < 1):
             raise BadRequest("offset must be 0 or more, limit 1 or more (without: all)")
         return await front.ask("index", ready=ready, offset=offset, limit=limit or VERSIONS_MAX)
 
-    @app.post("/v2/repository/models/{name}/load", tags=["repository"])
+    @app.post(
+        "/v2/repository/models/{name}/load",
+        tags=["repository"],
+        responses=answers(403, 404),
+        openapi_extra=openapi.LOAD,
+    )
     async def load(name: str, request: Request) -> Response:
-        await body_of(request)
+        body = await read_object(request)
+        app_extensions.check_load(field(body, "parameters", dict, {}))
         return await front.ask("load", name=name)
 
-    @app.post("/v2/repository/models/{name}/unload", tags=["repository"])
+    @app.post(
+        "/v2/repository/models/{name}/unload",
+        tags=["repository"],
+        responses=answers(),
+        openapi_extra=openapi.UNLOAD,
+    )
     async def unload(name: str, request: Request) -> Response:
-        await body_of(request)
+        parameters = field(await read_object(request), "parameters", dict, {})
+        field(parameters, "unload_dependents", bool, False)
         return await front.ask("unload", name=name)
 
-    @app.get("/metrics", tags=["operations"])
+    @app.get("/metrics", tags=["operations"], responses=answers(404))
     async def metrics(model: str = "") -> Response:
         return await front.ask("metrics", model=model)
 
-    @app.get("/v2/overcommit/models", tags=["operations"])
+    @app.get("/v2/overcommit/models", tags=["operations"], responses=answers())
     async def models(offset: int = 0, limit: int = 100, order: str = "name") -> Response:
         if offset < 0 or not 0 < limit <= ADMIN_PAGE_MAX:
             raise BadRequest(f"offset must be 0 or more, limit 1 to {ADMIN_PAGE_MAX}")
@@ -171,11 +180,11 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
             raise BadRequest("order must be name or requests")
         return await front.ask("models", offset=offset, limit=limit, order=order)
 
-    @app.get("/v2/overcommit/models/{name}", tags=["operations"])
+    @app.get("/v2/overcommit/models/{name}", tags=["operations"], responses=answers(404))
     async def model_detail(name: str) -> Response:
         return await front.ask("model", name=name)
 
-    @app.get("/v2/overcommit/status", tags=["operations"])
+    @app.get("/v2/overcommit/status", tags=["operations"], responses=answers())
     async def status() -> Response:
         return await front.ask("status")
 
@@ -201,7 +210,7 @@ def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
             {"id": name, "object": "model", "created": 0, "owned_by": "overcommit"}
             for name in front.table.names()
         ]
-        return _json({"object": "list", "data": rows})
+        return json_response({"object": "list", "data": rows})
 
 
 def make_app(front: FrontEnd) -> FastAPI:
@@ -209,7 +218,11 @@ def make_app(front: FrontEnd) -> FastAPI:
     app = FastAPI(title="overcommit", version=overcommit.__version__, redoc_url=None)
     _add_error_handlers(app)
     _add_health(app, front)
+    app_extensions.add_descriptions(app, front)  # before models: one may be named "stats"
     _add_models(app, front)
     _add_repository(app, front)
     _add_embeddings(app, front)
+    app_extensions.add_shared_memory(app, front)
+    app_extensions.add_settings(app, front)
+    app_extensions.add_not_offered(app, front)
     return app

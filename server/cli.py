@@ -103,6 +103,7 @@ def serve(
     verify: flags.Verify = None,
     payload_memory: flags.PayloadMemory = None,
     max_body: flags.MaxBody = None,
+    client_shared_memory: flags.ClientSharedMemory = None,
     request_timeout: flags.RequestTimeout = None,
     drain_timeout: flags.DrainTimeout = None,
     scan_interval: flags.ScanInterval = None,

@@ -261,6 +261,9 @@ class Dispatch:
 
     def _complete(self, pending: Pending, completion: _shm.Completion, now_ns: int) -> None:
         _, taken_ns, started_ns, finished_ns, length, status, batch, detail = completion
+        route = pending.route
+        if detail and status == _shm.OK:
+            self.tallies.count_batch(route.slot, finished_ns - started_ns, batch, detail)
         if pending.reply is None:
             self.late += 1
             self._release(pending)
@@ -270,10 +273,7 @@ class Dispatch:
             raise ProtocolError(f"a worker answered {length} bytes into {pending.out_capacity}")
         view = self.parcels.answer(pending, length)
         if status == _shm.OK:
-            self.tallies.count(
-                *(pending.route.slot, now_ns - pending.began_ns),
-                *(started_ns - taken_ns, finished_ns - started_ns, batch),
-            )
+            self.tallies.count(route.slot, now_ns - pending.began_ns, started_ns - taken_ns)
             reply, pending.reply = pending.reply, None
             try:
                 reply.succeed(view)
@@ -288,7 +288,7 @@ class Dispatch:
             self._push(pending)
         else:
             text = bytes(view).decode(errors="replace")
-            self._fail(pending, error_of(pending.route.name, status, text, detail))
+            self._fail(pending, error_of(route.name, status, text, detail))
 
     def _fail(self, pending: Pending, error: OvercommitError) -> None:
         self.errors += 1

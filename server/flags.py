@@ -111,6 +111,13 @@ PayloadMemory = Annotated[
     Option(metavar="BYTES", help="Per front end, for requests and again for answers (256MiB)."),
 ]
 MaxBody = Annotated[str | None, Option(metavar="BYTES", help="Longest request body (64MiB).")]
+ClientSharedMemory = Annotated[
+    bool | None,
+    Option(
+        "--client-shared-memory/--no-client-shared-memory",
+        help="Let clients on this machine name pieces of /dev/shm in place of tensors (no).",
+    ),
+]
 RequestTimeout = Annotated[
     str | None, Option(metavar="SECONDS", help="Longest that a request may take (60).")
 ]

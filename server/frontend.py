@@ -38,8 +38,10 @@ from overcommit.runtime.messages import (
     Drain,
     LinkDown,
     LinkUp,
+    LogLevel,
     Pressure,
     Ready,
+    RegionsChanged,
     Route,
     Routes,
     Start,
@@ -61,6 +63,7 @@ from overcommit.server.limits import (
 )
 from overcommit.server.plans import Plans
 from overcommit.server.protocol import HotProtocol, protocol_class
+from overcommit.server.regions import Regions
 from overcommit.server.routing import RouteTable, check_usable
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("overcommit.front_end")
 
-_COUNTED = ("metrics", "model", "models", "status")
+_COUNTED = ("metrics", "model", "models", "statistics", "status")
 
 
 class FrontEnd:
@@ -79,7 +82,8 @@ class FrontEnd:
         self._timeout_ns = start.settings.request_timeout_ms * 1_000_000
         self.table = RouteTable()
         self.heads = Heads()
-        self.plans = Plans()
+        self.regions = Regions(is_allowed=start.settings.client_shared_memory)
+        self.plans = Plans(self.regions)
         self.bodies_bytes = 0  # of long bodies that are being received
         self.clock_s = time.monotonic()  # as of the last sweep
         self.is_draining = False
@@ -95,6 +99,7 @@ class FrontEnd:
         for name in ("ingress", "egress"):
             os.close(fds[name])
         call_soon = asyncio.get_running_loop().call_soon
+        self.regions.look = self.on_control
         self.dispatch = Dispatch(start.seat, start.epoch, self._ingress, egress, call_soon)
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
@@ -168,7 +173,7 @@ class FrontEnd:
         """Tell the supervisor our totals, and what was counted for each model since the last time."""
         dispatch = self.dispatch
         while True:
-            models = dispatch.tallies.take(COUNTERS_MODELS_MAX)
+            models, batches = dispatch.tallies.take(COUNTERS_MODELS_MAX)
             self._control.send(
                 Counters(
                     requests=dispatch.requests,
@@ -178,9 +183,10 @@ class FrontEnd:
                     late_completions=dispatch.late,
                     retries=dispatch.retried,
                     models=models,
+                    batches=batches,
                 )
             )
-            if len(models) < COUNTERS_MODELS_MAX:
+            if not dispatch.tallies:
                 return
 
     def on_control(self) -> None:
@@ -196,6 +202,7 @@ class FrontEnd:
             if isinstance(message, Routes):
                 self.table.apply(message)
                 self.plans.serving.clear()
+                self.plans.labels.forget()
                 self._routes_changed.set()
                 if self.table.is_complete and not self._is_ready_sent:
                     self._is_ready_sent = True
@@ -210,6 +217,10 @@ class FrontEnd:
                 self._on_reply(message)
             elif isinstance(message, Pressure):
                 self.thrashing = message.thrashing
+            elif isinstance(message, RegionsChanged):
+                self.regions.apply(message)
+            elif isinstance(message, LogLevel):
+                logging.getLogger().setLevel(message.level)
             elif isinstance(message, Drain):
                 self._drain_task = asyncio.get_running_loop().create_task(
                     self._drain(message.timeout_s)

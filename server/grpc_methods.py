@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import OvercommitError
-from overcommit.server.app import EXTENSIONS
+from overcommit.server.app_extensions import EXTENSIONS
 from overcommit.server.grpc_call import Handler
 from overcommit.server.grpc_wire import CallFailed, Status
 from overcommit.server.proto import messages

@@ -19,7 +19,9 @@ from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.messages import Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.server import binary, codec
-from overcommit.server.plans import InputPlan, Key, RoutePlans, Selection
+from overcommit.server.classification import Classes
+from overcommit.server.plans import InputPlan, Key, Part, RoutePlans, Selection, Want
+from overcommit.server.regions import window_of
 
 Data = bytes | memoryview
 
@@ -178,8 +180,13 @@ def _prepare_decoded(
                 data.append(codec.decode_data(item.data, item.datatype, item.shape))
             except BadRequest as error:
                 raise BadRequest(f"input '{item.name}': {error.message}") from error
+        elif (window := window_of(item.parameters)) is not None:
+            data.append(plans.regions.read(window))
         else:
-            raise BadRequest(f"input '{item.name}' has neither data nor binary_data_size")
+            raise BadRequest(
+                f"input '{item.name}' has neither data nor binary_data_size nor "
+                f"shared_memory_region"
+            )
         if not DATATYPES[item.datatype][1]:
             _check_elements(item, data[-1])
     if at != len(tail):
@@ -222,9 +229,8 @@ def _finish(
         for output in request.outputs:
             if output.name not in known:
                 raise BadRequest(f"unknown output '{output.name}'; its outputs are {sorted(known)}")
-        selection = tuple(
-            [(each.name, codec.flag(each.parameters, "binary_data")) for each in request.outputs]
-        )
+        selection = tuple([(each.name, _want(plans, each)) for each in request.outputs])
+    codec.whole(request.parameters, "priority")
     return Prepared(
         plans,
         plan,
@@ -233,6 +239,22 @@ def _finish(
         bool(codec.flag(request.parameters, "binary_data_output")),
         codec.whole(request.parameters, "timeout"),
     )
+
+
+def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
+    """Read how an output is wanted.  Raises BadRequest, NotFound, Forbidden."""
+    parameters = output.parameters
+    if not parameters:
+        return None
+    own = codec.flag(parameters, "binary_data")
+    window = window_of(parameters)
+    classes = codec.whole(parameters, "classification")
+    if window is not None:
+        if classes:
+            raise BadRequest("Output can't set both 'shared_memory_region' and 'classification'")
+        plans.regions.reserve(window)
+        return window
+    return (Classes(classes), own) if classes else own
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -247,6 +269,15 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
             pieces.append(codec.encode(part.unpack(view, part.start)))
             continue
         data = view[part.start : part.end]
+        if part.window is not None:
+            prepared.plans.regions.write(part.window, part.name, data)
+            continue
+        if part.classes is not None:
+            text, blob = _classes(prepared, part, data)
+            pieces.append(text)
+            if blob is not None:
+                blobs.append(blob)
+            continue
         if part.is_binary:
             blobs.append(bytes(data))
             continue
@@ -263,3 +294,18 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
         return Answer(pieces, None)
     json_bytes = sum(map(len, pieces))
     return Answer([b"".join(pieces), *blobs], json_bytes)
+
+
+def _classes(prepared: Prepared, part: Part, data: memoryview) -> tuple[bytes, bytes | None]:
+    """Encode the highest values of an output: the end of its JSON, and what follows the JSON."""
+    assert part.classes is not None
+    try:
+        elements = part.classes(data)
+    except BadRequest as error:
+        name = prepared.route.name
+        raise BadRequest(f"model '{name}': output '{part.name}' {error.message}") from error
+    if not part.is_binary:
+        texts = [element.decode() for element in elements]
+        return b'"data":' + codec.encode(texts), None
+    blob = binary.join_bytes(elements)
+    return b'"parameters":{"binary_data_size":%d}' % len(blob), blob

@@ -31,6 +31,10 @@ LITERAL_BYTES_MAX: Final = 2 * KIB  # ... up to this long
 HEADS_MAX: Final = 8192  # remembered heads of requests ...
 HEAD_BYTES_MAX: Final = 1 * KIB  # ... up to this long
 DIMENSION_MAX: Final = 1 << 40
+LABEL_FILES_MAX: Final = 1024  # with names of classes, remembered ...
+LABELS_BYTES_MAX: Final = 1 * MIB  # ... up to this long
+COMPRESS_BYTES_MIN: Final = 1 * KIB  # shorter answers are not compressed
+COMPRESS_HERE_BYTES: Final = 32 * KIB  # longer ones are compressed by another thread
 
 # --- gRPC: HTTP/2 connections and calls ----------------------------------------------------------
 H2_STREAMS_MAX: Final = 1024  # calls of one connection at a time
@@ -62,5 +66,5 @@ ADMIN_TIMEOUT_S: Final = 60.0
 ADMIN_PENDING_MAX: Final = 256
 ADMIN_PAGE_MAX: Final = 1000  # rows of one page of a listing
 COUNTERS_PERIOD_S: Final = 1.0
-COUNTERS_MODELS_MAX: Final = 1500  # of one message; a ModelCounters is at most 64 bytes long
+COUNTERS_MODELS_MAX: Final = 850  # of one message; with BatchCounters, at most 145 bytes long
 POPULATE_STEP_BYTES: Final = 16 * MIB

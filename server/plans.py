@@ -29,15 +29,20 @@ from overcommit.runtime.config import RANK_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, ProtocolError
 from overcommit.runtime.messages import Route
 from overcommit.runtime.payload import DATATYPES, TensorPlace
-from overcommit.server import codec
+from overcommit.server import classification, codec
+from overcommit.server.classification import Classes, Labels
 from overcommit.server.limits import DIMENSION_MAX, PLANNED_ROUTES_MAX, PLANS_MAX
+from overcommit.server.regions import Regions, Window
 from overcommit.server.templates import Template, Templates
 
 if TYPE_CHECKING:
     from overcommit.server.inference import Prepared
 
 Key = tuple[tuple[str, str, tuple[int, ...]], ...]  # of each input: name, datatype, shape
-Selection = tuple[tuple[str, bool | None], ...] | None  # outputs that are asked for; None: all
+# How an output is wanted: binary or not (None: as the request says for all), its highest values alone,
+# both, or in the client's shared memory.
+Want = bool | Window | tuple[Classes, bool | None] | None
+Selection = tuple[tuple[str, Want], ...] | None  # outputs that are asked for; None: all
 
 SHORT_NUMBERS_MIN = 64  # FP32 from here on is written by the array; a list is as fast for few
 UNPACK_NUMBERS_MAX = 4096  # at once, by a format of their own; half as dear for few
@@ -66,6 +71,8 @@ class Part:
     end: int
     is_binary: bool
     unpack: Callable[[memoryview, int], object] | None  # its numbers, for `codec.encode`
+    window: Window | None = None  # it goes into shared memory, and `prefix` is all of its JSON
+    classes: Callable[[memoryview], list[bytes]] | None = None  # these are wanted of its values
 
 
 @dataclass(slots=True, frozen=True)
@@ -90,10 +97,21 @@ class Shape:
 class RoutePlans:
     """The plans of one route."""
 
-    __slots__ = ("_header_words", "_inputs", "_outputs", "_specs", "prepared", "route", "templates")
+    __slots__ = (
+        *("_header_words", "_inputs", "_outputs", "_specs"),
+        *("labels", "prepared", "regions", "route", "templates"),
+    )
 
-    def __init__(self, route: Route, shape: Shape | None = None) -> None:
+    def __init__(
+        self,
+        route: Route,
+        shape: Shape | None = None,
+        regions: Regions | None = None,
+        labels: Labels | None = None,
+    ) -> None:
         self.route = route
+        self.regions = regions or Regions()
+        self.labels = labels or Labels()
         self._specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
         shape = shape or Shape()
         self._inputs = shape.inputs
@@ -191,30 +209,67 @@ class RoutePlans:
             if place.index >= len(route.outputs):
                 raise ProtocolError(f"an answer has output {place.index}, which nobody knows")
             name = route.outputs[place.index].name
-            is_binary = all_binary
+            own: Want = None
             if wanted is not None:
                 if name not in wanted:
                     continue
                 own = wanted[name]
-                is_binary = all_binary if own is None else own
-            before += b'{"name":%b,"datatype":%b,"shape":%b,' % (
-                *(encode(name), encode(place.datatype), encode(place.shape)),
+            binary = own[1] if isinstance(own, tuple) else own
+            is_binary = binary if isinstance(binary, bool) else all_binary
+            datatype, shape = place.datatype, place.shape
+            classes = None
+            if isinstance(own, tuple):
+                classes, shape = self._classes(place, own[0].count)
+                datatype = "BYTES"
+            before += b'{"name":%b,"datatype":%b,"shape":%b' % (
+                *(encode(name), encode(datatype), encode(shape)),
             )
-            if is_binary:
+            window = own if isinstance(own, Window) else None
+            if window is not None:
+                parts.append(
+                    Part(
+                        *(before, name, datatype, place.offset, place.offset + place.nbytes),
+                        *(False, None, window),
+                    )
+                )
+                before = b"},"
+                continue
+            before += b","
+            if classes is not None:
+                pass  # what follows depends on the values
+            elif is_binary:
                 before += b'"parameters":{"binary_data_size":%d}' % place.nbytes
             else:
                 before += b'"data":'
             end = place.offset + place.nbytes
-            unpack = None if is_binary else _unpack(place)
-            parts.append(Part(before, name, place.datatype, place.offset, end, is_binary, unpack))
+            unpack = None if is_binary or classes is not None else _unpack(place)
+            parts.append(
+                Part(before, name, datatype, place.offset, end, is_binary, unpack, None, classes)
+            )
             before = b"},"
         return OutputPlan(tuple(parts), b"}]" if parts else before + b"]")
+
+    def _classes(
+        self, place: TensorPlace, count: int
+    ) -> tuple[Callable[[memoryview], list[bytes]], tuple[int, ...]]:
+        """How an output's highest values are found, and their shape.  Raises RepositoryError."""
+        batches = self.route.max_batch_size > 0
+        labels = self.labels.of(self.route, place.index)
+
+        def classify(data: memoryview) -> list[bytes]:
+            return classification.classify(
+                *(data, place.datatype, place.shape, count, labels), batches=batches
+            )
+
+        return classify, classification.shape_of(place.shape, count, batches=batches)
 
 
 class Plans:
     """The plans of the routes asked lately."""
 
-    def __init__(self) -> None:
+    def __init__(self, regions: Regions | None = None) -> None:
+        self._regions = regions or Regions()
+        self.labels = Labels()
         self._routes: dict[int, RoutePlans] = {}
         self._shapes: dict[bytes, Shape] = {}
         # Who is asked by name and serves: kept until a route changes.
@@ -236,7 +291,9 @@ class Plans:
                 self._shapes.clear()
             key = (route.inputs, route.outputs, route.max_batch_size)
             shape = self._shapes.setdefault(msgspec.msgpack.encode(key), Shape())
-            plans = self._routes[route.slot] = RoutePlans(route, shape)
+            plans = self._routes[route.slot] = RoutePlans(
+                *(route, shape, self._regions, self.labels),
+            )
         return plans
 
 

@@ -2,44 +2,79 @@
 
 from __future__ import annotations
 
+from overcommit.runtime import stages
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import encoded_bytes
-from overcommit.runtime.messages import BATCH_UNIT, Counters, ModelCounters
+from overcommit.runtime.messages import BATCH_UNIT, BatchCounters, Counters, ModelCounters
 from overcommit.server.limits import COUNTERS_MODELS_MAX
 from overcommit.server.tallies import Tallies
 
 
 def test_what_was_taken_is_not_told_again() -> None:
     tallies = Tallies()
-    tallies.count(3, 0, 5, 7, 4)
-    tallies.count(3, 0, 5, 7, 0)
+    tallies.count(3, 20, 5)
+    tallies.count(3, 20, 5)
     tallies.count_failure(4, 0)
-    one, two = sorted(tallies.take(10), key=lambda row: row.slot)
-    assert (one.slot, one.success, one.queue_ns, one.compute_ns) == (3, 2, 10, 14)
-    assert one.batches == BATCH_UNIT // 4 + BATCH_UNIT
+    models, batches = tallies.take(10)
+    one, two = sorted(models, key=lambda row: row.slot)
+    assert (one.slot, one.success, one.queue_ns, one.request_ns) == (3, 2, 10, 40)
     assert (two.slot, two.success, two.failure) == (4, 0, 1)
-    assert tallies.take(10) == ()
+    assert two.failure_ns == two.request_ns > 0
+    assert batches == ()
+    assert not tallies
+    assert tallies.take(10) == ((), ())
+
+
+def test_a_batch_is_counted_once_and_its_times_for_each_request_in_it() -> None:
+    tallies = Tallies()
+    unit = stages.UNIT_NS
+    tallies.count_batch(3, 100 * unit, 4, stages.pack(6, 4, 10 * unit, 20 * unit))
+    tallies.count_batch(3, 50 * unit, 1, stages.pack(1, 1, unit, unit))
+    (model,), batches = tallies.take(10)
+    assert (model.executions, model.inferences) == (2, 7)
+    assert model.compute_ns == (4 * 100 + 50) * unit
+    assert model.input_ns == (4 * 10 + 1) * unit
+    assert model.output_ns == (4 * 20 + 1) * unit
+    assert model.batches == 2 * BATCH_UNIT
+    assert [(b.rows, b.executions, b.input_ns, b.infer_ns, b.output_ns) for b in batches] == [
+        (1, 1, unit, 48 * unit, unit),
+        (6, 1, 10 * unit, 70 * unit, 20 * unit),
+    ]
+
+
+def test_a_version_has_its_part_of_a_batch_that_versions_share() -> None:
+    tallies = Tallies()
+    tallies.count_batch(3, 1000, 8, stages.pack(2, 2, 0, 0))
+    (model,), _ = tallies.take(10)
+    assert (model.executions, model.batches) == (1, BATCH_UNIT // 4)
+
+
+def test_more_sizes_than_a_message_holds_come_in_turns() -> None:
+    tallies = Tallies()
+    for rows in range(1, 8):
+        tallies.count_batch(3, 1000, 1, stages.pack(rows, 1, 0, 0))
+    taken = []
+    while tallies:
+        taken += [tallies.take(3)]
+    assert sum(model.executions for models, _ in taken for model in models) == 7
+    assert [row.rows for _, rows in taken for row in rows] == list(range(1, 8))
+    assert all(len(rows) <= 3 for _, rows in taken)
 
 
 def test_many_versions_are_taken_in_turns() -> None:
     tallies = Tallies()
     for slot in range(7):
         tallies.count_failure(slot, 0)
-    taken = [tallies.take(3) for _ in range(4)]
+    taken = [tallies.take(3)[0] for _ in range(4)]
     assert [len(rows) for rows in taken] == [3, 3, 1, 0]
     assert {row.slot for rows in taken for row in rows} == set(range(7))
 
 
 def test_the_most_that_one_message_may_hold_fits() -> None:
     largest = (1 << 63) - 1
-    row = ModelCounters(
-        slot=65_535,
-        success=largest,
-        failure=largest,
-        queue_ns=largest,
-        compute_ns=largest,
-        request_ns=largest,
-        batches=largest,
-    )
-    message = Counters(models=(row,) * COUNTERS_MODELS_MAX)
+    names = ModelCounters.__struct_fields__[1:]
+    row = ModelCounters(slot=65_535, **dict.fromkeys(names, largest))
+    names = BatchCounters.__struct_fields__[1:]
+    batch = BatchCounters(slot=65_535, **dict.fromkeys(names, largest))
+    message = Counters(models=(row,) * COUNTERS_MODELS_MAX, batches=(batch,) * COUNTERS_MODELS_MAX)
     assert encoded_bytes(message) <= CONTROL_MESSAGE_BYTES_MAX

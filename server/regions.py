@@ -1,0 +1,228 @@
+"""Tensors in a client's shared memory: which pieces there are, and copies from and to them.
+
+A client on the same machine registers a file of `/dev/shm` as a region and names it in place of a
+tensor's bytes.  The supervisor keeps the list (`runtime/client_books.py`); each front end opens a region
+when it is used first.  Bytes are copied with pread and pwrite and the memory is never mapped: a client may
+shrink its file at any time, which would end a process that had mapped it (SIGBUS).
+
+Invariants
+ 1. Nothing outside of /dev/shm is opened, no symlink is followed, and only a regular file is taken.
+ 2. No byte outside of the registered region is read or written, and no file is made longer.
+ 3. Without `--client-shared-memory` nothing is registered and nothing is opened.
+ 4. Before a region is used, what the supervisor has said is read: another front end may have been told
+    of it, or of its end, a moment ago.
+
+Called by both protocols: `register`, `unregister` and `listed` by their methods, `read` and `write` by
+`inference` and the answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from overcommit.runtime.config import BLOCK_BYTES_MAX, NAME_CHARS_MAX
+from overcommit.runtime.errors import BadRequest, Forbidden, NotFound, PayloadTooLarge
+from overcommit.runtime.messages import Region, RegionsChanged
+from overcommit.server.codec import Parameters, whole
+from overcommit.server.questions import ask_value
+
+if TYPE_CHECKING:
+    from overcommit.server.frontend import FrontEnd
+
+FOLDER: Final = "/dev/shm"
+_KEY_BYTES_MAX: Final = 255
+_OFFSET_MAX: Final = (1 << 63) - 1
+_STRING: Final = msgspec.json.Decoder(str)
+_OFF: Final = "clients may not use shared memory with this server; --client-shared-memory allows it"
+
+
+@dataclass(slots=True, frozen=True)
+class Window:
+    """Part of a region, as a request names it."""
+
+    region: str
+    offset: int
+    nbytes: int
+
+
+def window_of(parameters: Parameters | None) -> Window | None:
+    """Read the parameters of a tensor; None when its bytes are not in shared memory.
+
+    Raises BadRequest.
+    """
+    if not parameters or (raw := parameters.get("shared_memory_region")) is None:
+        return None
+    try:
+        name = _STRING.decode(raw)
+    except msgspec.DecodeError as error:
+        raise BadRequest("parameter 'shared_memory_region' must be a string") from error
+    nbytes = whole(parameters, "shared_memory_byte_size")
+    if nbytes is None:
+        raise BadRequest(
+            f"a tensor in the shared memory region '{name}' needs 'shared_memory_byte_size'"
+        )
+    return Window(name, whole(parameters, "shared_memory_offset") or 0, nbytes)
+
+
+class Regions:
+    """The regions that this front end has heard of, and the files that it has opened."""
+
+    def __init__(self, *, is_allowed: bool = False, folder: str = FOLDER) -> None:
+        self.is_allowed = is_allowed
+        self.look: Callable[[], None] = lambda: None  # read what the supervisor has said
+        self._folder = folder
+        self._regions: dict[str, Region] = {}
+        self._files: dict[str, int] = {}
+
+    def apply(self, message: RegionsChanged) -> None:
+        """Take over what the supervisor says."""
+        for region in message.upsert:
+            self._close(region.name)
+            self._regions[region.name] = region
+        for name in message.removed:
+            self._close(name)
+            self._regions.pop(name, None)
+
+    def listed(self, name: str = "") -> list[Region]:
+        """Return all regions, or the one of this name.  Raises NotFound."""
+        self.look()
+        if not name:
+            return list(self._regions.values())
+        region = self._regions.get(name)
+        if region is None:
+            raise NotFound(f"Unable to find system shared memory region: '{name}'")
+        return [region]
+
+    def check(self, region: Region) -> None:
+        """See that a region is one before it is registered.  Raises BadRequest, Forbidden."""
+        if not self.is_allowed:
+            raise Forbidden(_OFF)
+        if not 0 < len(region.name) <= NAME_CHARS_MAX:
+            raise BadRequest(
+                f"the name of a shared memory region has 1 to {NAME_CHARS_MAX} characters"
+            )
+        file = self._open(region.key)
+        try:
+            size = os.fstat(file).st_size
+        finally:
+            os.close(file)
+        offset, nbytes = region.offset, region.byte_size
+        if not (0 <= offset <= _OFFSET_MAX and 0 < nbytes <= _OFFSET_MAX):
+            raise BadRequest(
+                f"Invalid shared memory region: '{region.key}': offset {offset}, byte_size {nbytes}"
+            )
+        if offset + nbytes > size:
+            raise BadRequest(
+                f"Invalid shared memory region: '{region.key}' has {size} bytes, offset {offset} "
+                f"and byte_size {nbytes} need more"
+            )
+
+    # --- bytes ----------------------------------------------------------------------------------
+    def read(self, window: Window) -> bytes:
+        """Copy a tensor out.  Raises NotFound, BadRequest, Forbidden."""
+        file, at = self._place(window)
+        data = os.pread(file, window.nbytes, at)
+        if len(data) != window.nbytes:
+            raise BadRequest(
+                f"shared memory region '{window.region}' has become shorter than it was registered"
+            )
+        return data
+
+    def reserve(self, window: Window) -> None:
+        """See that an output may go there, before it is computed.  Raises as `read`."""
+        self._place(window)
+
+    def write(self, window: Window, output: str, data: bytes | memoryview) -> None:
+        """Copy an output in.  Raises as `read`."""
+        if len(data) > window.nbytes:
+            raise BadRequest(
+                f"shared memory size specified with the request for output '{output}' "
+                f"({window.nbytes} bytes) should be at least {len(data)} bytes to hold the results"
+            )
+        file, at = self._place(window)
+        if os.fstat(file).st_size < at + len(data):
+            raise BadRequest(
+                f"shared memory region '{window.region}' has become shorter than it was registered"
+            )
+        done = os.pwrite(file, data, at)
+        if done != len(data):
+            raise BadRequest(f"shared memory region '{window.region}' takes no more bytes")
+
+    # --- files ----------------------------------------------------------------------------------
+    def _place(self, window: Window) -> tuple[int, int]:
+        """Return the file, and where in it the window begins."""
+        if not self.is_allowed:
+            raise Forbidden(_OFF)
+        self.look()
+        region = self._regions.get(window.region)
+        if region is None:
+            raise NotFound(f"Unable to find shared memory region: '{window.region}'")
+        if window.nbytes > BLOCK_BYTES_MAX:
+            raise PayloadTooLarge(
+                f"a tensor of {window.nbytes} bytes in shared memory region '{window.region}': the "
+                f"limit is {BLOCK_BYTES_MAX}"
+            )
+        if window.offset + window.nbytes > region.byte_size:
+            raise BadRequest(
+                f"Invalid offset + byte size for shared memory region: '{window.region}' of "
+                f"{region.byte_size} bytes"
+            )
+        file = self._files.get(region.name)
+        if file is None:
+            file = self._files[region.name] = self._open(region.key)
+        return file, region.offset + window.offset
+
+    def _open(self, key: str) -> int:
+        name = key.removeprefix("/")
+        if (
+            not 0 < len(os.fsencode(name)) <= _KEY_BYTES_MAX
+            or name in (".", "..")
+            or "/" in name
+            or "\0" in name
+        ):
+            raise BadRequest(
+                f"Unable to open shared memory region: '{key}': a key names a file in {FOLDER}, "
+                f"without any further '/'"
+            )
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            file = os.open(f"{self._folder}/{name}", flags)
+        except OSError as error:
+            raise BadRequest(
+                f"Unable to open shared memory region: '{key}': {error.strerror}"
+            ) from error
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise BadRequest(f"Unable to open shared memory region: '{key}' is no regular file")
+        return file
+
+    def _close(self, name: str) -> None:
+        file = self._files.pop(name, None)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+
+async def register(front: FrontEnd, region: Region) -> None:
+    """Register a region with all front ends.  Raises BadRequest, Forbidden."""
+    front.regions.check(region)
+    await ask_value(
+        front,
+        "region_add",
+        name=region.name,
+        key=region.key,
+        offset=region.offset,
+        byte_size=region.byte_size,
+    )
+
+
+async def unregister(front: FrontEnd, name: str) -> None:
+    """Forget a region; all of them, where the name is empty.  One that is not there is no error."""
+    await ask_value(front, "region_remove", name=name)
