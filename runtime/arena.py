@@ -21,9 +21,11 @@ import ctypes
 import os
 import weakref
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PAGE_BYTES, SLAB_MODEL_BYTES_MAX
+from overcommit.runtime.device_bytes import Memory
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.page_tables import UNIT, PageTables
@@ -74,6 +76,60 @@ class Arena:
         os.close(self.fd)
 
 
+class WeightsMapping(Protocol):
+    """A version's address range in one process, whatever DEVICE is."""
+
+    nbytes: int
+    generation: int | None
+
+    @property
+    def address(self) -> int:
+        """Where the image begins."""
+        ...
+
+    def can_hold(self, extents: Sequence[tuple[int, int]]) -> bool:
+        """Whether these can be mapped at this address; if not, another mapping is needed."""
+        ...
+
+    def map(
+        self,
+        extents: Sequence[tuple[int, int]],
+        generation: int,
+        populate: bool = True,
+        shared: Collection[int] = (),
+    ) -> None:
+        """Map these extents in order, over whatever was mapped before."""
+
+    def unmap(self) -> None:
+        """Give the chunks back; the address range stays."""
+
+    def view(self) -> Memory:
+        """Return the image's bytes, to read only while mapped."""
+        ...
+
+    def close(self) -> None:
+        """Unmap for good; the address range goes with the last view of it."""
+
+
+class Ranges(Protocol):
+    """Opens a process's mappings of one arena."""
+
+    def open(self, nbytes: int) -> WeightsMapping:
+        """Reserve a range for a version's image."""
+        ...
+
+
+class MemfdRanges:
+    """Mappings of a memfd arena."""
+
+    def __init__(self, arena_fd: int) -> None:
+        self.tables = PageTables(arena_fd)
+
+    def open(self, nbytes: int) -> Mapping:
+        """Reserve a range for a version's image."""
+        return Mapping(self.tables, nbytes)
+
+
 class Mapping:
     """A version's address range, read-only, `nbytes` long (rounded up to a page)."""
 
@@ -91,6 +147,10 @@ class Mapping:
         )
         give_back = weakref.finalize(self._range, _give_back, tables, self.address, self._reserved)
         give_back.atexit = False
+
+    def can_hold(self, extents: Sequence[tuple[int, int]]) -> bool:
+        """Any can: pages are mapped wherever they are wanted."""
+        return True
 
     def map(
         self,

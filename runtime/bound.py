@@ -32,13 +32,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from overcommit.runtime.arena import Mapping
+from overcommit.runtime.arena import Ranges, WeightsMapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
 from overcommit.runtime.messages import Placed, VersionInfo
 from overcommit.runtime.mixing import Families, Family
-from overcommit.runtime.page_tables import PageTables
 from overcommit.runtime.signature import Signature, signature_of
 
 if TYPE_CHECKING:  # engines are imported by the process that runs them
@@ -70,7 +69,7 @@ class Version:
 
     info: VersionInfo
     signature: Signature
-    mapping: Mapping | None = None
+    mapping: WeightsMapping | None = None
     generation: int | None = None  # where it was placed last, as far as this worker knows
     opened: Opened | None = None  # loaded, not bound yet
     is_loading: bool = False
@@ -123,7 +122,7 @@ class Loader:
 class Versions:
     """Every version this worker has been told of, by slot."""
 
-    tables: PageTables
+    ranges: Ranges
     loader: Loader
     families: Families
     bound_max: int = BOUND_MODELS_MAX
@@ -156,9 +155,11 @@ class Versions:
         version = self._versions.get(placed.slot)
         if version is None:
             return None
-        if version.mapping is None:
-            version.mapping = Mapping(self.tables, version.info.nbytes)
         version.generation = None
+        if version.mapping is not None and not version.mapping.can_hold(placed.extents):
+            self._release(version)  # it gets another address, and is bound there
+        if version.mapping is None:
+            version.mapping = self.ranges.open(version.info.nbytes)
         populate = version.info.nbytes <= POPULATE_BYTES_MAX
         version.mapping.map(placed.extents, placed.generation, populate, placed.shared)
         version.generation = placed.generation
@@ -190,8 +191,11 @@ class Versions:
         assert version.opened is not None, "loaded first"
         assert version.mapping is not None, "placed first"
         header, program = version.opened
-        version.model = program.bind(header, version.mapping.view())
-        version.family = self.families.of(program.mixed(header), version.signature)
+        memory = version.mapping.view()
+        version.model = program.bind(header, memory)
+        # A mixed batch copies weights with the CPU.
+        mixed = program.mixed(header) if isinstance(memory, memoryview) else None
+        version.family = self.families.of(mixed, version.signature)
         version.opened = None  # the header's tables are of no use any more
         version.failures = 0
 

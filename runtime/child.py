@@ -65,5 +65,15 @@ def run_child(kind: str, control_fd: int, parent_pid: int) -> None:
         os._exit(status)
 
 
+def _low(fd: int) -> int:
+    """Move a descriptor to the lowest free number: `select` takes none over 1023.
+
+    Under that number a supervisor that holds a GPU's chunks made it.
+    """
+    low = os.dup(fd)
+    os.close(fd)
+    return low
+
+
 if __name__ == "__main__":
-    run_child(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    run_child(sys.argv[1], _low(int(sys.argv[2])), int(sys.argv[3]))

@@ -47,6 +47,13 @@ PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
 DEVICE_SHARE: Final = 0.40  # of what is available, when no flag says otherwise (CPU only)
 HOST_SHARE: Final = 0.25
+# Where DEVICE is a GPU: what of its free memory stays for everything but weights.
+CUDA_CONTEXT_BYTES: Final = 512 * MIB  # of each worker; the probe has one of its own while it asks
+CUDA_RESERVE_BYTES: Final = 1 * GIB  # for what models compute with, graphs, libraries ...
+CUDA_RESERVE_SHARE: Final = 0.05  # ... or of the GPU's memory, if that is more
+CUDA_HOST_SHARE: Final = 0.60  # of what is available: HOST is all that takes host memory then
+PROBE_TIMEOUT_S: Final = 60.0  # a driver that hangs must not keep the server from saying so
+FDS_SPARE: Final = 1024  # descriptors of the supervisor beside those of chunks
 
 # --- prefetch -----------------------------------------------------------------------------------
 PREFETCH_BYTES_PER_S: Final = 256 * MIB  # on average; the disk's and the copy's share for guesses
@@ -147,6 +154,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     front_ends: int = 1
     workers: int = 1
     worker_threads: int | None = None
+    devices: str = "auto"  # what DEVICE is: "cpu", the number of a GPU, or "auto"
     device_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     start_method: Literal["forkserver", "spawn"] = "forkserver"
@@ -173,6 +181,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: float = 30.0
     log_level: str = "info"
     access_log: bool = False
+    cuda_driver: str = ""  # for tests, as is nvml: see drivers.py
+    nvml: str = ""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

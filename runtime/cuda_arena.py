@@ -37,6 +37,7 @@ from overcommit.runtime.config import (
     SLAB_MODEL_BYTES_MAX,
     SMALL_CHUNK_BYTES,
 )
+from overcommit.runtime.device_bytes import DeviceBytes
 from overcommit.runtime.driver import Driver, Event, Stream
 
 
@@ -185,6 +186,13 @@ class CudaMapping:
         if event is None:
             event = self._working[stream] = self._driver.event_create()
         self._driver.event_record(event, stream)
+
+    def view(self) -> DeviceBytes:
+        """Return the image's bytes; they may be read only while mapped."""
+        assert self.keeper is not None, "open"
+        chunks = self._ranges.chunks
+        place = chunks.driver.torch_device(chunks.device)
+        return DeviceBytes(self.address, self.nbytes, place, self.keeper)
 
     def close(self) -> None:
         """Unmap for good; the address range goes with the last holder of `keeper`."""

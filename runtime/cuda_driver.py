@@ -26,6 +26,7 @@ from overcommit.runtime.driver import (
     Stream,
 )
 
+_BUS_ID_BYTES = 32
 _KNOWN = {result.value: result for result in Result}
 
 
@@ -81,6 +82,19 @@ class CudaDriver:
 
     def _device(self, device: int) -> Any:
         return self._call("cuDeviceGet", device)
+
+    def device_uuid(self, device: int) -> str:
+        uuid = self._call("cuDeviceGetUuid", self._device(device))
+        digits = bytes(byte % 256 for byte in uuid.bytes).hex()
+        parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+        return "GPU-" + "-".join(parts)
+
+    def device_bus_id(self, device: int) -> str:
+        text: bytes = self._call("cuDeviceGetPCIBusId", _BUS_ID_BYTES, self._device(device))
+        return text.partition(b"\0")[0].decode().lower()
+
+    def torch_device(self, device: int) -> str:
+        return f"cuda:{device}"
 
     def primary_context_retain(self, device: int) -> Context:
         return Context(int(self._call("cuDevicePrimaryCtxRetain", self._device(device))))

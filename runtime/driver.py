@@ -19,7 +19,7 @@ Rules of the driver that callers must keep, and that the fake enforces
 from __future__ import annotations
 
 import enum
-from typing import NewType, Protocol
+from typing import Final, NewType, Protocol
 
 from overcommit.runtime.errors import OvercommitError
 
@@ -48,6 +48,15 @@ class Result(enum.IntEnum):
     UNKNOWN = 999
 
 
+_PASSING: Final = frozenset(
+    (
+        *(Result.INVALID_VALUE, Result.OUT_OF_MEMORY, Result.INVALID_HANDLE, Result.NOT_READY),
+        *(Result.HOST_MEMORY_ALREADY_REGISTERED, Result.HOST_MEMORY_NOT_REGISTERED),
+        Result.NOT_SUPPORTED,
+    )
+)
+
+
 class Attribute(enum.IntEnum):
     """The CUdevice_attribute values that are asked for, with the driver's numbers."""
 
@@ -68,6 +77,11 @@ class DriverError(OvercommitError):
         self.call = call
         self.result = result
 
+    @property
+    def is_sticky(self) -> bool:
+        """Whether the context may be beyond use: every later call would fail as well."""
+        return self.result not in _PASSING
+
 
 class Driver(Protocol):
     """One process's access to the driver."""
@@ -82,6 +96,18 @@ class Driver(Protocol):
 
     def device_attribute(self, attribute: Attribute, device: int) -> int:
         """cuDeviceGetAttribute."""
+        ...
+
+    def device_uuid(self, device: int) -> str:
+        """cuDeviceGetUuid, as NVML writes it: GPU-01234567-89ab-..."""
+        ...
+
+    def device_bus_id(self, device: int) -> str:
+        """cuDeviceGetPCIBusId: 0000:65:00.0"""
+        ...
+
+    def torch_device(self, device: int) -> str:
+        """Return what torch calls this device; no call of the driver."""
         ...
 
     def primary_context_retain(self, device: int) -> Context:

@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from overcommit.runtime import _shm
+from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.config import VERSIONS_MAX, Settings
+from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import SharedMemory, create_memfd
-from overcommit.runtime.messages import Counters, Kind, LinkDown, LinkUp, Message, Start
+from overcommit.runtime.messages import Chunks, Counters, Kind, LinkDown, LinkUp, Message, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 
@@ -83,6 +85,7 @@ class Fleet:
         ] = {}  # by what is spoken there; one for each front end
         self.port = settings.port
         self.grpc_port: int | None = None
+        self.chunks = None if memory.vault is None else ChunkFeed(memory.vault)
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.is_closing = False
         self.is_draining = False
@@ -147,16 +150,17 @@ class Fleet:
         if seat.kind == "worker":
             self._make_page(child)
             send |= {"supervisor_bell": self.bell, "residency": memory.residency_fd}
-            send |= {"page": child.fds["page"], "device": memory.device_fd}
+            send["page"] = child.fds["page"]
         elif seat.kind == "front_end":
             for name in ("ingress", "egress"):
                 child.fds[name] = create_memfd(name, self.settings.payload_bytes)
             send |= {name: fds[seat.index] for name, fds in self.listen_fds.items()}
             send |= {name: child.fds[name] for name in ("ingress", "egress")}
-        elif seat.kind == "mover":
+        elif seat.kind == "mover" and memory.host_fd is not None:
+            send["host"] = memory.host_fd
+        if seat.kind in ("worker", "mover") and memory.device_fd is not None:
             send["device"] = memory.device_fd
-            if memory.host_fd is not None:
-                send["host"] = memory.host_fd
+        held = 0 if memory.vault is None else len(memory.vault)
         start = Start(
             kind=seat.kind,
             seat=seat.index,
@@ -164,10 +168,15 @@ class Fleet:
             settings=self.settings,
             device_bytes=memory.device_bytes,
             host_bytes=memory.host_bytes,
+            cuda_device=memory.cuda_device,
+            chunks_held=held,
             port=self.port,
             fds=tuple(send),
         )
         child.post(start, tuple(send.values()))
+        if self.chunks is not None and seat.kind in ("worker", "mover"):
+            limit = held if seat.kind == "mover" else self.chunks.vault.count
+            self.chunks.add(id(child), child.post, limit)
 
     @staticmethod
     def _make_page(child: Child) -> None:
@@ -176,6 +185,23 @@ class Fleet:
         child.page = mmap.mmap(child.fds["page"], nbytes, prot=mmap.PROT_READ)
         child.status = _shm.StatusPage(child.page, 0, False)
         child.leases = _shm.LeasePage(child.page, _shm.STATUS_BYTES, VERSIONS_MAX, False)
+
+    # --- chunks of a GPU ------------------------------------------------------------------------
+    def on_chunks(self, child: Child, message: Chunks, fds: dict[str, int]) -> None:
+        """The mover made chunks.  Raises ProtocolError for what nobody asked for."""
+        made = list(fds.values())
+        if self.chunks is None or child.seat.kind != "mover":
+            for fd in made:
+                os.close(fd)
+            raise ProtocolError(f"{child.seat!r} sent chunks")
+        self.chunks.on_made(message.first, made)
+        if self.chunks.vault.is_full:
+            log.info("DEVICE is made: %d chunks of GPU memory", self.chunks.vault.count)
+
+    def on_chunks_taken(self, child: Child, count: int) -> None:
+        """A child has so many."""
+        if self.chunks is not None:
+            self.chunks.on_taken(id(child), count)
 
     # --- links ----------------------------------------------------------------------------------
     def on_ready(self, child: Child, pid: int, now_ns: int) -> None:
@@ -238,6 +264,8 @@ class Fleet:
         if peers is not None and child.is_ready:
             for peer in self.of_kind(peers):
                 peer.post(LinkDown(seat=child.seat.index, epoch=child.epoch))
+        if self.chunks is not None:
+            self.chunks.forget(id(child))
         self._on_gone(child)
         # The page is read in on_gone, for what the worker was doing; only then it goes.
         child.status = child.leases = None

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import Settings
+from overcommit.runtime.chunk_table import ChunkTable
+from overcommit.runtime.config import CUDA_SMALL_SHARE, Settings
+from overcommit.runtime.device_choice import allow_descriptors, choose
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.ledger import Ledger
@@ -21,7 +23,7 @@ from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.process import Process
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Residency
-from overcommit.runtime.telemetry import Telemetry, budgets
+from overcommit.runtime.telemetry import Telemetry, budgets, show_bytes
 
 log = logging.getLogger("overcommit")
 
@@ -38,8 +40,16 @@ class House:
     ) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
-        budget = budgets(settings, self.telemetry)
-        device = ChunkAllocator(budget.device_bytes)
+        self.gpu = choose(settings)
+        budget = budgets(settings, self.telemetry, self.gpu)
+        if self.gpu is None:
+            device = ChunkAllocator(budget.device_bytes)
+        else:
+            allow_descriptors(len(ChunkTable(budget.device_bytes)))
+            device = ChunkAllocator(
+                budget.device_bytes, can_split=False, small_share=CUDA_SMALL_SHARE
+            )
+            log.info("DEVICE is %s of GPU %d", show_bytes(device.capacity_bytes), self.gpu.device)
         host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
         self.registry = Registry(settings.cache_dir)
         self.ledger = Ledger(settings.metrics_models)
@@ -47,7 +57,10 @@ class House:
         def new_policy() -> Policy:
             return make_policy(settings.policy, settings.policy_half_life_s)
 
-        self.memory = SharedMemory(device.capacity_bytes, host.capacity_bytes if host else 0)
+        self.memory = SharedMemory(
+            *(device.capacity_bytes, host.capacity_bytes if host else 0),
+            None if self.gpu is None else self.gpu.device,
+        )
         self.fleet = Fleet(settings, self.memory, on_forked, on_gone)
         self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
         self.residency = Residency(device, host, new_policy, self.gate, self._introduce)

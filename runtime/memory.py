@@ -13,7 +13,9 @@ import mmap
 import os
 
 from overcommit.runtime import _shm
+from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import VERSIONS_MAX
+from overcommit.runtime.vault import Vault
 
 
 def create_memfd(name: str, nbytes: int) -> int:
@@ -27,10 +29,14 @@ def create_memfd(name: str, nbytes: int) -> int:
 class SharedMemory:
     """The arenas and the residency table of one server."""
 
-    def __init__(self, device_bytes: int, host_bytes: int) -> None:
+    def __init__(self, device_bytes: int, host_bytes: int, cuda_device: int | None = None) -> None:
+        """Make the memfds; with a `cuda_device` the memory of DEVICE comes as chunks from the mover."""
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
-        self.device_fd = create_memfd("device", device_bytes)
+        self.cuda_device = cuda_device
+        is_cuda = cuda_device is not None
+        self.device_fd = None if is_cuda else create_memfd("device", device_bytes)
+        self.vault = Vault(len(ChunkTable(device_bytes))) if is_cuda else None
         self.host_fd = create_memfd("host", host_bytes) if host_bytes else None
         nbytes = _shm.table_bytes(VERSIONS_MAX)
         self.residency_fd = create_memfd("residency", nbytes)
@@ -43,3 +49,5 @@ class SharedMemory:
         for fd in (self.device_fd, self.host_fd, self.residency_fd):
             if fd is not None:
                 os.close(fd)
+        if self.vault is not None:
+            self.vault.close()

@@ -44,9 +44,8 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.copier import MEMCPY, Copier
-from overcommit.runtime.cuda_driver import CudaDriver
 from overcommit.runtime.cuda_tier import open_for_mover
-from overcommit.runtime.driver import Driver
+from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
@@ -240,7 +239,7 @@ def _die(args: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def main(control_fd: int, open_driver: Callable[[], Driver] = CudaDriver) -> None:
+def main(control_fd: int) -> None:
     """Serve loads until Stop or until the supervisor is gone."""
     threading.excepthook = _die
     control = ControlSocket(control_fd)
@@ -257,8 +256,9 @@ def main(control_fd: int, open_driver: Callable[[], Driver] = CudaDriver) -> Non
         device = Base("device", memory.map_all(True), memory.nbytes)
     else:
         tier = open_for_mover(
-            *(open_driver(), start.cuda_device, start.device_bytes, start.chunks_held),
-            *(0 if host is None else host.address, lambda: _receive(control), control.send),
+            *(open_driver(start.settings), start.cuda_device, start.device_bytes),
+            *(start.chunks_held, 0 if host is None else host.address),
+            *(lambda: _receive(control), control.send),
         )
         if tier is None:
             return

@@ -42,6 +42,8 @@ from overcommit.runtime.messages import (
     Admin,
     Attaches,
     BindFailed,
+    Chunks,
+    ChunksTaken,
     Counters,
     Drain,
     LoadDone,
@@ -259,6 +261,10 @@ class Supervisor:
             house.activations.on_attaches(child, message)
         elif isinstance(message, BindFailed):
             self.catalogue.on_bind_failed(message.slot, message.message)
+        elif isinstance(message, Chunks):
+            house.fleet.on_chunks(child, message, fds)
+        elif isinstance(message, ChunksTaken):
+            house.fleet.on_chunks_taken(child, message.count)
         elif isinstance(message, Populated):
             log.info("the arenas are warm after %.1f s", message.seconds)
 

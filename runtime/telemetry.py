@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Final
 
 from overcommit.runtime.config import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_HOST_SHARE,
+    CUDA_RESERVE_BYTES,
+    CUDA_RESERVE_SHARE,
     DEVICE_SHARE,
     GIB,
     HOST_SHARE,
@@ -25,6 +29,7 @@ from overcommit.runtime.config import (
     Settings,
 )
 from overcommit.runtime.errors import ConfigurationError
+from overcommit.runtime.gpu import Gpu
 
 _CGROUP_DEPTH_MAX: Final = 64
 _NO_LIMIT: Final = 1 << 60  # v1 writes a huge number for "none"
@@ -167,12 +172,15 @@ def _fields(path: Path) -> dict[str, int]:
     return fields
 
 
-def budgets(settings: Settings, telemetry: Telemetry | None = None) -> Budgets:
+def budgets(
+    settings: Settings, telemetry: Telemetry | None = None, gpu: Gpu | None = None
+) -> Budgets:
     """Decide the size of both tiers.
 
-    DEVICE is host memory in this version, whatever GPUs there are, so both come from the same
-    memory.  A size from a flag is taken as it is or refused; what is left open gets its share of
-    what is available after a reserve and the front ends' payload memory.
+    Without a `gpu` DEVICE is host memory, so both come from the same memory; with one it is what is
+    free there, less what workers and models need beside weights.  A size from a flag is taken as it is
+    or refused; what is left open gets its share of what is available after a reserve and the front
+    ends' payload memory.
 
     Raises ConfigurationError when it does not fit.
     """
@@ -181,12 +189,17 @@ def budgets(settings: Settings, telemetry: Telemetry | None = None) -> Budgets:
     payload = 2 * settings.front_ends * settings.payload_bytes
     spare = max(0, available - MEMORY_RESERVE_BYTES - payload)
     device, host = settings.device_memory_bytes, settings.host_memory_bytes
-    if device is None:
+    on_gpu = 0
+    if gpu is not None:
+        on_gpu = _gpu_bytes(settings, gpu)
+        device = 0
+    elif device is None:
         device = min(int(spare * DEVICE_SHARE), max(0, spare - (host or 0)))
     if host is None:
-        host = max(0, min(int(spare * HOST_SHARE), spare - device))
+        share = HOST_SHARE if gpu is None else CUDA_HOST_SHARE
+        host = max(0, min(int(spare * share), spare - device))
         host = host if host >= SMALL_CHUNK_BYTES else 0
-    if device < SMALL_CHUNK_BYTES:
+    if gpu is None and device < SMALL_CHUNK_BYTES:
         if settings.device_memory_bytes is not None:
             raise ConfigurationError(
                 f"--device-memory {show_bytes(device)} is less than one chunk of "
@@ -208,7 +221,33 @@ def budgets(settings: Settings, telemetry: Telemetry | None = None) -> Budgets:
             f"payload {show_bytes(payload)} are more than the {show_bytes(available)} available; "
             f"lower --device-memory, --host-memory (0: no host tier) or --payload-memory"
         )
-    return Budgets(device, host)
+    return Budgets(device or on_gpu, host)
+
+
+def _gpu_bytes(settings: Settings, gpu: Gpu) -> int:
+    """Return the bytes of a GPU that weights may have.  Raises ConfigurationError."""
+    wanted = settings.device_memory_bytes
+    reserve = max(CUDA_RESERVE_BYTES, int(gpu.total_bytes * CUDA_RESERVE_SHARE))
+    reserve += settings.workers * CUDA_CONTEXT_BYTES
+    if wanted is None:
+        wanted = gpu.free_bytes - reserve
+        if wanted < SMALL_CHUNK_BYTES:
+            raise ConfigurationError(
+                f"no memory of GPU {gpu.device} is left for models: {show_bytes(gpu.free_bytes)} are "
+                f"free, {show_bytes(reserve)} stay for {settings.workers} workers and for what models "
+                f"compute with; free some, lower --workers, or set --device-memory"
+            )
+    if wanted < SMALL_CHUNK_BYTES:
+        raise ConfigurationError(
+            f"--device-memory {show_bytes(wanted)} is less than one chunk of "
+            f"{show_bytes(SMALL_CHUNK_BYTES)}; give it more"
+        )
+    if wanted > gpu.free_bytes:
+        raise ConfigurationError(
+            f"--device-memory {show_bytes(wanted)} is more than the {show_bytes(gpu.free_bytes)} that "
+            f"are free on GPU {gpu.device}; lower it"
+        )
+    return wanted
 
 
 def show_bytes(nbytes: int) -> str:

@@ -31,6 +31,7 @@ from overcommit.runtime.bound import Version, Versions
 from overcommit.runtime.config import ATTACHES_UNSAID_MAX, NEVER_NS
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
+from overcommit.runtime.driver import DriverError
 from overcommit.runtime.errors import Unavailable
 from overcommit.runtime.lanes import Job, limits_of
 from overcommit.runtime.links import Links
@@ -139,7 +140,9 @@ class Wishes:
         try:
             self._versions.place(placed)
             self._attaching[placed.slot] = (asked_ns, placed_ns, time.monotonic_ns())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DriverError) as error:
+            if isinstance(error, DriverError) and error.is_sticky:
+                raise  # nothing works here any more; the next worker starts afresh
             self._break(version, error, now_ns)
             return
         self._try_bind(version, now_ns)
@@ -206,6 +209,7 @@ class Wishes:
         if version.model is None:
             self._versions.open(version)
             if version.opened is None or version.generation is None:
+                self._batcher.set_runnable(slot, False, now_ns)
                 return
             try:
                 if not self._runner.try_lease(version, lambda: self._versions.bind(version)):

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from overcommit.runtime import _shm
+from overcommit.runtime.arena import MemfdRanges, Ranges
 from overcommit.runtime.batcher import Batch, Batcher
 from overcommit.runtime.bound import Loader, Opened, Opener, Version, Versions
 from overcommit.runtime.config import HEARTBEAT_NS, START_TIMEOUT_S, VERSIONS_MAX
@@ -58,9 +59,9 @@ from overcommit.runtime.messages import (
     Withdrawn,
 )
 from overcommit.runtime.mixing import Families
-from overcommit.runtime.page_tables import PageTables
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
+from overcommit.runtime.worker_memory import open_memory
 
 log = logging.getLogger("overcommit.worker")
 
@@ -76,7 +77,12 @@ class Worker:
     """The loop, and what it joins.  Takes over the descriptors of its `Start`."""
 
     def __init__(
-        self, control: ControlSocket, start: Start, fds: dict[str, int], open_program: Opener
+        self,
+        control: ControlSocket,
+        start: Start,
+        fds: dict[str, int],
+        open_program: Opener,
+        ranges: Ranges | None = None,
     ) -> None:
         self.control = control
         self._doorbell = fds["doorbell"]
@@ -92,7 +98,7 @@ class Worker:
         self.batcher = Batcher()
         self.links = Links(start.epoch)
         self.versions = Versions(
-            PageTables(fds["device"]),
+            MemfdRanges(fds["device"]) if ranges is None else ranges,
             Loader(open_program, self._ring_own_bell),
             Families(self._ring_own_bell),
         )
@@ -360,7 +366,10 @@ def main(control_fd: int) -> None:
     from overcommit.runtime import engines
     from overcommit.runtime.image import read_header
 
-    engines.set_up(_threads(start))
+    memory = open_memory(control, start, fds)
+    if memory is None:
+        return
+    engines.set_up(_threads(start), memory.place)
 
     code_is_allowed = start.settings.allow_code
 
@@ -369,13 +378,19 @@ def main(control_fd: int) -> None:
         allow_code = code_is_allowed and info.config.allow_code
         return header, engines.load_program(header, allow_code=allow_code)
 
-    serve(control, start, fds, open_program)
+    serve(control, start, fds, open_program, memory.ranges)
 
 
-def serve(control: ControlSocket, start: Start, fds: dict[str, int], open_program: Opener) -> None:
+def serve(
+    control: ControlSocket,
+    start: Start,
+    fds: dict[str, int],
+    open_program: Opener,
+    ranges: Ranges | None = None,
+) -> None:
     """Run a worker in this process, which is its own."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    worker = Worker(control, start, fds, open_program)
+    worker = Worker(control, start, fds, open_program, ranges)
     worker.garbage.take_over()
     worker.run()
 

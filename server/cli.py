@@ -85,6 +85,7 @@ def serve(
     front_ends: flags.FrontEnds = None,
     workers: flags.Workers = None,
     worker_threads: flags.WorkerThreads = None,
+    devices: flags.Devices = None,
     device_memory: flags.DeviceMemory = None,
     host_memory: flags.HostMemory = None,
     cache_dir: flags.CacheDir = None,

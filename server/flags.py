@@ -29,6 +29,10 @@ Workers = Annotated[str | None, Option(metavar="N", help="Processes that run mod
 WorkerThreads = Annotated[
     str | None, Option(metavar="N", help="Threads of one worker (the cores, shared out).")
 ]
+Devices = Annotated[
+    str | None,
+    Option(metavar="WHAT", help="Where models run: cpu, the number of a GPU, or auto (auto)."),
+]
 DeviceMemory = Annotated[
     str | None,
     Option(metavar="BYTES", help="For models in use: 4GB, 512MiB (a share of what is free)."),

@@ -36,6 +36,7 @@ from overcommit.runtime.config import (
     WORKERS_MAX,
     Settings,
 )
+from overcommit.runtime.device_choice import read_devices
 from overcommit.runtime.errors import ConfigurationError
 
 ENV_PREFIX: Final = "OVERCOMMIT_"
@@ -103,6 +104,7 @@ class ServeSettings(BaseSettings):
     front_ends: Annotated[int, Field(ge=1, le=FRONT_ENDS_MAX)] = 1
     workers: Annotated[int, Field(ge=1, le=WORKERS_MAX)] = 1
     worker_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    devices: Annotated[str, AfterValidator(read_devices)] = "auto"
     device_memory: Size | None = None
     host_memory: Size | None = None
     allow_code: bool = False
@@ -151,6 +153,7 @@ def load_settings(flags: dict[str, object]) -> Settings:
         front_ends=chosen.front_ends,
         workers=chosen.workers,
         worker_threads=chosen.worker_threads,
+        devices=chosen.devices,
         device_memory_bytes=chosen.device_memory,
         host_memory_bytes=chosen.host_memory,
         start_method=chosen.start_method,

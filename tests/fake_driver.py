@@ -244,6 +244,19 @@ class FakeDriver:
         self._check_device("cuDeviceGetAttribute", device)
         return self.gpu.attributes[attribute]
 
+    def device_uuid(self, device: int) -> str:
+        self._enter("cuDeviceGetUuid")
+        self._check_device("cuDeviceGetUuid", device)
+        return "GPU-fa4e0000-0000-0000-0000-000000000000"
+
+    def device_bus_id(self, device: int) -> str:
+        self._enter("cuDeviceGetPCIBusId")
+        self._check_device("cuDeviceGetPCIBusId", device)
+        return "ffff:ff:00.0"
+
+    def torch_device(self, device: int) -> str:
+        return "cpu"  # its memory is host memory, so torch for the CPU computes on it
+
     def primary_context_retain(self, device: int) -> Context:
         self._enter("cuDevicePrimaryCtxRetain")
         self._check_device("cuDevicePrimaryCtxRetain", device)

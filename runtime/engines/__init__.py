@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from overcommit.runtime import heap
+from overcommit.runtime.device_bytes import Memory
 from overcommit.runtime.errors import Forbidden, ImageError, OvercommitError
 from overcommit.runtime.image import ImageHeader
 from overcommit.runtime.mixing import Mixable
@@ -47,7 +48,7 @@ class Program(Protocol):
 
     key: str
 
-    def bind(self, header: ImageHeader, memory: memoryview) -> BoundModel:
+    def bind(self, header: ImageHeader, memory: Memory) -> BoundModel:
         """Bind a version whose image lies in `memory`.  Raises ImageError."""
         ...
 
@@ -112,10 +113,13 @@ def _load(header: ImageHeader) -> TorchProgram | ExportProgram:
         ) from error
 
 
-def set_up(threads: int) -> None:
-    """Prepare a worker process: how many threads one batch may use, and its heap."""
+def set_up(threads: int, place: str = "cpu") -> None:
+    """Prepare a worker process: threads of one batch, where torch computes, and its heap."""
     import torch
+
+    from overcommit.runtime.engines import places
 
     heap.keep()
     torch.set_num_threads(max(1, threads))
     torch.set_grad_enabled(False)
+    places.choose(place)

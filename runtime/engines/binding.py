@@ -27,6 +27,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from overcommit.runtime.device_bytes import Memory
+from overcommit.runtime.engines import places
 from overcommit.runtime.engines.manifest import (
     DEPTH_MAX,
     TABLES,
@@ -46,12 +48,13 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 _SHARED: Final = frozenset(vars(nn.Module())) - set(TABLES)
 
 
-def views(entries: Iterable[TensorEntry], memory: memoryview) -> dict[str, torch.Tensor]:
+def views(entries: Iterable[TensorEntry], memory: Memory) -> dict[str, torch.Tensor]:
     """Make a tensor over the mapping for every entry; aliases share one object.
 
     Raises ImageError for an entry that does not lie inside the memory.
     """
     made: dict[str, torch.Tensor] = {}
+    whole = None if isinstance(memory, memoryview) else places.tensor_over(memory)
     for entry in entries:
         if entry.alias_of is not None:
             if entry.alias_of not in made:
@@ -69,9 +72,14 @@ def views(entries: Iterable[TensorEntry], memory: memoryview) -> dict[str, torch
         ):
             raise ImageError(f"tensor '{entry.name}' does not fit its entry in the image")
         if not count:
-            tensor = torch.empty(entry.shape, dtype=dtype)
+            tensor = torch.empty(
+                entry.shape, dtype=dtype, device=None if whole is None else whole.device
+            )
         else:
-            tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.offset)
+            if whole is not None:
+                tensor = whole[entry.offset : entry.offset + entry.nbytes].view(dtype)
+            else:
+                tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.offset)
             if entry.shape != (count,):
                 tensor = tensor.as_strided(entry.shape, entry.stride)
         if entry.role == "parameter":
@@ -119,7 +127,7 @@ class Skeleton:
         names = {id(child): name for name, child in reversed(list(module.named_modules()))}
         self._parts = [self._part(child, names.get(id(child))) for child in self._modules]
 
-    def bind(self, entries: Sequence[TensorEntry], memory: memoryview) -> nn.Module:
+    def bind(self, entries: Sequence[TensorEntry], memory: Memory) -> nn.Module:
         """Return a clone whose tensors are views of `memory`.
 
         Raises ImageError when the image's tensors are not exactly the skeleton's.

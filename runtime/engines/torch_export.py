@@ -23,10 +23,12 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from overcommit.runtime.config import ModelConfig, TensorSpec
-from overcommit.runtime.engines import binding
+from overcommit.runtime.device_bytes import Memory
+from overcommit.runtime.engines import binding, places
 from overcommit.runtime.engines.bound_module import Arguments, BoundModule
 from overcommit.runtime.engines.dtypes import v2_of_torch
 from overcommit.runtime.engines.mixed import MixedProgram, MixedPrograms
@@ -215,12 +217,15 @@ class ExportProgram:
             exported = load(header.program["file"], modules)
         except (OSError, KeyError) as error:
             raise ImageError(f"its program cannot be read: {error}") from error
+        if places.chosen() != "cpu":
+            # What a graph makes itself (positions, masks) it makes where it was exported.
+            exported = move_to_device_pass(exported, {"cpu": places.chosen()})
         self._tree = exported.call_spec.in_spec
         self._signature = signature_of(exported)
         self._skeleton = binding.Skeleton(exported.module(), header.tensors)
         self._mixed = MixedPrograms(self.bind_tensors)
 
-    def bind(self, header: ImageHeader, memory: memoryview) -> BoundModule:
+    def bind(self, header: ImageHeader, memory: Memory) -> BoundModule:
         """Bind a version's weights.  Raises ImageError."""
         return self._bound(self._skeleton.bind(header.tensors, memory), header.config)
 

@@ -13,7 +13,6 @@ Called by the packer and by workers.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch
 from torch import nn
 
 from overcommit.runtime.config import ModelConfig
-from overcommit.runtime.engines import binding, hugging_face, user_code
+from overcommit.runtime.device_bytes import Memory
+from overcommit.runtime.engines import binding, hugging_face, places, user_code
 from overcommit.runtime.engines.bound_module import Arguments, BoundModule
 from overcommit.runtime.engines.mixed import MixedProgram, MixedPrograms
 from overcommit.runtime.errors import ImageError
@@ -56,12 +56,12 @@ class TorchProgram:
         self.key = header.program_key
         # The device is chosen for this thread alone; batches run meanwhile in another.
         is_meta = header.program.get("skeleton") != "real"
-        with torch.device("meta") if is_meta else contextlib.nullcontext():
+        with torch.device("meta" if is_meta else places.chosen()):
             module = build(header.program)
         self._skeleton = binding.Skeleton(module.requires_grad_(False), header.tensors)
         self._mixed = MixedPrograms(self.bind_tensors)
 
-    def bind(self, header: ImageHeader, memory: memoryview) -> BoundModule:
+    def bind(self, header: ImageHeader, memory: Memory) -> BoundModule:
         """Bind a version's weights.  Raises ImageError."""
         module = self._skeleton.bind(header.tensors, memory)
         return BoundModule(Call(module), header.config)

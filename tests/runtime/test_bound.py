@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 from worker_rig import FakeProgram, info, opened
 
+from overcommit.runtime.arena import MemfdRanges
 from overcommit.runtime.bound import Loader, Opened, Versions
 from overcommit.runtime.config import LOAD_BACKOFF_S, PAGE_BYTES
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import VersionInfo
 from overcommit.runtime.mixing import Families
-from overcommit.runtime.page_tables import PageTables
 
 
 class Opener:
@@ -45,7 +45,7 @@ def opener() -> Opener:
 @pytest.fixture
 def versions(opener: Opener) -> Iterator[Versions]:
     fd = create_memfd("device", PAGE_BYTES)
-    yield Versions(PageTables(fd), Loader(opener, opener.bell.release), Families(lambda: None))
+    yield Versions(MemfdRanges(fd), Loader(opener, opener.bell.release), Families(lambda: None))
     os.close(fd)
 
 

@@ -38,9 +38,8 @@ HOST_BYTES = 32 * MIB
 TESTS = str(Path(__file__).parents[1])
 LAUNCH = (
     f"import sys; sys.path.insert(0, {TESTS!r});"
-    "from fake_driver import FakeDriver, FakeGpu;"
     "from overcommit.runtime.mover import main;"
-    "main(int(sys.argv[1]), lambda: FakeDriver(FakeGpu()))"
+    "main(int(sys.argv[1]))"
 )
 
 
@@ -95,7 +94,7 @@ class Movers:
             kind="mover",
             seat=0,
             epoch=1,
-            settings=Settings(),
+            settings=Settings(cuda_driver="gpu_server:open_fake"),
             device_bytes=CAPACITY,
             cuda_device=0,
             chunks_held=len(self.vault),

@@ -1,0 +1,36 @@
+"""A worker's way to DEVICE: ranges over a memfd, or over the chunks of a GPU.
+
+Called by a worker before it is ready.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from overcommit.runtime.arena import MemfdRanges, Ranges
+from overcommit.runtime.control import ControlSocket, Received
+from overcommit.runtime.cuda_tier import open_for_worker
+from overcommit.runtime.drivers import open_driver
+from overcommit.runtime.messages import Start
+
+
+class WorkerMemory(NamedTuple):
+    """What opens mappings, and where torch says that they lie."""
+
+    ranges: Ranges
+    place: str
+
+
+def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> WorkerMemory | None:
+    """Take over DEVICE; None: told to stop instead.  Raises DriverError."""
+    if start.cuda_device is None:
+        return WorkerMemory(MemfdRanges(fds["device"]), "cpu")
+    driver, device = open_driver(start.settings), start.cuda_device
+
+    def receive() -> Received:
+        received = control.receive()
+        assert received is not None, "waited without a limit"
+        return received
+
+    ranges = open_for_worker(driver, device, start.device_bytes, receive, control.send)
+    return None if ranges is None else WorkerMemory(ranges, driver.torch_device(device))

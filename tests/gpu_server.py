@@ -1,0 +1,45 @@
+"""`overcommit serve` on the fake driver: run this file with the arguments of `serve`.
+
+Every process of the server gets its driver by import path; the tests' folder is on the path of all.
+`FAKE_GPU_BYTES` is how much memory the device has.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+if __name__ == "__main__":
+    # Before anything is started: children inherit it.
+    inherited = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (TESTS, inherited)))
+
+from fake_driver import FakeDriver, FakeGpu  # noqa: E402
+from msgspec.structs import replace  # noqa: E402
+
+from overcommit.runtime import supervisor  # noqa: E402
+
+GPU_BYTES = 4 << 30
+
+
+def open_fake() -> FakeDriver:
+    """A process's driver."""
+    return FakeDriver(FakeGpu(int(os.environ.get("FAKE_GPU_BYTES", GPU_BYTES))))
+
+
+def main(arguments: list[str]) -> None:
+    """Serve as the command line does."""
+    from overcommit.server import cli
+
+    run = supervisor.run
+
+    def run_on_fake(settings: object) -> int:
+        return run(replace(settings, cuda_driver="gpu_server:open_fake"))  # type: ignore[type-var]
+
+    supervisor.run = run_on_fake  # type: ignore[assignment]
+    cli.app(["serve", *arguments], prog_name="overcommit")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,87 @@
+"""Chunks on their way from the supervisor to its children: in order, each once, none too many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from overcommit.runtime.chunk_feed import ChunkFeed
+from overcommit.runtime.config import CONTROL_FDS_MAX
+from overcommit.runtime.errors import ProtocolError
+from overcommit.runtime.messages import Chunks, Message
+from overcommit.runtime.vault import Vault
+
+COUNT = 2 * CONTROL_FDS_MAX + 5
+
+
+class Child:
+    """What a child was sent, as (first, count)."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, int]] = []
+
+    def post(self, message: Message, fds: tuple[int, ...]) -> None:
+        assert isinstance(message, Chunks)
+        assert len(message.fds) == len(fds)
+        self.sent.append((message.first, len(fds)))
+
+
+@pytest.fixture
+def feed() -> Iterator[ChunkFeed]:
+    made = ChunkFeed(Vault(COUNT))
+    yield made
+    made.vault.close()
+
+
+def make(feed: ChunkFeed, count: int) -> None:
+    feed.on_made(len(feed.vault), [os.open("/dev/null", os.O_RDONLY) for _ in range(count)])
+
+
+def test_a_worker_gets_everything_in_order_one_message_at_a_time(feed: ChunkFeed) -> None:
+    make(feed, COUNT)
+    worker = Child()
+    feed.add(1, worker.post, COUNT)
+    assert worker.sent == [(0, CONTROL_FDS_MAX)]
+    feed.on_taken(1, CONTROL_FDS_MAX)
+    feed.on_taken(1, 2 * CONTROL_FDS_MAX)
+    feed.on_taken(1, COUNT)
+    assert worker.sent[1:] == [(CONTROL_FDS_MAX, CONTROL_FDS_MAX), (2 * CONTROL_FDS_MAX, 5)]
+
+
+def test_a_worker_that_waits_gets_chunks_as_they_are_made(feed: ChunkFeed) -> None:
+    worker = Child()
+    feed.add(1, worker.post, COUNT)
+    assert not worker.sent
+    make(feed, 3)
+    make(feed, 2)
+    assert worker.sent == [(0, 3)], "the next ones wait until these are taken"
+    feed.on_taken(1, 3)
+    assert worker.sent == [(0, 3), (3, 2)]
+
+
+def test_a_mover_gets_what_was_there_and_nothing_that_it_made(feed: ChunkFeed) -> None:
+    make(feed, 3)
+    mover = Child()
+    feed.add(1, mover.post, 3)
+    feed.on_taken(1, 3)
+    make(feed, 4)
+    assert mover.sent == [(0, 3)]
+
+
+def test_a_dead_child_gets_nothing(feed: ChunkFeed) -> None:
+    worker = Child()
+    feed.add(1, worker.post, COUNT)
+    feed.forget(1)
+    make(feed, 3)
+    feed.on_taken(1, 0)
+    assert not worker.sent
+
+
+def test_chunks_that_do_not_continue_what_is_held_are_refused_and_closed(feed: ChunkFeed) -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    with pytest.raises(ProtocolError, match="chunks 1 to 2 came where 0"):
+        feed.on_made(1, [fd])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

@@ -1,0 +1,112 @@
+"""The whole server with DEVICE on the fake driver: HTTP requests, evictions, kills."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import Server
+
+LAUNCH = (str(Path(__file__).parents[1] / "gpu_server.py"),)
+IDS = [[5, 17, 3, 99], [7, 8, 9, 10]]
+LARGE, SMALL = 4, 4  # models: of two chunks each, and such as share a slab
+
+Want = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, bert_repository: Path) -> Path:
+    """Encoders that take two chunks, and small ones."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    root = tmp_path_factory.mktemp("repository")
+    for number in range(LARGE):
+        torch.manual_seed(100 + number)
+        config = BertConfig(
+            vocab_size=4000,
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=256,
+            max_position_embeddings=64,
+        )
+        BertModel(config, add_pooling_layer=False).save_pretrained(root / f"large-{number}")
+    for number in range(SMALL):
+        shutil.copytree(bert_repository / f"bert-{number:02}", root / f"small-{number}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def want(repository: Path, bert_reference: Callable[[Path, list[list[int]]], Any]) -> Want:
+    return {path.name: bert_reference(path, IDS) for path in sorted(repository.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, image_cache: Path) -> Iterator[Server]:
+    """A GPU of five chunks: one for the small models, two large ones."""
+    flags = ("--devices", "0", "--device-memory", "10MiB", "--host-memory", "16MiB")
+    flags += ("--workers", "2", "--drain-timeout", "5")
+    with Server(repository, cache=image_cache, flags=flags, serve=LAUNCH) as made:
+        yield made
+        assert made.stop() == 0
+
+
+def check(server: Server, want: Want, name: str) -> None:
+    answer = server.infer(name, {"input_ids": IDS, "attention_mask": [[1] * 4] * 2})
+    assert answer.status == 200, answer.body
+    (output,) = answer.json()["outputs"]
+    got = np.array(output["data"], np.float32).reshape(output["shape"])
+    np.testing.assert_allclose(got, want[name], atol=1e-5)
+
+
+def check_all(server: Server, want: Want, rounds: int) -> None:
+    """Ask every model, in another order each time, by four clients."""
+    names = [name for name in want for _ in range(rounds)]
+    random.Random(7).shuffle(names)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(check, server, want, name) for name in names]:
+            done.result()
+
+
+def kill_all(server: Server, kind: str) -> None:
+    """Kill every process of a kind; wait until as many others serve."""
+    killed = server.pids(kind)
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    server.wait_until(lambda: len(set(server.pids(kind)) - set(killed)) == len(killed))
+
+
+def test_right_answers_while_models_push_each_other_out(server: Server, want: Want) -> None:
+    check_all(server, want, rounds=6)
+    totals = server.status()["totals"]
+    assert totals["evictions_device"] > LARGE
+    assert any("DEVICE is made: 5 chunks of GPU memory" in line for line in server.log)
+
+
+def test_weights_outlive_the_mover_and_the_workers(server: Server, want: Want) -> None:
+    check_all(server, want, rounds=1)
+    read = server.status()["totals"]["bytes_read"]
+    resident = [name for name, row in server.models().items() if row["tier"] == "DEVICE"]
+    assert resident
+    for kind in ("mover", "worker"):
+        kill_all(server, kind)
+        for name in resident:
+            check(server, want, name.partition("/")[0])
+    assert server.status()["totals"]["bytes_read"] == read, "weights were read again"
+
+
+def test_no_request_is_lost_when_the_mover_dies_in_the_middle(server: Server, want: Want) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(check_all, server, want, 8)
+        for _ in range(3):
+            kill_all(server, "mover")
+        asking.result()
