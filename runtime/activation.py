@@ -214,6 +214,8 @@ class Activations:
 
         Residency hears of any other when it is asked for (`introduce`).
         """
+        if entry.config.steps:
+            return  # an ensemble has nothing to load
         self._on_ready(entry.slot, entry.name)
         if entry.config.pin or self._residency.view(entry.slot) is not None:
             self._add(entry, now_ns)

@@ -205,7 +205,7 @@ class Catalogue:
             server.preload(tuple(sorted(wanted)))
 
     def _note_program(self, entry: Entry) -> None:
-        if entry.program_key not in self._programs:
+        if entry.program_key not in self._programs and entry.image_path:
             self._new_programs.setdefault(entry.program_key, entry.image_path)
 
     # --- front ends -----------------------------------------------------------------------------

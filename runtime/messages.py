@@ -27,7 +27,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings, TensorSpec
+from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings, Step, TensorSpec
 from overcommit.runtime.parts import PartInfo
 
 Kind = Literal["front_end", "worker", "mover", "packer"]
@@ -218,6 +218,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int = 0
     timeout_ms: int | None = None
+    steps: tuple[Step, ...] = ()  # an ensemble's
 
 
 class Routes(Message, frozen=True):

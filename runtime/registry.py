@@ -34,6 +34,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from overcommit.runtime import ensemble
 from overcommit.runtime.config import VERSIONS_MAX, ModelConfig
 from overcommit.runtime.errors import NotFound, RepositoryError
 from overcommit.runtime.labels import label_files
@@ -252,10 +253,13 @@ class Registry:
         if source.config is None:
             entry.state, entry.reason = State.UNAVAILABLE, source.error or "its folder is broken"
             return entry
-        known = self.index.take(source.folder, source.fingerprint, source.config)
-        if known is not None:
-            _take_facts(entry, known)
-            entry.state = State.READY
+        if source.config.steps:
+            entry.engine, entry.state = ensemble.ENGINE, State.READY  # there is nothing to pack
+        else:
+            known = self.index.take(source.folder, source.fingerprint, source.config)
+            if known is not None:
+                _take_facts(entry, known)
+                entry.state = State.READY
         if source.name in self._unloaded:
             entry.state = State.UNLOADED
         return entry
@@ -318,7 +322,8 @@ class Registry:
             if entry.source_config is None or entry.state in (State.READY, State.PACKING):
                 continue
             has_image = bool(entry.image_path) and os.path.exists(entry.image_path)
-            entry.state = State.READY if has_image else State.PACKING
+            has_all = has_image or entry.engine == ensemble.ENGINE
+            entry.state = State.READY if has_all else State.PACKING
             entry.reason = ""
             affected.append(entry)
         if all(entry.source_config is None for entry in versions):
@@ -399,6 +404,7 @@ def to_route(entry: Entry) -> Route:
         outputs=config.outputs,
         max_batch_size=config.batching.max_batch_size,
         timeout_ms=config.timeout_ms,
+        steps=config.steps,
     )
 
 

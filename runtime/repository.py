@@ -34,7 +34,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from overcommit.runtime import model_files
+from overcommit.runtime import ensemble, model_files
 from overcommit.runtime.config import NAME_CHARS_MAX, VERSIONS_MAX, ModelConfig, Naming
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.known_configs import KnownConfigs
@@ -286,8 +286,7 @@ def _complete(root: str, name: str, folder: str, config: ModelConfig) -> ModelCo
         raise RepositoryError(
             "models with state ([sequence], sequence_batching) are not served yet"
         )
-    if config.steps or config.engine == "ensemble":
-        raise RepositoryError("ensembles are not served yet")
+    ensemble.check(config)
     if config.naming is not None and name in config.naming.aliases:
         aliases = {key: value for key, value in config.naming.aliases.items() if key != name}
         naming = msgspec.structs.replace(config.naming, aliases=aliases)

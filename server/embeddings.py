@@ -27,7 +27,7 @@ import msgspec
 
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.messages import Route
-from overcommit.server.asking import ask
+from overcommit.server.ensembles import ask_any
 from overcommit.server.limits import (
     EMBEDDINGS_IN_FLIGHT,
     EMBEDDINGS_INPUTS_MAX,
@@ -149,7 +149,7 @@ class Embeddings:
         async def one(ids: Array) -> Array:
             async with places:
                 outputs = [model.recipe.output]
-                answer = await ask(front, plans, model.tensors(ids), outputs)
+                answer = await ask_any(front, plans, model.tensors(ids), outputs)
             return model.vector(answer, dimensions)
 
         try:

@@ -27,6 +27,7 @@ import msgspec
 
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import binary
+from overcommit.server.ensembles import Run
 from overcommit.server.inference import prepare, prepare_head, respond
 from overcommit.server.limits import JOIN_BYTES_MAX
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from overcommit.server.connection import Connection
     from overcommit.server.inference import Data, Prepared
     from overcommit.server.parcels import Pending
+    from overcommit.server.plans import RoutePlans
 
 log = logging.getLogger("overcommit.http")
 
@@ -92,6 +94,7 @@ class Exchange:
     held_bytes = 0  # of the front end's body budget
     prepared: Prepared | None = None
     pending: Pending | None = None
+    run: Run | None = None  # of an ensemble
     prepare = staticmethod(prepare)  # how a body is read
 
     def __init__(self, protocol: Connection, name: str, version: str | None) -> None:
@@ -115,6 +118,9 @@ class Exchange:
                 if route is None:
                     self.protocol.loop.create_task(self._begin_later())
                     return
+                if route.steps:
+                    self._begin_ensemble(front.plans.of(route))
+                    return
                 plans = front.plans.serve(self.name, self.version, route)
             self._submit(*self.prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
@@ -129,11 +135,20 @@ class Exchange:
             route = await front.wait_for_route(self.name, self.version)
             if not self.disconnected:
                 plans = front.plans.of(route)
+                if route.steps:
+                    self._begin_ensemble(plans)
+                    return
                 self._submit(*self.prepare(plans, bytes(self.body), self.json_bytes))
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary
             self._fail_badly()
+
+    def _begin_ensemble(self, plans: RoutePlans) -> None:
+        """Run it through its steps; the answer comes back here."""
+        self.prepared, data = self.prepare(plans, bytes(self.body), self.json_bytes)
+        self.drop_body()
+        self.run = Run(self.protocol.front, self.prepared, data, self)
 
     def _submit(self, prepared: Prepared, data: Sequence[Data]) -> None:
         """Hand the request to a worker."""
@@ -157,7 +172,7 @@ class Exchange:
         assert body_bytes is not None
         try:
             route = front.find(self.name, self.version)
-            if route is None:
+            if route is None or route.steps:
                 return None
             text = bytes(self.body[:json_bytes])
             prepared = prepare_head(front.plans.of(route), text, body_bytes - json_bytes)
@@ -186,6 +201,8 @@ class Exchange:
         if self.pending is not None:
             self.protocol.front.dispatch.abandon(self.pending)
             self.pending = None
+        if self.run is not None:
+            self.run.abandon()
 
     def drop_body(self) -> None:
         """Let go of the body, and of its part of the budget."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from overcommit.runtime.config import NEVER_NS
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import grpc_wire
+from overcommit.server.ensembles import Run
 from overcommit.server.grpc_infer import FINAL, Answers, Asked, Requests, stream_answer
 from overcommit.server.grpc_wire import CallFailed, CallHead, Status, failure_of
 from overcommit.server.h2_connection import Connection, Stream, is_late
@@ -69,13 +70,14 @@ class Owner(Protocol):
 class Inference:
     """One ModelInferRequest; a `Reply` of the dispatch."""
 
-    __slots__ = ("_owner", "_pending", "_prepared", "_service", "answer", "id", "is_over")
+    __slots__ = ("_owner", "_pending", "_prepared", "_run", "_service", "answer", "id", "is_over")
 
     def __init__(self, service: Service, owner: Owner) -> None:
         self._service = service
         self._owner = owner
         self._pending: Pending | None = None
         self._prepared: Prepared | None = None
+        self._run: Run | None = None  # of an ensemble
         self.id = ""
         self.is_over = False
         self.answer: list[bytes] | None = None  # of a stream, until it is its turn
@@ -93,6 +95,9 @@ class Inference:
                 if route is None:
                     asyncio.get_running_loop().create_task(self._begin_later(asked, deadline_ns))
                     return
+                if route.steps:
+                    self._run_ensemble(front.plans.of(route), asked)
+                    return
                 plans = front.plans.serve(asked.name, asked.version, route)
             self._submit(plans, asked, deadline_ns)
         except OvercommitError as error:
@@ -105,12 +110,20 @@ class Inference:
         front = self._service.front
         try:
             route = await front.wait_for_route(asked.name, asked.version)
-            if not self.is_over:
+            if not self.is_over and route.steps:
+                self._run_ensemble(front.plans.of(route), asked)
+            elif not self.is_over:
                 self._submit(front.plans.of(route), asked, deadline_ns)
         except OvercommitError as error:
             self.fail(error)
         except Exception:  # the request boundary
             self._fail_badly()
+
+    def _run_ensemble(self, plans: RoutePlans, asked: Asked) -> None:
+        self._prepared, data = self._service.requests.prepare(plans, asked)
+        # The message's bytes may be another's when this returns.
+        copies = [bytes(each) for each in data]
+        self._run = Run(self._service.front, self._prepared, copies, self)
 
     def _submit(self, plans: RoutePlans, asked: Asked, deadline_ns: int) -> None:
         front = self._service.front
@@ -128,6 +141,8 @@ class Inference:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._service.front.dispatch.abandon(pending)
+        if self._run is not None:
+            self._run.abandon()
 
     # --- of the dispatch ------------------------------------------------------------------------
     def succeed(self, view: memoryview) -> None:

@@ -1,0 +1,133 @@
+"""Ensembles over a real server: through their steps, back as one answer."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_rig import ADD, ECHO, FAULTY, SLOW, add_model
+from serving import Server
+
+import overcommit
+from overcommit.runtime.errors import DeadlineExceeded, NotFound
+from overcommit.server.clients.exchange import ServerError
+
+STEPS = """
+[[ensemble.step]]
+model = "{0}"
+inputs = {{ {1} }}
+outputs = {{ {2} }}
+"""
+
+
+def add_ensemble(
+    root: Path, name: str, inputs: str, outputs: str, *steps: tuple[str, str, str]
+) -> None:
+    folder = root / name
+    folder.mkdir()
+    tensors = "".join(
+        f'[[{kind}]]\nname = "{each}"\ndatatype = "FP32"\nshape = [-1, -1]\n'
+        for kind, names in (("input", inputs), ("output", outputs))
+        for each in names.split()
+    )
+    (folder / "model.toml").write_text(tensors + "".join(STEPS.format(*step) for step in steps))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("ensembles")
+    models = root / "models"
+    add_model(models, "echo", ECHO, {"x": "FP32"})
+    add_model(models, "add", ADD, {"a": "FP32", "b": "FP32"})
+    add_model(models, "faulty", FAULTY, {"x": "FP32"})
+    add_model(models, "slow", SLOW, {"seconds": "FP32"})
+    # (p + q) and (p - q), each through a model of its own, and added again: 2 p.
+    diamond = (
+        ("add", 'a = "left", b = "right"', 'sum = "twice"'),
+        ("echo", 'x = "sums"', 'y = "left"'),
+        ("echo", 'x = "differences"', 'y = "right"'),
+        ("add", 'a = "p", b = "q"', 'sum = "sums", difference = "differences"'),
+    )
+    add_ensemble(models, "diamond", "p q", "twice differences", *diamond)
+    twice = ('p = "one", q = "one"', 'twice = "middle"')
+    again = ('p = "middle", q = "one"', 'twice = "four"')
+    add_ensemble(models, "nested", "one", "four", ("diamond", *twice), ("diamond", *again))
+    add_ensemble(models, "hot", "x", "y", ("faulty", 'x = "x"', 'y = "y"'))
+    add_ensemble(models, "late", "x", "y", ("slow", 'seconds = "x"', 'y = "y"'))
+    add_ensemble(models, "orphan", "x", "y", ("nobody", 'x = "x"', 'y = "y"'))
+    add_ensemble(models, "circle", "x", "y", ("circle", 'x = "x"', 'y = "y"'))
+    add_ensemble(models, "broken", "x", "y", ("echo", 'x = "nowhere"', 'y = "y"'))
+    with Server(models, cache=root / "cache", flags=("--allow-code",)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[overcommit.Client]:
+    with overcommit.Client(f"http://127.0.0.1:{server.port}") as client:
+        yield client
+
+
+def test_tensors_are_handed_on_from_step_to_step(client: overcommit.Client) -> None:
+    p, q = np.array([[1.5, 2.0]]), np.array([[1.0, -7.0]])
+    result = client.infer("diamond", {"p": p, "q": q}, id="mine")
+    assert (result.model, result.version, result.id) == ("diamond", "1", "mine")
+    assert list(result) == ["twice", "differences"]
+    np.testing.assert_array_equal(result["twice"], 2 * p)
+    np.testing.assert_array_equal(result["differences"], p - q)
+    chosen = client.infer("diamond", {"p": p, "q": q}, outputs=["differences"])
+    assert list(chosen) == ["differences"]
+
+
+def test_an_ensemble_can_be_a_step(client: overcommit.Client) -> None:
+    result = client.infer("nested", {"one": [[3.0]]})
+    np.testing.assert_array_equal(result["four"], [[12.0]])
+
+
+def test_many_at_a_time_get_their_own_answers(client: overcommit.Client) -> None:
+    def ask(number: int) -> float:
+        return float(client.infer("nested", {"one": [[float(number)]]})["four"][0, 0])
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(100))) == [4.0 * number for number in range(100)]
+
+
+def test_an_ensemble_is_described_counted_and_taken_out_of_service(
+    server: Server, client: overcommit.Client
+) -> None:
+    info = client.model("diamond")
+    assert info.platform == "ensemble"
+    assert [each.name for each in info.inputs] == ["p", "q"]
+    client.infer("diamond", {"p": [[1.0]], "q": [[1.0]]})
+    (row,) = server.get("/v2/overcommit/models/diamond").json()["versions"]
+    assert row["success"] >= 1
+    client.unload("diamond")
+    with pytest.raises(NotFound):
+        client.infer("diamond", {"p": [[1.0]], "q": [[1.0]]})
+    with pytest.raises(NotFound, match="model 'nested', step 1"):
+        client.infer("nested", {"one": [[1.0]]})
+    client.load("diamond")
+    assert client.infer("nested", {"one": [[1.0]]})["four"][0, 0] == 4.0
+
+
+def test_what_fails_names_the_ensemble_and_the_step(client: overcommit.Client) -> None:
+    assert client.infer("hot", {"x": [[1.0]]})["y"][0, 0] == 2.0
+    with pytest.raises(ServerError, match=r"model 'hot', step 1: .*too hot"):
+        client.infer("hot", {"x": [[1000.0]]})
+    with pytest.raises(NotFound, match=r"model 'orphan', step 1: .*'nobody'"):
+        client.infer("orphan", {"x": [[1.0]]})
+    with pytest.raises(ServerError, match="nested more than"):
+        client.infer("circle", {"x": [[1.0]]})
+
+
+def test_the_time_of_a_request_is_that_of_all_its_steps(client: overcommit.Client) -> None:
+    with pytest.raises(DeadlineExceeded):
+        client.infer("late", {"x": [[5.0]]}, timeout_s=0.2)
+
+
+def test_steps_that_cannot_run_are_said_in_the_index(client: overcommit.Client) -> None:
+    (state,) = [each for each in client.models() if each.name == "broken"]
+    assert state.state == "UNAVAILABLE"
+    assert "'nowhere', which nothing gives" in state.reason
