@@ -291,7 +291,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     timeout_ms: int | None = None
     allow_code: bool = False
     entry: str | None = None  # model.py: "file.py:ClassName"
-    file: str | None = None  # of the version's folder, that holds the program
     parameters: dict[str, str | int | float | bool] = {}
     warmup: tuple[Warmup, ...] = ()
     sequence: Sequence | None = None

@@ -58,7 +58,7 @@ class KnownConfigs:
         self._path = path
         self._encoder = msgspec.msgpack.Encoder()
         # Of thousands of folders most have files that some program wrote: equal but for comments.
-        self._parsed: dict[tuple[tuple[str, bytes], ...], ModelConfig] = {}
+        self._parsed: dict[tuple[tuple[str, bytes], ...], tuple[ModelConfig, list[str]]] = {}
         self._shared: dict[bytes, ModelConfig] = {}
         # Only what a start needs: afterwards each source has its own config.
         self._versions: dict[str, tuple[str, ModelConfig]] = {}
@@ -79,10 +79,15 @@ class KnownConfigs:
 
     def parse(self, files: Sequence[tuple[str, bytes]]) -> ModelConfig:
         """Return what these files say, as `model_files.read`.  Raises RepositoryError."""
+        return self.read(files)[0]
+
+    def read(self, files: Sequence[tuple[str, bytes]]) -> tuple[ModelConfig, list[str]]:
+        """Return what these files say, and what of it is ignored.  Raises RepositoryError."""
         key = tuple((name, significant(content)) for name, content in files)
         known = self._parsed.get(key)
         if known is None:
-            known = self.share(model_files.read(files)[0])
+            config, notes = model_files.read(files)
+            known = (self.share(config), notes)
             if len(self._parsed) >= PARSED_MAX:
                 self._parsed.clear()
             self._parsed[key] = known

@@ -125,7 +125,7 @@ def _parameters(given: _Parameters, table: dict[str, Any], notes: list[str]) -> 
                 f"model into it"
             )
         if path.parts:
-            table["file"] = str(path)
+            table["entry"] = str(path)
     for name in ("environment_path", "environment_tarball"):
         if getattr(given, name):
             notes.append(f"parameters.{name}: models run in the server's own environment")

@@ -138,7 +138,6 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
     allow_code: bool = False
     entry: _Name | None = None
-    file: _Path | None = None
     batching: _Batching = _Batching()
     input: Annotated[tuple[_Tensor, ...], Meta(max_length=TENSORS_MAX)] = ()
     output: Annotated[tuple[_Tensor, ...], Meta(max_length=TENSORS_MAX)] = ()
@@ -234,7 +233,6 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
         timeout_ms=file.timeout_ms,
         allow_code=file.allow_code,
         entry=file.entry,
-        file=file.file,
         parameters=file.parameters,
         warmup=tuple(_to_warmup(origin, each) for each in file.warmup),
         sequence=_to_sequence(origin, file.sequence),

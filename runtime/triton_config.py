@@ -235,7 +235,7 @@ def read(content: bytes) -> tuple[dict[str, Any], list[str]]:
     if engine is not None:
         table["engine"] = engine
     if model.default_model_filename:
-        table["file"] = model.default_model_filename
+        table["entry"] = model.default_model_filename
     batches = _batching(model, table, notes)
     for kind, tensors in (("input", model.input), ("output", model.output)):
         if tensors:

@@ -1,4 +1,4 @@
-"""The command line: `overcommit serve | pack | models | infer | demo`.
+"""The command line: `overcommit serve | check | pack | models | infer | demo`.
 
 Every command imports what it needs when it runs: `serve` must not import torch, and no command must
 wait for another one's imports.
@@ -145,6 +145,32 @@ def pack(
     raise typer.Exit(
         pack_repositories(
             settings.repositories, settings.cache_dir, settings.allow_code, console, make_image
+        )
+    )
+
+
+@app.command()
+def check(
+    repositories: Annotated[list[str], typer.Argument(metavar="REPOSITORY...")],
+    cache_dir: flags.CacheDir = None,
+    allow_code: flags.AllowCode = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what of the repositories will be served, what is ignored, and what is not supported.
+
+    Nothing is started, packed or run.  The exit status is 1 when a version will not be served.
+    """
+    from rich.console import Console
+
+    from overcommit.server.settings import load_settings
+
+    given: dict[str, object] = {"cache_dir": cache_dir, "allow_code": allow_code}
+    settings = load_settings({"repositories": tuple(repositories), **given})
+    with Console(stderr=True).status("importing torch"):
+        from overcommit.server.check_command import check_repositories
+    raise typer.Exit(
+        check_repositories(
+            *(settings.repositories, settings.cache_dir, settings.allow_code, as_json, Console())
         )
     )
 

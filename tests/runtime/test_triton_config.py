@@ -132,7 +132,7 @@ def test_model_settings_are_read() -> None:
     config, notes = model_files.read([(mlserver_config.FILE_NAME, SETTINGS.encode())])
     assert config == ModelConfig(
         engine="sklearn",
-        file="model.joblib",
+        entry="model.joblib",
         inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),),
         batching=Batching(max_batch_size=16, max_queue_delay_us=250_000),
         parameters={"a": 1},

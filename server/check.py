@@ -1,0 +1,224 @@
+"""`overcommit check`: what of some repositories will be served, before anything starts.
+
+Invariants
+ 1. Nothing is written, packed, imported from a model or run; files of weights are not read.
+ 2. Each model of the roots is in the result exactly once, whatever is wrong with it.
+
+Called by the command line, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+
+from overcommit.runtime import ensemble, model_files, sources
+from overcommit.runtime.config import VERSIONS_MAX, TensorSpec, imaged
+from overcommit.runtime.errors import ConfigurationError, OvercommitError
+from overcommit.runtime.known_configs import KnownConfigs
+from overcommit.runtime.messages import Pack
+from overcommit.runtime.mlserver_config import SERVER_FILE_NAME
+from overcommit.runtime.model_toml import read_file
+from overcommit.runtime.pack_index import PackIndex
+from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
+
+Progress = Callable[[int, int], None]
+
+
+class VersionReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One version; `problem` "": it will be served, as far as files can tell."""
+
+    version: str
+    engine: str = ""
+    nbytes: int = msgspec.field(default=0, name="bytes")  # of its image, or else of its files
+    is_packed: bool = msgspec.field(default=False, name="packed")
+    inputs: tuple[TensorSpec, ...] = ()  # (): known when it is packed
+    outputs: tuple[TensorSpec, ...] = ()
+    steps: tuple[str, ...] = ()  # models that an ensemble asks
+    problem: str = ""
+
+
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One model of a repository."""
+
+    name: str
+    folder: str
+    versions: tuple[VersionReport, ...]
+    left_out: tuple[str, ...]  # versions that the version policy does not choose
+    aliases: dict[str, str]
+    ignored: tuple[str, ...]
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """Version and reason of each that will not be served."""
+        return [(each.version, each.problem) for each in self.versions if each.problem]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it."""
+
+    models: tuple[ModelReport, ...]
+    remarks: tuple[str, ...]
+
+    def counts(self) -> tuple[int, int]:
+        """Versions that will be served, and that will not."""
+        bad = sum(len(model.problems) for model in self.models)
+        return sum(len(model.versions) for model in self.models) - bad, bad
+
+
+class Checker:
+    """Looks at models; what it has read of equal files is kept."""
+
+    def __init__(self, cache_dir: str | None, allow_code: bool) -> None:
+        self._configs = KnownConfigs()
+        self._index = PackIndex(cache_dir) if cache_dir is not None else None
+        self._allow_code = allow_code
+
+    def check(
+        self, roots: Sequence[str], on_progress: Progress = lambda done, total: None
+    ) -> Report:
+        """Look at every model.  Raises ConfigurationError when a root cannot be read."""
+        try:
+            folders = [(root, model_folders(root)) for root in map(os.path.realpath, roots)]
+        except OSError as error:
+            raise ConfigurationError(f"a repository cannot be read: {error}") from error
+        total = sum(len(models) for _, models in folders)
+        remarks: list[str] = []
+        found: dict[str, ModelReport] = {}
+        done = versions = 0
+        for root, models in folders:
+            if os.path.isfile(os.path.join(root, SERVER_FILE_NAME)):
+                remarks.append(
+                    f"{os.path.join(root, SERVER_FILE_NAME)}: the server is set up by flags "
+                    f"(overcommit serve --help)"
+                )
+            for folder in models:
+                done += 1
+                on_progress(done, total)
+                if folder.name in found:
+                    remarks.append(
+                        f"{folder.path}: a model of this name is served from another root"
+                    )
+                    continue
+                found[folder.name] = report = self._model(root, folder)
+                versions += len(report.versions)
+        if versions > VERSIONS_MAX:
+            remarks.append(
+                f"{versions} versions, the limit is {VERSIONS_MAX}: the last are left out"
+            )
+        remarks += _clashes(found)
+        remarks += _missing(found)
+        return Report(models=tuple(found.values()), remarks=tuple(remarks))
+
+    def _model(self, root: str, folder: Folder) -> ModelReport:
+        versions = scan_model(root, folder, None, self._configs)
+        served = [each for each in versions if not each.spare]
+        naming = next((v.config.naming for v in reversed(versions) if v.config is not None), None)
+        return ModelReport(
+            name=versions[0].name if versions else folder.name,
+            folder=folder.path,
+            versions=tuple(map(self._version, served)),
+            left_out=tuple(each.version for each in versions if each.spare),
+            aliases={} if naming is None else naming.aliases,
+            ignored=self._ignored(folder.path, served),
+        )
+
+    def _version(self, source: VersionSource) -> VersionReport:
+        if source.config is None:
+            return VersionReport(version=source.version, problem=source.error or "it is broken")
+        config = imaged(source.config)
+        known = None
+        if self._index is not None:
+            known = self._index.take(source.folder, source.fingerprint, config)
+        if known is not None:
+            return VersionReport(
+                version=source.version,
+                engine=known.engine,
+                nbytes=known.nbytes,
+                is_packed=True,
+                inputs=known.config.inputs,
+                outputs=known.config.outputs,
+            )
+        if config.steps:
+            return VersionReport(
+                version=source.version,
+                engine=ensemble.ENGINE,
+                inputs=config.inputs,
+                outputs=config.outputs,
+                steps=tuple(step.model for step in config.steps),
+            )
+        engine, problem = config.engine or "", ""
+        job = Pack(
+            job=0,
+            name=source.name,
+            version=source.version,
+            folder=source.folder,
+            config=config,
+            cache_dir="",
+            allow_code=self._allow_code,
+        )
+        try:
+            found = sources.find(job)
+            engine = found.engine
+            if found.kind == "user" and not (self._allow_code and config.allow_code):
+                problem = (
+                    "it brings its own code: served only if its model.toml says allow_code = true and "
+                    "the server was started with --allow-code"
+                )
+        except OvercommitError as error:
+            problem = error.message
+        except OSError as error:
+            problem = f"its folder cannot be read: {error.strerror or error}"
+        return VersionReport(
+            version=source.version,
+            engine=engine,
+            nbytes=sum(_sizes(source.folder)),
+            inputs=config.inputs,
+            outputs=config.outputs,
+            problem=problem,
+        )
+
+    def _ignored(self, model: str, versions: Sequence[VersionSource]) -> tuple[str, ...]:
+        """What the files of these versions say that has no meaning here."""
+        notes: dict[str, None] = {}
+        for version in versions:
+            files: list[tuple[str, bytes]] = []
+            for name in model_files.RANKS:
+                for folder in dict.fromkeys((model, version.folder)):
+                    try:
+                        files.append((name, read_file(os.path.join(folder, name))))
+                    except (OSError, OvercommitError):
+                        continue  # absent; or broken, which the version says
+            with contextlib.suppress(OvercommitError):
+                notes.update(dict.fromkeys(self._configs.read(files)[1]))
+        return tuple(notes)
+
+
+def _clashes(found: dict[str, ModelReport]) -> Iterator[str]:
+    """Aliases that mean nothing, because a model or another one's alias has the name."""
+    owners: dict[str, str] = {}
+    for name, model in found.items():
+        for alias in model.aliases:
+            other = alias if alias in found else owners.setdefault(alias, name)
+            if other != name:
+                yield f"{name}: its alias '{alias}' already means model '{other}'"
+
+
+def _missing(found: dict[str, ModelReport]) -> Iterator[str]:
+    """Steps of ensembles that lead nowhere."""
+    names = {*found, *(alias for model in found.values() for alias in model.aliases)}
+    for name, model in found.items():
+        for step in {step for version in model.versions for step in version.steps} - names:
+            yield f"{name}: it asks the model '{step}', which is not there"
+
+
+def _sizes(folder: str) -> Iterator[int]:
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                yield os.stat(os.path.join(path, name)).st_size
+            except OSError:
+                continue

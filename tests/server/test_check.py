@@ -1,0 +1,113 @@
+"""`overcommit check`: what will be served, what is ignored, what is not supported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.runtime.test_repository import make_model, settle
+from tests.runtime.test_triton_config import CONFIG
+from typer.testing import CliRunner
+
+from overcommit.runtime.errors import ConfigurationError
+from overcommit.server import cli
+from overcommit.server.check import Checker, Report
+
+
+def check(*roots: Path, allow_code: bool = False) -> Report:
+    return Checker(None, allow_code).check([str(root) for root in roots])
+
+
+def hugging_face(root: Path, path: str) -> Path:
+    folder = make_model(root, path)
+    (folder / "config.json").write_text("{}")
+    settle(folder)
+    return folder
+
+
+def test_a_model_that_will_be_served_is_shown_with_what_is_known(tmp_path: Path) -> None:
+    for version in ("1", "2"):
+        folder = hugging_face(tmp_path, f"good/{version}")
+    (folder.parent / "config.pbtxt").write_text(
+        CONFIG.replace("onnxruntime_onnx", "pytorch_libtorch")
+    )
+    (model,) = check(tmp_path).models
+    assert (model.name, model.left_out) == ("good", ("1",))
+    (version,) = model.versions
+    assert (version.version, version.engine, version.problem) == ("2", "torch", "")
+    assert version.inputs[0].shape == (-1, 3, 224, 224)
+    assert version.nbytes == sum(path.stat().st_size for path in folder.iterdir())
+    assert any("optimization" in note for note in model.ignored)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("config.pbtxt", 'backend: "tensorrt"', "'tensorrt' is not served"),
+        ("model.toml", 'engine = "magic"', "unknown engine 'magic'"),
+        ("model.py", "", "--allow-code"),
+        ("model.toml", "pin = 3", "pin"),
+    ],
+)
+def test_what_will_not_be_served_says_why(
+    tmp_path: Path, file: str, content: str, problem: str
+) -> None:
+    folder = make_model(tmp_path, "bad")
+    (folder / file).write_text(content)
+    report = check(tmp_path)
+    assert report.counts() == (0, 1)
+    assert problem in report.models[0].problems[0][1]
+
+
+def test_code_is_served_where_both_allow_it(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "own", "allow_code = true")
+    (folder / "model.py").write_text("")
+    assert check(tmp_path).counts() == (0, 1)
+    assert check(tmp_path, allow_code=True).counts() == (1, 0)
+
+
+def test_aliases_that_clash_and_settings_of_a_server_are_remarked(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        hugging_face(tmp_path, name)
+        (tmp_path / name / "model.toml").write_text('[aliases]\nbest = "latest"\nb = "1"')
+    (tmp_path / "settings.json").write_text("{}")
+    remarks = "\n".join(check(tmp_path).remarks)
+    assert "settings.json" in remarks
+    assert "b: its alias 'best' already means model 'a'" in remarks
+    assert "a: its alias 'b' already means model 'b'" in remarks
+
+
+def test_an_ensemble_whose_step_is_missing_is_remarked(tmp_path: Path) -> None:
+    (tmp_path / "both" / "1").mkdir(parents=True)
+    (tmp_path / "both" / "config.pbtxt").write_text(
+        'input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } '
+        'output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ensemble_scheduling { step { '
+        'model_name: "gone" input_map { key: "a" value: "x" } output_map { key: "b" value: "y" } } }'
+    )
+    report = check(tmp_path)
+    assert report.models[0].versions[0].engine == "ensemble"
+    assert report.remarks == ("both: it asks the model 'gone', which is not there",)
+
+
+def test_a_root_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError):
+        check(tmp_path / "absent")
+
+
+def test_the_command_prints_json_and_its_status_says_whether_all_is_well(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "models", "good")
+    arguments = [
+        "check",
+        str(tmp_path / "models"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--json",
+    ]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["served"] == 1
+    (tmp_path / "models" / "bad").mkdir()
+    result = CliRunner().invoke(cli.app, arguments[:-1])
+    assert result.exit_code == 1
+    assert "holds no model files" in result.stdout
