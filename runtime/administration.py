@@ -27,12 +27,14 @@ from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
+from overcommit.runtime.gathering import Gathering
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.registry import Entry, State
 
 MODELS_PAGE_MAX = 1000
+_TOTALS = ("requests", "errors", "in_flight", "blocks_used", "late_completions", "retries")
 _BATCHES = FIELDS.index("batches")
 
 # Index states as V2 clients know them.
@@ -62,6 +64,7 @@ class Administration:
         self.catalogue = catalogue
         self._past = Counters()
         self.books = ClientBooks(house)
+        self.gathering = Gathering()
         self._operations: dict[str, Callable[[Admin], bytes]] = {
             "index": self._index,
             "load": self._load,
@@ -76,7 +79,14 @@ class Administration:
         }
 
     def on_admin(self, front: Child, request: Admin, now_ns: int) -> None:
-        """Carry one operation out and answer."""
+        """Carry one operation out and answer; where it shows counts, when they are all there."""
+        if request.operation == "statistics":
+            others = [each for each in self.house.fleet.of_kind("front_end") if each is not front]
+            self.gathering.ask(others, lambda: self._answer(front, request), now_ns)
+        else:
+            self._answer(front, request)
+
+    def _answer(self, front: Child, request: Admin) -> None:
         status = 200
         try:
             operation = self._operations.get(request.operation)
@@ -95,11 +105,14 @@ class Administration:
         """A front end tells its totals, and what it has counted for versions since the last time."""
         self.house.ledger.add(counters.models)
         self.house.ledger.add_batches(counters.batches)
-        front.counters = msgspec.structs.replace(counters, models=(), batches=())
+        front.counters = msgspec.structs.replace(counters, models=(), batches=(), told=0)
+        if counters.told:
+            self.gathering.on_told(front, counters.told)
 
-    def keep_counters(self, counters: Counters) -> None:
-        """A front end died with these totals."""
-        self._past = add_counters(self._past, counters)
+    def on_front_end_gone(self, front: Child) -> None:
+        """A front end died; its totals stay."""
+        self._past = add_counters(self._past, front.counters)
+        self.gathering.on_gone(front)
 
     def totals(self) -> Counters:
         """Sum over the living and the dead front ends."""
@@ -306,7 +319,7 @@ def _reason(entry: Entry) -> dict[str, str]:
 
 
 def _totals(counters: Counters) -> dict[str, int]:
-    names = [name for name in counters.__struct_fields__ if name not in ("models", "batches")]
+    names = [name for name in counters.__struct_fields__ if name in _TOTALS]
     return {name: getattr(counters, name) for name in names}
 
 

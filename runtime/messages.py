@@ -9,7 +9,8 @@ Who sends what:
     supervisor -> all        Start, Drain, Stop
     supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, Expected, ActivationFailed,
                              Withdrawn, Forget, Chunks
-    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure, RegionsChanged, LogLevel
+    supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure, RegionsChanged, LogLevel,
+                             TellCounts
     supervisor -> mover      Load, CancelLoad, PromoteLoad, Chunks
     supervisor -> packer     Pack
     all -> supervisor        Ready
@@ -272,6 +273,12 @@ class RegionsChanged(Message, frozen=True):
     removed: tuple[str, ...] = ()
 
 
+class TellCounts(Message, frozen=True):
+    """Front end: say now what you have counted, and that it was for this question."""
+
+    id: int
+
+
 class LogLevel(Message, frozen=True):
     """Front end: log from this level on (a name as `logging` has it)."""
 
@@ -322,6 +329,7 @@ class Counters(Message, frozen=True):
     retries: int = 0
     models: tuple[ModelCounters, ...] = ()
     batches: tuple[BatchCounters, ...] = ()
+    told: int = 0  # with this, all is said that TellCounts of this id asked for
 
 
 class Load(Message, frozen=True):
@@ -507,6 +515,7 @@ AnyMessage = (
     | Counters
     | RegionsChanged
     | LogLevel
+    | TellCounts
     | Load
     | CancelLoad
     | PromoteLoad

@@ -163,6 +163,7 @@ class Supervisor:
             house.prefetching.step(now_ns)
         house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
         self.administration.books.tell_new()
+        self.administration.gathering.step(now_ns)
         self.catalogue.step(now_ns)
         if self.catalogue.packing.process is not None:
             self._watch(self.catalogue.packing.process, None)
@@ -305,7 +306,7 @@ class Supervisor:
         if child.seat.kind == "worker":
             self.house.on_worker_gone(child, now_ns)
         elif child.seat.kind == "front_end":
-            self.administration.keep_counters(child.counters)
+            self.administration.on_front_end_gone(child)
 
     def _on_bell(self) -> None:
         """A worker dropped a lease while somebody waits for room."""

@@ -149,12 +149,12 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
     @app.post(
         "/v2/repository/models/{name}/load",
         tags=["repository"],
-        responses=answers(403, 404),
+        responses=answers(404, 501),
         openapi_extra=openapi.LOAD,
     )
     async def load(name: str, request: Request) -> Response:
         body = await read_object(request)
-        app_extensions.check_load(field(body, "parameters", dict, {}))
+        app_extensions.check_load(name, field(body, "parameters", dict, {}))
         return await front.ask("load", name=name)
 
     @app.post(

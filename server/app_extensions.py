@@ -10,7 +10,6 @@ import base64
 import binascii
 from typing import TYPE_CHECKING, Final
 
-import msgspec
 from fastapi import FastAPI, Request, Response
 
 from overcommit.runtime.errors import BadRequest, NotFound, NotOffered
@@ -216,15 +215,15 @@ def add_not_offered(app: FastAPI, front: FrontEnd) -> None:
             return refuse(name, version)
 
 
-def check_load(parameters: Object) -> None:
-    """Check what a client gives with a load.  Raises BadRequest, Forbidden."""
-    for name, value in parameters.items():
-        if name != "config" and not name.startswith("file:"):
-            raise BadRequest(f"unknown parameter '{name}'; known are config and file:<path>")
+def check_load(name: str, parameters: Object) -> None:
+    """Check what a client gives with a load.  Raises BadRequest, NotOffered."""
+    for key, value in parameters.items():
+        if key != "config" and not key.startswith("file:"):
+            raise BadRequest(f"unknown parameter '{key}'; known are config and file:<path>")
         if not isinstance(value, str):
-            raise BadRequest(f"parameter '{name}' must be a string")
-    if "config" in parameters:
-        try:
-            msgspec.json.decode(parameters["config"])
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequest(f"parameter 'config' is not JSON: {error}") from error
+            raise BadRequest(f"parameter '{key}' must be a string")
+    if parameters:
+        raise NotOffered(
+            f"model '{name}': this server loads what is in the repository and takes no other "
+            f"configuration or files over the network; change them there, and load"
+        )

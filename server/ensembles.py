@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from overcommit.runtime import payload
+from overcommit.runtime import payload, stages
 from overcommit.runtime.config import Step
 from overcommit.runtime.errors import DeadlineExceeded, ModelError, OvercommitError
 from overcommit.server.asking import Tensor, ask, request_of
@@ -75,7 +75,10 @@ class Run:
             if self._reply is not None:
                 self._reply.fail(OvercommitError("internal error; see the server's log"))
         else:
-            front.dispatch.tallies.count(slot, time.monotonic_ns() - self._began_ns, 0, 0, 1)
+            tallies = front.dispatch.tallies
+            tallies.count(slot, time.monotonic_ns() - self._began_ns, 0)
+            # Its steps have the times: what an ensemble takes beyond them is in none of its stages.
+            tallies.count_batch(slot, 0, 1, stages.pack(1, 1, 0, 0))
             if self._reply is not None:
                 self._reply.succeed(block)
 

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from overcommit.runtime.errors import OvercommitError
-from overcommit.server import binary
+from overcommit.server import binary, compression
 from overcommit.server.ensembles import Run
 from overcommit.server.inference import prepare, prepare_head, respond
-from overcommit.server.limits import JOIN_BYTES_MAX
+from overcommit.server.limits import COMPRESS_BYTES_MIN, COMPRESS_HERE_BYTES, JOIN_BYTES_MAX
 
 if TYPE_CHECKING:
     from overcommit.server.connection import Connection
@@ -87,7 +87,8 @@ class Exchange:
     keep_alive = True
 
     waits_for_turn = False
-    encoding = b""
+    encoding = b""  # of the body
+    accepts = b""  # how a long answer may be compressed
     json_bytes: int | None = None
     body_bytes: int | None = None  # None: sent in chunks
     body: bytes | bytearray = b""
@@ -227,6 +228,9 @@ class Exchange:
         close = self._close_header()
         pieces = answer.pieces
         length = sum(map(len, pieces))
+        if self.accepts and length >= COMPRESS_BYTES_MIN:
+            self._compress(b"".join(pieces), answer.json_bytes, close)
+            return
         if answer.json_bytes is None:
             head = _OK_JSON % (length, close)
         else:
@@ -235,6 +239,24 @@ class Exchange:
                 self._finish([head + pieces[0], *pieces[1:]])
                 return
         self._finish([b"".join((head, *pieces))])
+
+    def _compress(self, body: bytes, json_bytes: int | None, close: bytes) -> None:
+        """Answer compressed, in another thread where that takes time: others wait for theirs."""
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+        if json_bytes is not None:
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
+            head += b"inference-header-content-length: %d\r\n" % json_bytes
+        head += b"content-encoding: %b\r\nvary: accept-encoding\r\n" % self.accepts
+
+        def finish(small: bytes) -> None:
+            self._finish([head + b"content-length: %d\r\n%b\r\n" % (len(small), close) + small])
+
+        if len(body) <= COMPRESS_HERE_BYTES:
+            finish(compression.compress(body, self.accepts))
+            return
+        loop = self.protocol.loop
+        work = loop.run_in_executor(None, compression.compress, body, self.accepts)
+        work.add_done_callback(lambda done: finish(done.result()))
 
     def fail(self, error: OvercommitError) -> None:
         """Write an error."""

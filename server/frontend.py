@@ -46,6 +46,7 @@ from overcommit.runtime.messages import (
     Routes,
     Start,
     Stop,
+    TellCounts,
 )
 from overcommit.server.app import make_app
 from overcommit.server.dispatch import Dispatch
@@ -169,8 +170,11 @@ class FrontEnd:
         kind = "text/plain; version=0.0.4; charset=utf-8" if text else "application/json"
         return Response(body, status, media_type=kind)
 
-    def send_counters(self) -> None:
-        """Tell the supervisor our totals, and what was counted for each model since the last time."""
+    def send_counters(self, told: int = 0) -> None:
+        """Tell the supervisor our totals, and what was counted for each model since the last time.
+
+        `told`: the question that this answers, with the last message.
+        """
         dispatch = self.dispatch
         while True:
             models, batches = dispatch.tallies.take(COUNTERS_MODELS_MAX)
@@ -184,6 +188,7 @@ class FrontEnd:
                     retries=dispatch.retried,
                     models=models,
                     batches=batches,
+                    told=0 if dispatch.tallies else told,
                 )
             )
             if not dispatch.tallies:
@@ -219,6 +224,8 @@ class FrontEnd:
                 self.thrashing = message.thrashing
             elif isinstance(message, RegionsChanged):
                 self.regions.apply(message)
+            elif isinstance(message, TellCounts):
+                self.send_counters(message.id)
             elif isinstance(message, LogLevel):
                 logging.getLogger().setLevel(message.level)
             elif isinstance(message, Drain):

@@ -29,6 +29,7 @@ class Head:
     version: str | None
     body_bytes: int
     json_bytes: int | None  # binary tensors follow the JSON
+    accepts: bytes = b""  # how the answer may be compressed
 
 
 class Heads(dict[bytes, Head]):

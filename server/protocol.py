@@ -32,7 +32,7 @@ from overcommit.runtime.errors import (
     Overloaded,
     PayloadTooLarge,
 )
-from overcommit.server import heads, msgpack_body
+from overcommit.server import compression, heads, msgpack_body
 from overcommit.server.bulk import BulkReceiver
 from overcommit.server.connection import Connection
 from overcommit.server.exchange import Exchange
@@ -106,6 +106,7 @@ class HotProtocol(Connection):
                 break
             exchange = Exchange(self, head.name, head.version)
             exchange.json_bytes = head.json_bytes
+            exchange.accepts = head.accepts
             exchange.body = data[end:stop]
             exchange.more_body = False
             self._since_s = 0.0
@@ -198,7 +199,9 @@ class HotProtocol(Connection):
             and exchange.body_bytes <= SMALL_BODY_BYTES
             and not (exchange.encoding or self.expect_100_continue or is_msgpack)
         ):
-            head = heads.Head(name, version, exchange.body_bytes, exchange.json_bytes)
+            head = heads.Head(
+                *(name, version, exchange.body_bytes, exchange.json_bytes, exchange.accepts)
+            )
             self.front.heads.remember(raw_head, head)
         self._enqueue(exchange)
         if self.expect_100_continue and not exchange.waits_for_turn:
@@ -232,6 +235,8 @@ class HotProtocol(Connection):
                     exchange.encoding = b""
                 elif exchange.encoding not in (b"gzip", b"deflate"):
                     raise BadRequest("Content-Encoding must be gzip, deflate or identity")
+            elif name == b"accept-encoding":
+                exchange.accepts = compression.choose(value)
 
     def on_body(self, body: bytes) -> None:
         cycle: Any = self.cycle
