@@ -80,6 +80,7 @@ def run(options: Options, report: Report) -> None:
         device, host = max(files), sum(files) + SLACK_BYTES
         flags = [ALLOW_CODE, "--workers", "1", "--front-ends", "1"]
         flags += ["--device-memory", str(device), "--host-memory", str(host)]
+        flags += ["--no-prefetch"]  # the rounds are regular: what is asked next would be there
         with Server(root, options.work / "cache", folder, flags) as server:
             server.wait_packed([_name(size) for size in files])
             with Raw(server.pid) as raw:

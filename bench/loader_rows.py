@@ -42,6 +42,8 @@ def compare(
                 times = loaders.measure(name, file, state, repeats, options.work, report.step)
             except CannotDo as error:
                 report.notes.append(error.message)
+                reason = f"does not run here: {error.message.splitlines()[0][:160]}"
+                report.add(section, Figure(name, 0, "loads", note=reason))
                 break
             best = statistics.median(times)
             figure = Figure(

@@ -6,7 +6,8 @@ their answers back into its events.  Keeps a record of each activation for statu
 Invariants
  1. Every StartLoad goes to the mover once per mover incarnation; after a mover's death the loads in
     flight are sent again, to the same extents (nobody reads them before they are published).
- 2. A worker gets VersionInfo before the first Placed of a version.
+ 2. A worker gets VersionInfo before the first Placed or Coming of a version.  Coming, to those who
+    wait when a load starts, only says where Placed will be: losing it costs time alone.
  3. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
 
 Called by the supervisor, from its one thread.
@@ -30,6 +31,7 @@ from overcommit.runtime.messages import (
     ActivationFailed,
     Attaches,
     CancelLoad,
+    Coming,
     Expected,
     Forget,
     Load,
@@ -258,14 +260,20 @@ class Activations:
 
     def apply(self, actions: Iterable[Action], now_ns: int) -> None:
         """Turn residency's actions into messages."""
+        started: dict[int, None] = {}
         for action in actions:
-            self._on_action(action, now_ns)
             if isinstance(action, StartLoad):
                 message = self._to_load(action)
                 self._running[action.job] = Running(message, now_ns)
                 self._send(message)
+                # The mover is at it; the books after.
                 self.timings.on_start(message, now_ns)
-            elif isinstance(action, CancelStarted):
+                if action.urgency == "foreground":
+                    started[action.slot] = None
+                self._on_action(action, now_ns)
+                continue
+            self._on_action(action, now_ns)
+            if isinstance(action, CancelStarted):
                 if (running := self._running.get(action.job)) is not None:
                     running.is_cancelled = True
                     self._send(CancelLoad(job=action.job))
@@ -294,6 +302,20 @@ class Activations:
                 self._post(action.waiters, failed)
             elif isinstance(action, Withdraw):
                 self._post(action.waiters, Withdrawn(slot=action.slot))
+        for slot in started:
+            self._foretell(slot)
+
+    def _foretell(self, slot: int) -> None:
+        """Tell who waits where the version will be: what is mapped while bytes move costs no time."""
+        foretold = self._residency.foretell(slot)
+        if foretold is not None and foretold.waiters:
+            coming = Coming(
+                slot=slot,
+                generation=foretold.generation,
+                extents=foretold.extents,
+                shared=foretold.shared,
+            )
+            self._post(foretold.waiters, coming)
 
     def _post(self, seats: Iterable[int], message: Message) -> None:
         for seat in seats:
@@ -304,7 +326,9 @@ class Activations:
     def _to_load(self, load: StartLoad) -> Load:
         entry = self._registry.by_slot(load.slot)
         assert entry is not None, "a load starts only for a version that is registered"
-        path = str(path_of(entry.image_path, load.digest)) if load.digest else entry.image_path
+        path = entry.image_path
+        if load.digest and load.source == "disk":  # from HOST no file is read
+            path = str(path_of(path, load.digest))
         mode = self._settings.verify
         verify = mode == "always" or (mode == "first" and path not in self._verified)
         return Load(

@@ -100,6 +100,12 @@ class WeightsMapping(Protocol):
     ) -> None:
         """Map these extents in order, over whatever was mapped before."""
 
+    def is_at(
+        self, extents: Sequence[tuple[int, int]], generation: int, shared: Collection[int]
+    ) -> bool:
+        """Whether `map` with these would change nothing; False where that is not known."""
+        ...
+
     def unmap(self) -> None:
         """Give the chunks back; the address range stays."""
 
@@ -114,6 +120,11 @@ class WeightsMapping(Protocol):
 class Ranges(Protocol):
     """Opens a process's mappings of one arena."""
 
+    @property
+    def can_map_ahead(self) -> bool:
+        """Whether a version may be mapped before its bytes are there, and `is_at` knows of it."""
+        ...
+
     def open(self, nbytes: int) -> WeightsMapping:
         """Reserve a range for a version's image."""
         ...
@@ -121,6 +132,8 @@ class Ranges(Protocol):
 
 class MemfdRanges:
     """Mappings of a memfd arena."""
+
+    can_map_ahead: bool = True
 
     def __init__(self, arena_fd: int) -> None:
         self.tables = PageTables(arena_fd)
@@ -140,6 +153,8 @@ class Mapping:
         unit = PAGE_BYTES if nbytes <= SLAB_MODEL_BYTES_MAX else UNIT
         self._reserved = max(unit, -(-nbytes // unit) * unit)
         self._tables = tables
+        # What `map` was told last, and how the arena was mapped here then.
+        self._mapped: tuple[object, ...] | None = None
         self.address = _shm.reserve(self._reserved)
         # Every view holds this object, so its end is the end of the last use of the range.
         self._range: ctypes.Array[ctypes.c_ubyte] | None = (ctypes.c_ubyte * nbytes).from_address(
@@ -168,6 +183,7 @@ class Mapping:
         """
         assert self._range is not None, "open"
         self.generation = None
+        self._mapped = None
         at = 0
         needed = -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
         try:
@@ -183,11 +199,22 @@ class Mapping:
             self.unmap()
             raise
         self.generation = generation
+        self._mapped = extents, generation, shared, self._tables.changes
+
+    def is_at(
+        self, extents: Sequence[tuple[int, int]], generation: int, shared: Collection[int]
+    ) -> bool:
+        """Whether `map` with these would change nothing.
+
+        False as soon as anything else was mapped or unmapped since: it may have taken chunks along.
+        """
+        return self._mapped == (extents, generation, shared, self._tables.changes)
 
     def unmap(self) -> None:
         """Give the chunks back; the address range stays."""
         assert self._range is not None, "open"
         self.generation = None
+        self._mapped = None
         self._tables.forget(self.address, self._reserved)
         _shm.unmap_fixed(self.address, self._reserved)
 

@@ -9,6 +9,7 @@ A version here:
     UNKNOWN -> KNOWN                      [learn]
     KNOWN -> PLACED -> BOUND              [place, then the program is loaded, then bind]
     KNOWN -> OPEN -> BOUND                [the program is loaded, then place, then bind]
+    KNOWN, OPEN, BOUND -> the same        [prepare: mapped where it will be placed, and not read]
     BOUND, PLACED -> the same, unplaced   [the lease was refused; another generation will come]
     BOUND -> KNOWN                        [make_room]
     any -> FAILED -> KNOWN                [fail; after a pause that grows with every failure]
@@ -36,7 +37,7 @@ from overcommit.runtime.arena import Ranges, WeightsMapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
-from overcommit.runtime.messages import Placed, VersionInfo
+from overcommit.runtime.messages import Coming, Placed, VersionInfo
 from overcommit.runtime.mixing import Families, Family
 from overcommit.runtime.signature import Signature, signature_of
 
@@ -156,15 +157,32 @@ class Versions:
         if version is None:
             return None
         version.generation = None
-        if version.mapping is not None and not version.mapping.can_hold(placed.extents):
-            self._release(version)  # it gets another address, and is bound there
-        if version.mapping is None:
-            version.mapping = self.ranges.open(version.info.nbytes)
-        populate = version.info.nbytes <= POPULATE_BYTES_MAX
-        version.mapping.map(placed.extents, placed.generation, populate, placed.shared)
+        self._map(version, placed)
         version.generation = placed.generation
         self.on_run(placed.slot)
         return version
+
+    def prepare(self, coming: Coming) -> None:
+        """Map a version where it will lie; nothing may read it before it is placed there.
+
+        Raises OSError or ValueError when it cannot be mapped.
+        """
+        version = self._versions.get(coming.slot)
+        if version is not None and self.ranges.can_map_ahead:
+            assert version.generation is None, "what is placed may be read"
+            self._map(version, coming)
+            self._recent.setdefault(coming.slot, None)
+
+    def _map(self, version: Version, where: Placed | Coming) -> None:
+        """Map a version, unless that was done ahead and nothing was mapped otherwise since."""
+        if version.mapping is not None and not version.mapping.can_hold(where.extents):
+            self._release(version)  # it gets another address, and is bound there
+        if version.mapping is None:
+            version.mapping = self.ranges.open(version.info.nbytes)
+        if version.mapping.is_at(where.extents, where.generation, where.shared):
+            return
+        populate = version.info.nbytes <= POPULATE_BYTES_MAX
+        version.mapping.map(where.extents, where.generation, populate, where.shared)
 
     def open(self, version: Version) -> None:
         """See to it that the program is loaded, in the helper thread."""

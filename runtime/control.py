@@ -21,6 +21,7 @@ import os
 import select
 import socket
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
@@ -34,6 +35,8 @@ from overcommit.runtime.messages import AnyMessage, Message
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(CONTROL_FDS_MAX * array.array("i").itemsize)
 
 Received = tuple[AnyMessage, dict[str, int]]
 
@@ -55,6 +58,9 @@ class ControlSocket:
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
+        # One for all messages: an allocation of this size is a mapping that comes and goes, and in a
+        # process with threads each time the other cores are interrupted.
+        self._buffer = memoryview(bytearray(CONTROL_MESSAGE_BYTES_MAX))
         self._backlog: collections.deque[tuple[bytes, tuple[int, ...]]] = collections.deque()
 
     def fileno(self) -> int:
@@ -133,10 +139,9 @@ class ControlSocket:
 
         Raises EOFError when the peer is gone, ProtocolError when it sent nonsense.
         """
-        space = CONTROL_FDS_MAX * array.array("i").itemsize
         try:
-            data, ancillary, flags, _ = self._socket.recvmsg(
-                CONTROL_MESSAGE_BYTES_MAX, socket.CMSG_SPACE(space), socket.MSG_CMSG_CLOEXEC
+            nbytes, ancillary, flags, _ = self._socket.recvmsg_into(
+                (self._buffer,), _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return None
@@ -148,9 +153,9 @@ class ControlSocket:
                 received = array.array("i")
                 received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
                 fds.extend(received)
-        if not data and not fds:
+        if not nbytes and not fds:
             raise EOFError("the control peer is gone")
-        return self._decode(data, fds, flags)
+        return self._decode(self._buffer[:nbytes], fds, flags)
 
     def receive(self, timeout_s: float | None = None) -> Received | None:
         """Wait for one message; None when the time is over.  Raises as `try_receive`."""
@@ -162,7 +167,7 @@ class ControlSocket:
                 return None
 
     @staticmethod
-    def _decode(data: bytes, fds: list[int], flags: int) -> Received:
+    def _decode(data: memoryview, fds: list[int], flags: int) -> Received:
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ProtocolError("a control message was cut off")

@@ -82,6 +82,9 @@ class CudaArena:
 class CudaRanges:
     """Which ranges of this process have which chunks; opens mappings over them."""
 
+    # What a map costs there beside a copy was not measured; a chunk may not be here yet.
+    can_map_ahead: bool = False
+
     def __init__(self, chunks: Chunks) -> None:
         self.chunks = chunks
         self._holders: dict[int, set[CudaMapping]] = {}  # by chunk
@@ -144,6 +147,12 @@ class CudaMapping:
         """Where the image begins.  Of one that may lie in a slab: known once it is placed."""
         assert self._inside is not None, "placed first"
         return self._start + self._inside
+
+    def is_at(
+        self, extents: Sequence[tuple[int, int]], generation: int, shared: Collection[int]
+    ) -> bool:
+        """Not known: it is mapped anew each time."""
+        return False
 
     def can_hold(self, extents: Sequence[tuple[int, int]]) -> bool:
         """Whether these can be mapped at this address; if not, another mapping is needed."""

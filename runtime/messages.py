@@ -138,6 +138,18 @@ class Placed(Message, frozen=True):
     shared: tuple[int, ...] = ()
 
 
+class Coming(Message, frozen=True):
+    """The version's bytes are on their way to these extents; a Placed like this follows if they come.
+
+    To be mapped meanwhile, not to be read: until Placed the state word is not RESIDENT.
+    """
+
+    slot: int
+    generation: int
+    extents: Extents
+    shared: tuple[int, ...] = ()
+
+
 class Attach(msgspec.Struct, frozen=True, kw_only=True):
     """When a worker asked for a version, heard of it, had it mapped, and could run it.
 
@@ -502,6 +514,7 @@ AnyMessage = (
     | VersionInfo
     | Activate
     | Placed
+    | Coming
     | Expected
     | ActivationFailed
     | Withdrawn

@@ -101,6 +101,10 @@ class Mover:
     # --- the control thread's -------------------------------------------------------------------
     def add(self, load: Load) -> None:
         """Begin a load; one from HOST in this very thread."""
+        if load.source == "host" and load.nbytes > COPY_HERE_BYTES:
+            # They wake up while this thread prepares the first step.
+            with self._lock:
+                self._may_copy.notify(COPY_THREADS - 1)
         try:
             state = LoadState(load, self._device, self._host, self._copier)
         except ImageError as error:

@@ -50,6 +50,7 @@ class PageTables:
         self._more: dict[int, set[int]] = {}  # the further addresses of units that were shared
         self._unit_at: dict[int, int] = {}  # the reverse of both
         self.moved_bytes = 0
+        self.changes = 0  # calls that may have changed what is mapped where
 
     def __len__(self) -> int:
         return len(self._address_of)
@@ -62,6 +63,7 @@ class PageTables:
         `shared`: others may have it mapped at the same time, and keep it.  Raises OSError, and then
         what is mapped is not known.
         """
+        self.changes += 1
         if address % UNIT or offset % UNIT or nbytes % UNIT:
             self.forget(address, nbytes)
             _shm.map_fixed(address, self._fd, offset, nbytes, False, populate)
@@ -78,6 +80,7 @@ class PageTables:
 
     def forget(self, address: int, nbytes: int) -> None:
         """Something else is put over this range, or it is given back."""
+        self.changes += 1
         if not self._unit_at:
             return
         start = address - address % UNIT

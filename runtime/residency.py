@@ -93,6 +93,7 @@ from overcommit.runtime.policy import Policy
 from overcommit.runtime.residents import (
     NOBODY,
     Action,
+    Foretold,
     Port,
     Publish,
     Refuse,
@@ -329,6 +330,13 @@ class Residency:
             return None
         on_host = None if self._on_host is None else self._on_host.holdings
         return view_of(version, self._on_device.holdings, on_host)
+
+    def foretell(self, slot: int) -> Foretold | None:
+        """Return where a version will be when its loads have ended well; None if it is not LOADING."""
+        version = self._versions.get(slot)
+        if version is None or version.state is not State.LOADING:
+            return None
+        return self._transfers.foretell(version)
 
     def device_slots(self) -> Iterator[int]:
         """Yield the slots of all versions that hold bytes on DEVICE."""

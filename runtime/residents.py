@@ -171,6 +171,16 @@ class Publish:
 
 
 @dataclass(slots=True, frozen=True)
+class Foretold:
+    """What `Publish` will say if the loads of a version end well, and who waits for it so far."""
+
+    generation: int
+    extents: Extents
+    waiters: frozenset[int]
+    shared: tuple[int, ...]
+
+
+@dataclass(slots=True, frozen=True)
 class Refuse:
     """The wish ends without weights; `code` is one of errors.py."""
 

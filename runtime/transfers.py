@@ -38,8 +38,10 @@ from overcommit.runtime.messages import Urgency
 from overcommit.runtime.parts import Part
 from overcommit.runtime.placement import Judge
 from overcommit.runtime.residents import (
+    NOBODY,
     CancelStarted,
     Extents,
+    Foretold,
     Parts,
     Port,
     PromoteStarted,
@@ -167,6 +169,12 @@ class Transfers:
         """Tell everybody who waits where the version is."""
         extents, shared = self._device.holdings.extents_of(version.parts)
         return Publish(version.slot, version.generation, extents, version.take_waiters(), shared)
+
+    def foretell(self, version: Version) -> Foretold:
+        """Say of a version that is LOADING where it will be: its places do not move meanwhile."""
+        assert version.state is State.LOADING
+        extents, shared = self._device.holdings.extents_of(version.parts)
+        return Foretold(version.generation + 1, extents, version.waiters - {NOBODY}, shared)
 
     def _keep_on_host(self, host: HostRoom, version: Version, now_ns: int) -> None:
         """Hold on HOST what is there, and what passes through, if there is room for all of it.

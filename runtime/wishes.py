@@ -41,6 +41,7 @@ from overcommit.runtime.messages import (
     Attach,
     Attaches,
     BindFailed,
+    Coming,
     Expected,
     Placed,
     VersionInfo,
@@ -128,6 +129,17 @@ class Wishes:
         if not jobs:  # else the page goes on saying that they wait: they come back at once
             self.note_waiting(info.slot)
         return jobs
+
+    def on_coming(self, coming: Coming, now_ns: int) -> None:
+        """A version's bytes are on their way: map where they will be, while they come."""
+        version = self._versions.get(coming.slot)
+        if version is None or version.generation is not None or version.failing(now_ns) is not None:
+            return
+        try:
+            self._versions.prepare(coming)
+        except (OSError, ValueError) as error:
+            # It is tried again, and answered, when the version is placed.
+            log.warning("%s cannot be mapped ahead: %s", version.title, error)
 
     def on_placed(self, placed: Placed, now_ns: int) -> None:
         """A version is resident: map it where it lies."""

@@ -47,6 +47,7 @@ from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import (
     ActivationFailed,
+    Coming,
     Expected,
     Forget,
     LinkDown,
@@ -312,6 +313,8 @@ class Worker:
     def _on_message(self, message: object, fds: dict[str, int], now_ns: int) -> None:
         if isinstance(message, Placed):
             self.wishes.on_placed(message, now_ns)
+        elif isinstance(message, Coming):
+            self.wishes.on_coming(message, now_ns)
         elif isinstance(message, VersionInfo):
             for job in self.wishes.on_info(message, now_ns):
                 self._readmit(job, now_ns)

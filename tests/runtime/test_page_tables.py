@@ -95,6 +95,31 @@ def test_the_last_unit_may_be_used_in_part_and_small_versions_share_units(arena:
     assert len(tables) == 0
 
 
+def test_what_was_mapped_ahead_counts_only_while_nothing_else_was_mapped(arena: int) -> None:
+    tables = PageTables(arena)
+    first, second = Mapping(tables, 2 * UNIT), Mapping(tables, UNIT)
+    where = ((0, UNIT), (3 * UNIT, UNIT))
+    assert not first.is_at(where, 1, ())
+    first.map(where, 1, shared=())
+    assert first.is_at(where, 1, ())
+    assert not first.is_at(where, 2, ())
+    assert not first.is_at(where, 1, (0,))
+    assert not first.is_at(where[::-1], 1, ())
+    # The load failed, and another version has got a chunk of it.
+    second.map(where[1:], 1)
+    assert permissions(first.address + UNIT) == "---p"
+    assert not first.is_at(where, 1, ()), "half of it is not mapped any more"
+    first.map(where, 1, shared=())
+    assert (first.is_at(where, 1, ()), seen(first)) == (True, [0, 3])
+    second.close()
+    assert not first.is_at(where, 1, ())
+    first.map(where, 1, shared=())
+    first.unmap()
+    assert not first.is_at(where, 1, ())
+    first.close()
+    assert len(tables) == 0
+
+
 def test_where_the_kernel_cannot_move_everything_is_mapped_anew(
     arena: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

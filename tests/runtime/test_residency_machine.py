@@ -21,7 +21,7 @@ from overcommit.runtime._shm import RESIDENT
 from overcommit.runtime.messages import CANCELLED
 from overcommit.runtime.parts import PartInfo, private_bytes
 from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse, Withdraw
-from overcommit.runtime.residents import NOBODY, State
+from overcommit.runtime.residents import NOBODY, Foretold, State
 from overcommit.runtime.views import Tier
 
 SLOTS = st.integers(0, 6)
@@ -46,7 +46,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.known: dict[int, bool] = {}  # slot -> pinned
         self.infos: dict[int, list[PartInfo]] = {}
         self.generations: Counter[int] = Counter()
+        self.has_failed = False  # a load, in the last step
         self.ahead_evicted: list[int] = []
+        self.foretold: dict[int, Foretold] = {}  # of those that are LOADING
         self.leaving: set[int] = set()  # slots whose former version is not gone yet
 
     @initialize(host_chunks=st.sampled_from([0, 3, 12]))
@@ -133,6 +135,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         job = jobs[pick % len(jobs)]
         # The mover may have been faster than the word that cancels.
         message = CANCELLED if job in self.world.cancelled else "bad sector"
+        self.has_failed = not ok
         self._settle(self.world.finish(job, ok=ok, message=message))
 
     @rule(slot=SLOTS)
@@ -220,6 +223,9 @@ class ResidencyMachine(RuleBasedStateMachine):
                 known = self.generations[action.slot]
                 assert action.generation == (known if is_attach else known + 1)
                 self.generations[action.slot] = action.generation
+                if (foretold := self.foretold.pop(action.slot, None)) is not None:
+                    assert foretold.generation == action.generation
+                    assert foretold.extents == action.extents, "mapped ahead in the wrong place"
             if isinstance(action, Withdraw):
                 assert not self.world.port.waiting[action.slot], "somebody still waits"
             if isinstance(action, Publish | Refuse | Withdraw):
@@ -251,6 +257,27 @@ class ResidencyMachine(RuleBasedStateMachine):
                 for waiter in version.waiters - {NOBODY}
             }
             assert waiting == self.outstanding
+
+    @invariant()
+    def where_a_version_will_be_is_known_as_soon_as_it_loads_and_stays_so(self) -> None:
+        if hasattr(self, "world"):
+            residency = self.world.residency
+            former, self.foretold = self.foretold, {}
+            for slot in residency._versions:
+                foretold = residency.foretell(slot)
+                assert (foretold is not None) == (self.world.state(slot) is State.LOADING)
+                if foretold is None:
+                    continue
+                assert foretold.waiters == {w for s, w in self.outstanding if s == slot}
+                # A load that failed, and one that began in the same step, go to other places.
+                known = former.get(slot)
+                if known is not None and not self.has_failed:
+                    assert (known.generation, known.extents) == (
+                        foretold.generation,
+                        foretold.extents,
+                    )
+                self.foretold[slot] = foretold
+            self.has_failed = False
 
     @invariant()
     def time_will_come_for_whoever_waits(self) -> None:

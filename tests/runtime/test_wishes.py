@@ -10,6 +10,7 @@ from front_rig import Array, Front
 from worker_rig import Programs, Rig, X, info, plain, ready, vector_config
 
 from overcommit.runtime import _shm
+from overcommit.runtime.arena import Mapping
 from overcommit.runtime.bound import Version
 from overcommit.runtime.config import PAGE_BYTES, ModelConfig
 from overcommit.runtime.errors import Forbidden
@@ -17,6 +18,7 @@ from overcommit.runtime.messages import (
     Activate,
     ActivationFailed,
     BindFailed,
+    Coming,
     Forget,
     Placed,
 )
@@ -88,6 +90,69 @@ def test_a_placement_that_is_already_stale_is_not_used(rig: Rig, front: Front) -
     rig.control.send(rig.publish(3, 3, 7.0))
     rig.answered(front, request)
     np.testing.assert_array_equal(front.outputs(request)[0], 7 * X)
+
+
+def test_what_is_mapped_ahead_is_read_only_when_it_is_placed(
+    rig: Rig, front: Front, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = front.submit(5, [X])
+    where = ((20 * PAGE_BYTES, PAGE_BYTES),)
+    rig.control.send(info(5))
+    rig.table.set(5, _shm.LOADING, 0)
+    rig.control.send(Coming(slot=5, generation=1, extents=where))
+    rig.until(lambda: bool((found := versions_of(rig, 5)) and found[0].opened))
+    (version,) = versions_of(rig, 5)
+    assert version.mapping is not None
+    assert version.mapping.is_at(where, 1, ())
+    assert not version.is_runnable
+    assert request not in front.collect()
+    mapped: list[object] = []
+    monkeypatch.setattr(Mapping, "map", lambda *told: mapped.append(told))
+    rig.control.send(rig.publish(5, 1, 6.0, page=20))
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 6 * X)
+    assert (mapped, programs[5].bindings) == ([], 1)
+
+
+def test_a_version_that_comes_elsewhere_than_foretold_is_read_where_it_is(
+    rig: Rig, front: Front
+) -> None:
+    request = front.submit(5, [X])
+    rig.control.send(info(5))
+    rig.publish(5, 0, 9.0, page=21)
+    rig.table.set(5, _shm.LOADING, 0)
+    rig.control.send(Coming(slot=5, generation=1, extents=((21 * PAGE_BYTES, PAGE_BYTES),)))
+    rig.settle()
+    rig.control.send(ActivationFailed(slot=5, code="unavailable", message="torn"))
+    rig.answered(front, request)
+    assert front.status(request) == _shm.NOT_RESIDENT
+    request = front.submit(5, [X])
+    rig.control.send(rig.publish(5, 1, 4.0, page=22))
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 4 * X)
+
+
+def test_what_is_placed_is_not_mapped_elsewhere_by_late_news(rig: Rig, front: Front) -> None:
+    ready(rig, front)
+    rig.control.send(Coming(slot=3, generation=1, extents=((21 * PAGE_BYTES, PAGE_BYTES),)))
+    rig.control.send(Coming(slot=4, generation=1, extents=((21 * PAGE_BYTES, PAGE_BYTES),)))
+    rig.settle()
+    request = front.submit(3, [X])
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 2 * X)
+
+
+def test_a_foretold_place_that_cannot_be_mapped_is_said_when_it_is_placed(
+    rig: Rig, front: Front
+) -> None:
+    request = front.submit(5, [X])
+    rig.control.send(info(5))
+    rig.control.send(Coming(slot=5, generation=1, extents=()))
+    rig.settle()
+    assert request not in front.collect()
+    rig.control.send(rig.publish(5, 1, 4.0))
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 4 * X)
 
 
 def test_weights_may_come_before_the_program(rig: Rig, front: Front, programs: Programs) -> None:
