@@ -141,6 +141,11 @@ HEAP_BLOCK_BYTES_MAX: Final = (
     32 * MIB
 )  # ... in blocks up to this long, the most that glibc takes ...
 HEAP_IDLE_NS: Final = 10_000_000_000  # ... until it has had no batch for so long
+# What the engines of one process copy out of the arena into memory of their own.
+PRIVATE_BYTES_MAX: Final = 512 * MIB
+PYTHON_START_S: Final = 60.0  # a model's own process, until its `load` has returned
+PYTHON_BATCH_S: Final = 100.0  # less than BATCH_TIMEOUT_S: the process goes, the worker stays
+PYTHON_MESSAGE_BYTES_MAX: Final = 64 * KIB
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -275,6 +280,20 @@ class Naming(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     weights: dict[str, float] = {}  # version -> percent of the requests that name none
 
 
+class OnnxOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How ONNX Runtime runs a model."""
+
+    prepack: bool = False  # copy weights into a faster layout, in memory of the worker's own
+    keep_quantised: bool = False  # make floats of weights at each run, not once: slow and small
+
+
+class PythonOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a model's own code runs."""
+
+    process: bool = False  # in a process of its own
+    venv: str | None = None  # folder of the virtual environment whose Python runs it
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a model's folder says of it; everything may be absent."""
 
@@ -295,6 +314,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     warmup: tuple[Warmup, ...] = ()
     sequence: Sequence | None = None
     steps: tuple[Step, ...] = ()  # an ensemble's
+    onnx: OnnxOptions | None = None
+    python: PythonOptions | None = None
     naming: Naming | None = None
 
 

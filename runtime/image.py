@@ -54,7 +54,7 @@ __all__ = [
     "write_image",
 ]
 
-PACKER_VERSION: Final = 2  # a packer that makes other images of the same files says so here
+PACKER_VERSION: Final = 3  # a packer that makes other images of the same files says so here
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -62,7 +62,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 def made_by() -> tuple[str, ...]:
     """Name the software that decides what image a folder becomes; torch is not imported for it."""
     versions = [f"overcommit {__version__}", f"packer {PACKER_VERSION}", f"image {FORMAT_VERSION}"]
-    for package in ("torch", "transformers"):
+    for package in ("torch", "transformers", "onnxruntime"):
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

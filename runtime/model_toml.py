@@ -38,6 +38,8 @@ from overcommit.runtime.config import (
     Control,
     ModelConfig,
     Naming,
+    OnnxOptions,
+    PythonOptions,
     Sequence,
     Step,
     TensorSpec,
@@ -127,6 +129,16 @@ class _Ensemble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: Annotated[tuple[_Step, ...], Meta(min_length=1, max_length=STEPS_MAX)]
 
 
+class _Onnx(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    prepack: bool = False
+    keep_quantised: bool = False
+
+
+class _Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    process: bool = False
+    venv: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: _Name | None = None
     pin: bool = False
@@ -148,6 +160,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup: Annotated[tuple[_Warmup, ...], Meta(max_length=WARMUPS_MAX)] = ()
     sequence: _Sequence | None = None
     ensemble: _Ensemble | None = None
+    onnx: _Onnx | None = None
+    python: _Python | None = None
 
 
 def rules() -> str:
@@ -155,6 +169,7 @@ def rules() -> str:
     structs: list[type[msgspec.Struct]] = [_File, _Batching, _Tensor, _Versions, _Rollout, _Warmup]
     structs += [_WarmupInput, _Control, _Sequence, _Step, _Ensemble, ModelConfig, Batching]
     structs += [TensorSpec, Naming, Warmup, WarmupInput, Control, Sequence, Step]
+    structs += [_Onnx, _Python, OnnxOptions, PythonOptions]
     return repr([(s.__name__, s.__struct_fields__, s.__struct_defaults__) for s in structs])
 
 
@@ -238,6 +253,10 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
         sequence=_to_sequence(origin, file.sequence),
         steps=() if file.ensemble is None else tuple(map(_to_step, file.ensemble.step)),
         naming=_to_naming(origin, file),
+        onnx=None if file.onnx is None else OnnxOptions(**msgspec.structs.asdict(file.onnx)),
+        python=(
+            None if file.python is None else PythonOptions(**msgspec.structs.asdict(file.python))
+        ),
     )
 
 
@@ -310,6 +329,7 @@ def _refuse_unknown(table: dict[str, object], origin: str) -> None:
         *(("batching", _Batching), ("input", _Tensor), ("output", _Tensor)),
         *(("versions", _Versions), ("rollout", _Rollout), ("warmup", _Warmup)),
         *(("sequence", _Sequence), ("ensemble", _Ensemble)),
+        *(("onnx", _Onnx), ("python", _Python)),
     )
     for name, struct in parts:
         part = table.get(name)

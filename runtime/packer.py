@@ -23,6 +23,8 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +36,7 @@ import msgspec
 import torch
 from torch import nn
 
-from overcommit.runtime import checkpoint, engines, sources, trials
+from overcommit.runtime import checkpoint, engines, foreign, sources, trials
 from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.engines import (
@@ -177,6 +179,12 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
     path = Path(job.cache_dir).absolute() / "images" / f"{key}.image"
     if (header := _reusable(path)) is not None:
         return _done(job, path, key, header)
+    if source.kind in foreign.KINDS:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = store.TEMPORARY_PREFIX
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as scratch:
+            made, tensors_of = foreign.make(job, source, Path(scratch))
+            return _done(job, path, key, write_image(path, made, tensors_of, on_progress))
     prepared = _PREPARE[source.kind](job, source)
     # What a tuple's elements are called is for the model's configuration to say.
     names = ModelConfig(inputs=job.config.inputs or prepared.known.inputs)
@@ -271,7 +279,7 @@ def _verify(
     header: ImageHeader, job: Pack, outcome: trials.Outcome, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Bind the tensors to the program as a worker has it; raise ImageError for other answers."""
-    program = engines.load_program(header, allow_code=job.allow_code)
+    program: Any = engines.load_program(header, allow_code=job.allow_code)
     bound: dict[str, torch.Tensor] = {}
     for entry in header.tensors:
         tensor = bound[entry.alias_of] if entry.alias_of else tensors[entry.name]
@@ -371,4 +379,4 @@ def _sweep(cache_dir: str) -> None:
         for path in Path(cache_dir).glob(f"{pattern}/{store.TEMPORARY_PREFIX}*"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest:
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()

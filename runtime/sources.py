@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -22,7 +23,8 @@ from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.image import made_by
 from overcommit.runtime.messages import Pack
 
-ENGINES: Final = ("torch", "torch_export")
+ENGINES: Final = ("torch", "torch_export", "onnx")
+_NO_WEIGHTS: Final = frozenset({"model.toml"})
 _HASH_BYTES: Final = 1 << 22
 
 
@@ -30,7 +32,7 @@ _HASH_BYTES: Final = 1 << 22
 class Source:
     """A model version's files; `main` is what decides about its program."""
 
-    kind: Literal["hugging_face", "user", "export"]
+    kind: Literal["hugging_face", "user", "export", "onnx"]
     engine: str
     main: Path
     weights: tuple[Path, ...] = ()
@@ -46,12 +48,16 @@ def find(job: Pack) -> Source:
             f"{where}: unknown engine '{config.engine}'; known: {', '.join(ENGINES)}"
         )
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if config.engine == "onnx" or (config.engine is None and not _is_torch(names)):
+        graphs = [name for name in names if name.endswith(".onnx")]
+        if graphs:
+            return _onnx(where, folder, graphs, names, config.file or config.entry)
     programs = [folder / name for name in names if name.endswith(".pt2")]
-    if config.engine != "torch" and programs:
+    if config.engine in (None, "torch_export") and programs:
         if len(programs) > 1:
             raise RepositoryError(f"{where} has {len(programs)} .pt2 files; leave one in {folder}")
         return Source("export", "torch_export", programs[0])
-    if config.engine != "torch_export":
+    if config.engine in (None, "torch"):
         file_name, _, class_name = (config.entry or "model.py").partition(":")
         if config.entry is not None and (file_name not in names or "/" in file_name):
             raise RepositoryError(
@@ -66,8 +72,34 @@ def find(job: Pack) -> Source:
     shown = ", ".join(names[:10]) or "nothing"
     raise RepositoryError(
         f"{where}: {folder} holds {shown}; supported are config.json + *.safetensors "
-        f"(Hugging Face), model.py + *.safetensors, and one *.pt2 (torch.export)"
+        f"(Hugging Face), model.py + *.safetensors, one *.pt2 (torch.export) and *.onnx"
     )
+
+
+def _is_torch(names: Sequence[str]) -> bool:
+    """Whether a folder that holds an ONNX file too is one for torch: what came first stays first."""
+    return any(name.endswith(".pt2") for name in names) or (
+        any(name.endswith(".safetensors") for name in names)
+        and ("model.py" in names or "config.json" in names)
+    )
+
+
+def _onnx(
+    where: str, folder: Path, graphs: Sequence[str], names: Sequence[str], entry: str | None
+) -> Source:
+    chosen = entry or ("model.onnx" if "model.onnx" in graphs else graphs[0])
+    if chosen not in graphs:
+        raise RepositoryError(f'{where}: entry = "{entry}" names none of {list(graphs)}')
+    if entry is None and chosen != "model.onnx" and len(graphs) > 1:
+        raise RepositoryError(
+            f'{where} has {len(graphs)} .onnx files; name one with entry = "{graphs[0]}" in its '
+            f"model.toml, or call it model.onnx"
+        )
+    # Weights may lie in files of any name beside it.
+    beside = tuple(
+        folder / name for name in names if name not in graphs and name not in _NO_WEIGHTS
+    )
+    return Source("onnx", "onnx", folder / chosen, beside)
 
 
 def content_key(job: Pack, source: Source) -> str:

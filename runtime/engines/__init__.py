@@ -12,9 +12,10 @@ Invariants
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -24,11 +25,15 @@ from overcommit.runtime.errors import Forbidden, ImageError, OvercommitError
 from overcommit.runtime.image import ImageHeader
 from overcommit.runtime.mixing import Mixable
 
-if TYPE_CHECKING:  # torch is imported by the process that loads a program
-    from overcommit.runtime.engines.torch_export import ExportProgram
-    from overcommit.runtime.engines.torch_module import TorchProgram
-
 PROGRAMS_KEPT: Final = 128
+# Names, not imports: what an engine needs is imported by the process that loads a program of it.
+_HERE: Final = "overcommit.runtime.engines"
+ENGINES: Final = {
+    "torch": (f"{_HERE}.torch_module", "TorchProgram"),
+    "torch_export": (f"{_HERE}.torch_export", "ExportProgram"),
+    "onnx": (f"{_HERE}.onnx_session", "OnnxProgram"),
+}
+CODE_KINDS: Final = frozenset({"user"})  # programs that run what a model brings
 
 
 class BoundModel(Protocol):
@@ -62,10 +67,10 @@ class _Programs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._slots: OrderedDict[str, tuple[threading.Lock, list[TorchProgram | ExportProgram]]]
+        self._slots: OrderedDict[str, tuple[threading.Lock, list[Program]]]
         self._slots = OrderedDict()
 
-    def load(self, header: ImageHeader) -> TorchProgram | ExportProgram:
+    def load(self, header: ImageHeader) -> Program:
         key = f"{header.engine} {header.program_key}"
         with self._lock:
             slot, program = self._slots.setdefault(key, (threading.Lock(), []))
@@ -81,30 +86,27 @@ class _Programs:
 _programs = _Programs()
 
 
-def load_program(header: ImageHeader, *, allow_code: bool) -> TorchProgram | ExportProgram:
+def load_program(header: ImageHeader, *, allow_code: bool) -> Program:
     """Return the program of an image; the first time is slow, call it in a helper thread.
 
     Raises ImageError, RepositoryError, Forbidden.
     """
-    if header.program.get("kind") == "user" and not (allow_code and header.config.allow_code):
+    if header.program.get("kind") in CODE_KINDS and not (allow_code and header.config.allow_code):
         raise Forbidden(
-            "the model brings its own code (model.py): its model.toml must say allow_code = true "
-            "and the server must be started with --allow-code"
+            "the model brings its own code: its model.toml must say allow_code = true and the "
+            "server must be started with --allow-code"
         )
     return _programs.load(header)
 
 
-def _load(header: ImageHeader) -> TorchProgram | ExportProgram:
-    from overcommit.runtime.engines.torch_export import ExportProgram
-    from overcommit.runtime.engines.torch_module import TorchProgram
-
-    engines: dict[str, type[TorchProgram] | type[ExportProgram]]
-    engines = {"torch": TorchProgram, "torch_export": ExportProgram}
-    engine = engines.get(header.engine)
+def _load(header: ImageHeader) -> Program:
+    engine = ENGINES.get(header.engine)
     if engine is None:
-        raise ImageError(f"unknown engine '{header.engine}'; known: torch, torch_export")
+        raise ImageError(f"unknown engine '{header.engine}'; known: {', '.join(ENGINES)}")
+    module, name = engine
     try:
-        return engine(header)
+        program: Program = getattr(importlib.import_module(module), name)(header)
+        return program
     except OvercommitError:
         raise
     except Exception as error:  # whatever a program's own import or construction raises
@@ -113,13 +115,23 @@ def _load(header: ImageHeader) -> TorchProgram | ExportProgram:
         ) from error
 
 
+_batch_threads = 1
+
+
 def set_up(threads: int, place: str = "cpu") -> None:
     """Prepare a worker process: threads of one batch, where torch computes, and its heap."""
     import torch
 
     from overcommit.runtime.engines import places
 
+    global _batch_threads
+    _batch_threads = max(1, threads)
     heap.keep()
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(_batch_threads)
     torch.set_grad_enabled(False)
     places.choose(place)
+
+
+def batch_threads() -> int:
+    """How many threads one batch may use here; 1 where nobody said."""
+    return _batch_threads

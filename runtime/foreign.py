@@ -1,0 +1,188 @@
+"""Packing what is no nn.Module: ONNX files, models of other libraries, a user's own class.
+
+An engine says what a source takes and answers (`Foreign`) and offers ways to run it from an image
+(`Candidate`), the best one first; the first that answers as the source itself does is taken.
+
+Invariants
+ 1. A program was seen to answer from the image's bytes as the source does, or the source took none
+    of the values that were tried; then what it declares is believed, and it is not batched.
+
+Called by the packer.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from overcommit.runtime import engines, trials
+from overcommit.runtime.config import ModelConfig, TensorSpec
+from overcommit.runtime.engines import store
+from overcommit.runtime.errors import (
+    BadRequest,
+    ImageError,
+    ModelError,
+    OvercommitError,
+    RepositoryError,
+)
+from overcommit.runtime.image import (
+    FORMAT_VERSION,
+    ImageHeader,
+    TensorEntry,
+    TensorFacts,
+    lay_out,
+    layout_hash,
+)
+from overcommit.runtime.messages import Pack
+from overcommit.runtime.sources import Source
+
+log = logging.getLogger("overcommit.packer")
+
+KINDS: Final = ("onnx",)
+# Sizes that a model which fails the first ones may take: windows of audio, mostly.
+_SIZES: Final = (1, 8, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(slots=True, frozen=True)
+class Candidate:
+    """One way to run a source from an image."""
+
+    label: str
+    program: dict[str, str]
+    facts: Sequence[TensorFacts]
+    data: Mapping[str, memoryview]
+    key: str
+    save: Callable[[Path], Path]
+
+
+@dataclass(slots=True, frozen=True)
+class Foreign:
+    """A source as its own library sees it."""
+
+    known: trials.Known
+    run: trials.Run
+    # Where the library itself answers in more than one way, each of them counts as right.
+    others: tuple[trials.Run, ...]
+    candidates: Callable[[], Iterator[Candidate]]
+    outputs: tuple[TensorSpec, ...] = ()  # what it declares; empty: only trials tell
+
+
+Made = tuple[ImageHeader, Iterator[tuple[TensorEntry, memoryview]]]
+
+
+def make(job: Pack, source: Source, scratch: Path) -> Made:
+    """Return the header of a source's image, and its tensors; `scratch` is an empty folder.
+
+    Raises RepositoryError, ModelError.
+    """
+    foreign = _prepare(job, source, scratch)
+    outcome = _try_out(job, foreign)
+    problem: OvercommitError | None = None
+    for candidate in foreign.candidates():
+        header = _header(job, source, candidate, outcome.config)
+        try:
+            _verify(job, header, candidate, outcome, foreign)
+        except (BadRequest, ImageError, ModelError, RepositoryError) as error:
+            problem = error
+            log.info("model '%s', %s: %s", job.name, candidate.label, error.message)
+        else:
+            kept = (entry for entry in header.tensors if entry.alias_of is None)
+            return header, ((entry, candidate.data[entry.name]) for entry in kept)
+    assert problem is not None, "there is a candidate at least"
+    raise RepositoryError(
+        f"model '{job.name}' does not work over mapped weights: {problem.message}"
+    ) from problem
+
+
+def _prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
+    from overcommit.runtime.engines import onnx_source
+
+    return onnx_source.prepare(job, source, scratch)
+
+
+def _try_out(job: Pack, foreign: Foreign) -> trials.Outcome:
+    where = f"model '{job.name}'"
+    try:
+        return trials.complete(where, job.config, foreign.known, foreign.run)
+    except ModelError as error:
+        if not foreign.outputs:
+            raise
+        log.info("%s fails with the sizes that were tried: %s", where, error.message)
+    # It says itself what it takes and gives; what it refuses it refuses in a request as well.
+    inputs = job.config.inputs or foreign.known.inputs
+    config = msgspec.structs.replace(
+        job.config,
+        inputs=tuple(msgspec.structs.replace(spec, pad=None) for spec in inputs),
+        outputs=job.config.outputs or foreign.outputs,
+        batching=msgspec.structs.replace(job.config.batching, max_batch_size=0),
+    )
+    for given in _guesses(inputs):
+        try:
+            return trials.Outcome(config, given, foreign.run(given)[0])
+        except ModelError as error:
+            log.debug("%s: %s", where, error.message)
+    log.warning("%s takes none of the values that were tried: its answers were not compared", where)
+    return trials.Outcome(config, {}, {})
+
+
+def _guesses(inputs: Sequence[TensorSpec]) -> Iterator[trials.Arrays]:
+    """One axis after the other gets another size, while the others are 1; or all of them at once."""
+    names = [name for spec in inputs for name in trials.axis_names(spec) if name is not None]
+    axes = list(dict.fromkeys(names))
+    for size in _SIZES:
+        for long in (*axes, None):
+            sizes = {axis: size if long in (axis, None) else 1 for axis in axes}
+            yield trials.trial_inputs(inputs, sizes, 1, vary=True)
+
+
+def _header(job: Pack, source: Source, candidate: Candidate, config: ModelConfig) -> ImageHeader:
+    entries, nbytes = lay_out(candidate.facts)
+    file = candidate.save(store.folder_of(job.cache_dir, candidate.key))
+    return ImageHeader(
+        format_version=FORMAT_VERSION,
+        engine=source.engine,
+        program_key=candidate.key,
+        program={**candidate.program, "file": str(file)},
+        layout_hash=layout_hash(entries),
+        nbytes=nbytes,
+        tensors=entries,
+        config=msgspec.structs.replace(config, engine=source.engine),
+    )
+
+
+def _verify(
+    job: Pack,
+    header: ImageHeader,
+    candidate: Candidate,
+    outcome: trials.Outcome,
+    foreign: Foreign,
+) -> None:
+    """Run the program over the image's bytes.  Raises ImageError for other answers."""
+    memory = mmap.mmap(-1, header.nbytes)
+    for entry in header.tensors:
+        memory[entry.offset : entry.offset + entry.nbytes] = candidate.data[entry.name]
+    program = engines.load_program(header, allow_code=job.allow_code)
+    model = program.bind(header, memoryview(memory).toreadonly())
+    if not outcome.outputs:
+        return
+    answers = model.run(outcome.inputs)
+    problem = _difference(outcome.config, outcome.outputs, answers)
+    for other in foreign.others if problem else ():
+        if not _difference(outcome.config, other(outcome.inputs)[0], answers):
+            return
+    if problem:
+        raise ImageError(f"its output '{problem}' differs from that of the file itself")
+
+
+def _difference(config: ModelConfig, one: trials.Arrays, two: trials.Arrays) -> str | None:
+    """Name the first output that differs."""
+    for spec in config.outputs:
+        if not trials.is_close(one[spec.name], two[spec.name], spec.datatype):
+            return spec.name
+    return None
