@@ -28,6 +28,7 @@ from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.gathering import Gathering
+from overcommit.runtime.gpu_watch import describe
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.messages import BATCH_UNIT, Admin, AdminReply, Counters
@@ -279,6 +280,10 @@ class Administration:
             **msgspec.to_builtins(books.totals),
         }
 
+    def _gpu(self) -> dict[str, object] | None:
+        watch = self.house.gpu_watch
+        return None if watch is None else describe(watch.reading, self.house.gpu_pids())
+
     def _status(self, request: Admin) -> bytes:
         activations = self.house.activations
         fronts = [
@@ -289,6 +294,7 @@ class Administration:
             {
                 "processes": self.house.fleet.describe(),
                 **self._tiers(),
+                "gpu": self._gpu(),
                 "totals": {
                     **msgspec.to_builtins(self.house.residency.totals()),
                     "bytes_read": activations.timings.bytes_read,

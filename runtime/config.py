@@ -52,7 +52,16 @@ CUDA_CONTEXT_BYTES: Final = 512 * MIB  # of each worker; the probe has one of it
 CUDA_RESERVE_BYTES: Final = 1 * GIB  # for what models compute with, graphs, libraries ...
 CUDA_RESERVE_SHARE: Final = 0.05  # ... or of the GPU's memory, if that is more
 CUDA_HOST_SHARE: Final = 0.60  # of what is available: HOST is all that takes host memory then
+GRAPHS_MAX: Final = 512  # CUDA graphs that a worker keeps
+GRAPH_SHAPES_MAX: Final = (
+    32  # shapes of one model that are watched, and captured if they come again
+)
+GRAPH_AFTER: Final = (
+    2  # calls of a shape before it is captured: libraries load and choose meanwhile
+)
 PROBE_TIMEOUT_S: Final = 60.0  # a driver that hangs must not keep the server from saying so
+GPU_WATCH_S: Final = 1.0  # between two readings of NVML
+XIDS_KEPT: Final = 32
 FDS_SPARE: Final = 1024  # descriptors of the supervisor beside those of chunks
 
 # --- prefetch -----------------------------------------------------------------------------------

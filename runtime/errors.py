@@ -153,3 +153,10 @@ class ConfigurationError(OvercommitError):
     http_status = 400
     grpc_code = "FAILED_PRECONDITION"
     code = "configuration"
+
+
+class DeviceLost(BaseException):
+    """The GPU answers this process no more; only another process can go on.
+
+    No `Exception`: it has to pass the batch boundary, which would only fail every batch to come.
+    """

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from overcommit.runtime.gpu_watch import GpuReading
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.messages import BATCH_UNIT, Counters
 from overcommit.runtime.views import Tier
@@ -54,6 +55,8 @@ class _Snapshot(Collector):
         yield from self._models()
         yield from self._residency()
         yield from self._pressure()
+        if self._house.gpu_watch is not None and self._house.gpu_watch.reading is not None:
+            yield from _gpu(self._house.gpu_watch.reading, self._house.gpu_pids())
         if self._house.prefetching is not None:
             yield from _prefetching(self._house.prefetching)
         yield from self._processes()
@@ -149,6 +152,37 @@ class _Snapshot(Collector):
             live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))
         yield deaths
         yield live
+
+
+def _gpu(reading: GpuReading, pids: dict[int, str]) -> Iterator[Metric]:
+    label = (str(reading.device),)
+    for name, text, value in (
+        ("memory_total_bytes", "Bytes of GPU memory", reading.total_bytes),
+        ("memory_used_bytes", "Bytes of GPU memory that anybody holds", reading.used_bytes),
+        ("memory_free_bytes", "Bytes of GPU memory that are free", reading.free_bytes),
+        ("busy_percent", "Time in which kernels ran", reading.busy_percent),
+        ("temperature_celsius", "Temperature of the GPU", reading.temperature),
+        ("power_watts", "Power that the GPU takes", reading.power_watts),
+        ("ecc_uncorrected_errors", "Since the driver was loaded", reading.ecc_uncorrected),
+        ("ecc_corrected_errors", "Since the driver was loaded", reading.ecc_corrected),
+        ("pcie_to_gpu_bytes_per_second", "PCIe traffic to the GPU", reading.pcie_to_gpu),
+        ("pcie_from_gpu_bytes_per_second", "PCIe traffic from the GPU", reading.pcie_from_gpu),
+        ("xid_errors", "Xid events since the start, the last ones", len(reading.xids)),
+    ):
+        if value is not None:
+            gauge = GaugeMetricFamily(f"overcommit_gpu_{name}", text, labels=("gpu",))
+            gauge.add_metric(label, value)
+            yield gauge
+    held = GaugeMetricFamily(
+        "overcommit_gpu_process_bytes", "GPU memory by kind of process", labels=("gpu", "kind")
+    )
+    kinds: dict[str, int] = {}
+    for pid, nbytes in reading.processes.items():
+        kind = pids.get(pid, "other")
+        kinds[kind] = kinds.get(kind, 0) + nbytes
+    for kind, nbytes in sorted(kinds.items()):
+        held.add_metric((*label, kind), nbytes)
+    yield held
 
 
 def _prefetching(prefetching: Prefetching) -> Iterator[Metric]:

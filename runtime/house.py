@@ -13,8 +13,10 @@ from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import CUDA_SMALL_SHARE, Settings
 from overcommit.runtime.device_choice import allow_descriptors, choose
+from overcommit.runtime.drivers import open_nvml
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.gate import SharedGate
+from overcommit.runtime.gpu_watch import GpuWatch
 from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.memory import SharedMemory
 from overcommit.runtime.policy import Policy, make_policy
@@ -41,6 +43,7 @@ class House:
         self.settings = settings
         self.telemetry = Telemetry()
         self.gpu = choose(settings)
+        self.gpu_watch: GpuWatch | None = None
         budget = budgets(settings, self.telemetry, self.gpu)
         if self.gpu is None:
             device = ChunkAllocator(budget.device_bytes)
@@ -73,6 +76,18 @@ class House:
                 *(self.activations, wall_s),
             )
 
+        if self.gpu is not None:
+            self.gpu_watch = GpuWatch(self.gpu, lambda: open_nvml(settings))
+
+    def gpu_pids(self) -> dict[int, str]:
+        """Our processes that may hold memory of the GPU."""
+        return {
+            child.process.pid: child.seat.kind
+            for kind in ("mover", "worker")
+            for child in self.fleet.of_kind(kind, ready=False)
+            if child.process.pid is not None
+        }
+
     def _introduce(self, slot: int, now_ns: int) -> None:
         self.activations.introduce(slot, now_ns)
 
@@ -88,5 +103,7 @@ class House:
             if self.prefetching is not None:
                 self.prefetching.close()
         finally:
+            if self.gpu_watch is not None:
+                self.gpu_watch.close()
             self.fleet.close()
             self.memory.close()

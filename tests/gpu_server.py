@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> None:
     run = supervisor.run
 
     def run_on_fake(settings: object) -> int:
-        return run(replace(settings, cuda_driver="gpu_server:open_fake"))  # type: ignore[type-var]
+        nvml = "fake_nvml" if "FAKE_NVML" in os.environ else "no_nvml_here"
+        return run(replace(settings, cuda_driver="gpu_server:open_fake", nvml=nvml))  # type: ignore[type-var]
 
     supervisor.run = run_on_fake  # type: ignore[assignment]
     cli.app(["serve", *arguments], prog_name="overcommit")

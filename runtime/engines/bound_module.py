@@ -19,7 +19,9 @@ import numpy as np
 import torch
 
 from overcommit.runtime.config import ModelConfig
+from overcommit.runtime.engines import places
 from overcommit.runtime.engines.dtypes import to_array, to_tensor, v2_of_numpy, v2_of_torch
+from overcommit.runtime.engines.graphs import ModelGraphs
 from overcommit.runtime.errors import ModelError
 
 Array = np.ndarray[Any, Any]
@@ -33,12 +35,18 @@ class BoundModule:
 
     def __init__(self, call: Callable[[Arguments], object], config: ModelConfig) -> None:
         self._call = call
-        self._inputs = [(spec.name, spec.datatype) for spec in config.inputs]
+        self.config = config
+        self.graphs = ModelGraphs()
+        self._runner = places.runner()
+        self.takes = [(spec.name, spec.datatype) for spec in config.inputs]
         self._names = [spec.name for spec in config.outputs]
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError with what the model raised."""
         try:
+            if self._runner is not None:
+                arrays = self._runner.run(self, inputs)
+                return {name: _host_array(value) for name, value in arrays.items()}
             with torch.inference_mode():
                 outputs = self.compute(self._arguments(inputs))
                 return {name: _host_array(value) for name, value in outputs.items()}
@@ -75,7 +83,7 @@ class BoundModule:
 
     def _arguments(self, inputs: dict[str, Array]) -> Arguments:
         arguments: Arguments = {}
-        for name, datatype in self._inputs:
+        for name, datatype in self.takes:
             array = inputs.get(name)
             if array is not None:
                 arguments[name] = array if datatype == "BYTES" else to_tensor(array, datatype)

@@ -10,24 +10,40 @@ Called by the engines.
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 
 from overcommit.runtime.device_bytes import DeviceBytes
 
-_place = ["cpu"]
+if TYPE_CHECKING:
+    from overcommit.runtime.engines.device_runner import DeviceRunner
+
+
+class _Choice:
+    """What was chosen."""
+
+    place = "cpu"
+    runner: DeviceRunner | None = None
 
 
 def choose(place: str) -> None:
     """Compute here from now on: "cpu", or what torch calls a GPU."""
-    _place[0] = place
-    if place != "cpu":
-        torch.cuda.set_device(torch.device(place))
+    from overcommit.runtime.engines.cuda_backend import CudaBackend
+    from overcommit.runtime.engines.device_runner import DeviceRunner
+
+    _Choice.place = place
+    _Choice.runner = None if place == "cpu" else DeviceRunner(CudaBackend(place))
 
 
 def chosen() -> str:
     """Return where torch computes."""
-    return _place[0]
+    return _Choice.place
+
+
+def runner() -> DeviceRunner | None:
+    """Return what runs batches on the GPU; None where the CPU runs them."""
+    return _Choice.runner
 
 
 def tensor_over(memory: DeviceBytes) -> torch.Tensor:

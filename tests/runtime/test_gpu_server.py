@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import random
 import shutil
@@ -51,13 +52,21 @@ def want(repository: Path, bert_reference: Callable[[Path, list[list[int]]], Any
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path, image_cache: Path) -> Iterator[Server]:
+def server(
+    repository: Path, image_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """A GPU of five chunks: one for the small models, two large ones."""
     flags = ("--devices", "0", "--device-memory", "10MiB", "--host-memory", "16MiB")
     flags += ("--workers", "2", "--drain-timeout", "5")
+    values = tmp_path_factory.mktemp("nvml") / "values.json"
+    values.write_text(
+        json.dumps({"memory": [4 << 30, 1 << 30], "processes": [[1, 5 << 20]], "temperature": 40})
+    )
+    os.environ["FAKE_NVML"] = str(values)  # the server's processes inherit it
     with Server(repository, cache=image_cache, flags=flags, serve=LAUNCH) as made:
         yield made
         assert made.stop() == 0
+    del os.environ["FAKE_NVML"]
 
 
 def check(server: Server, want: Want, name: str) -> None:
@@ -90,6 +99,18 @@ def test_right_answers_while_models_push_each_other_out(server: Server, want: Wa
     totals = server.status()["totals"]
     assert totals["evictions_device"] > LARGE
     assert any("DEVICE is made: 5 chunks of GPU memory" in line for line in server.log)
+
+
+def test_status_and_metrics_tell_what_nvml_says(server: Server) -> None:
+    server.wait_until(lambda: server.status()["gpu"] is not None)
+    gpu = server.status()["gpu"]
+    assert (gpu["name"], gpu["free_bytes"], gpu["temperature"]) == ("Fake GPU", 3 << 30, 40)
+    assert gpu["processes"] == [{"pid": 1, "kind": "", "bytes": 5 << 20}]
+    assert gpu["busy_percent"] is None
+    text = server.get("/metrics").body.decode()
+    assert 'overcommit_gpu_memory_free_bytes{gpu="0"} 3.221225472e+09' in text
+    assert 'overcommit_gpu_process_bytes{gpu="0",kind="other"}' in text
+    assert "overcommit_gpu_busy_percent" not in text
 
 
 def test_weights_outlive_the_mover_and_the_workers(server: Server, want: Want) -> None:
