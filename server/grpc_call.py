@@ -451,7 +451,6 @@ class StreamCall(Call):
             return
         response = messages.ModelStreamInferResponse(error_message=failure.text)
         response.infer_response.id = inference.id
-        response.infer_response.parameters["triton_final_response"].bool_param = True
         inference.answer = [response.SerializeToString()]
         self._send_turns()
 

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
-from overcommit.runtime.errors import OvercommitError
+from overcommit.runtime.errors import NotFound, Unavailable
 from overcommit.server.app_extensions import EXTENSIONS
 from overcommit.server.grpc_call import Handler
 from overcommit.server.grpc_wire import CallFailed, Status
@@ -76,7 +76,7 @@ class Methods:
         try:
             route = front.table.find(request.name, request.version or None)
             is_ready = front.is_ready and check_usable(route)
-        except OvercommitError:
+        except (NotFound, Unavailable):
             is_ready = False
         return messages.ModelReadyResponse(ready=is_ready)
 

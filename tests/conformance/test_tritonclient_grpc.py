@@ -312,6 +312,9 @@ def test_health_and_metadata(server: Server, client: triton.InferenceServerClien
     assert client.is_model_ready("faulty")
     assert not client.is_model_ready("nope")
     assert not client.is_model_ready("faulty", "9")
+    with pytest.raises(InferenceServerException, match="no version number") as caught:
+        client.is_model_ready("faulty", "x")
+    assert code_of(caught) == "StatusCode.INVALID_ARGUMENT"
     metadata = client.get_server_metadata()
     assert metadata.version
     assert "statistics" in metadata.extensions
