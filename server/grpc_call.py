@@ -19,13 +19,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from overcommit.runtime.config import NEVER_NS
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import grpc_wire
 from overcommit.server.ensembles import Run
+from overcommit.server.grpc_handler import Handler
 from overcommit.server.grpc_infer import FINAL, Answers, Asked, Requests, stream_answer
 from overcommit.server.grpc_wire import CallFailed, CallHead, Status, failure_of
 from overcommit.server.h2_connection import Connection, Stream, is_late
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from overcommit.server.plans import RoutePlans
 
 log = logging.getLogger("overcommit.grpc")
-
-Handler = Callable[[bytes], Awaitable[bytes]]
 
 _PREFIX: Final = grpc_wire.PREFIX_BYTES
 

@@ -17,8 +17,8 @@ Called by the calls.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgspec
@@ -33,6 +33,7 @@ from overcommit.server.inference import Data, Prepared, prepare_decoded
 from overcommit.server.limits import GRPC_ANSWERS_MAX, PLANS_MAX
 from overcommit.server.plans import RoutePlans
 from overcommit.server.proto import messages
+from overcommit.server.regions import Window
 
 _ID: Final = 0x1A  # field 3, with a length; likewise:
 _RAW_INPUT: Final = 0x3A
@@ -77,13 +78,25 @@ class _Known:
 
 
 @dataclass(slots=True, frozen=True)
-class _Layout:
-    """An answer whose numbers are missing: what stands before each tensor, and where that lies."""
+class _Part:
+    """One output: what stands before its bytes, and where these lie in the block."""
 
-    parts: tuple[tuple[bytes, int, int], ...]
+    before: bytes  # with the field of its bytes, if nothing is to be done to them
+    start: int
+    end: int
+    name: str = ""
+    window: Window | None = None  # it goes into the client's shared memory
+    classes: Callable[[memoryview], list[bytes]] | None = None  # these are wanted of its values
+
+
+@dataclass(slots=True, frozen=True)
+class _Layout:
+    """An answer whose numbers are missing."""
+
+    parts: tuple[_Part, ...]
     tail: bytes  # of an answer without tensors
-    nbytes: int  # of the whole message, without an id
     end: int  # of the last tensor in its block
+    is_plain: bool  # nothing is to be done to the tensors
 
 
 # --- requests -----------------------------------------------------------------------------------
@@ -298,7 +311,10 @@ class Answers:
         self._words: dict[int, int] = {}  # slot -> words of the header seen last, in bytes
 
     def respond(self, prepared: Prepared, view: memoryview, request_id: str) -> list[bytes]:
-        """Encode the answer that lies in an egress block.  Raises ProtocolError."""
+        """Encode the answer that lies in an egress block.
+
+        Raises ProtocolError; BadRequest, NotFound, Forbidden for outputs that cannot be had as asked.
+        """
         plans = prepared.plans
         slot = plans.route.slot
         key = (slot, bytes(view[: self._words.get(slot, 0)]), prepared.selection)
@@ -311,8 +327,12 @@ class Answers:
         if request_id:
             text = request_id.encode()
             pieces.append(_field(b"\x1a", len(text)) + text)
-        for before, start, end in layout.parts:
-            pieces += (before, bytes(view[start:end]))
+        for part in layout.parts:
+            data = view[part.start : part.end]
+            if layout.is_plain or (part.window is None and part.classes is None):
+                pieces += (part.before, bytes(data))
+            else:
+                pieces += (part.before, *_deliver(prepared, part, data))
         if layout.tail:
             pieces.append(layout.tail)
         return pieces
@@ -322,32 +342,57 @@ class Answers:
         words = payload.WORD_BYTES * (2 + sum(5 + len(place.shape) for place in places))
         plans = prepared.plans
         route = plans.route
-        wanted = None if prepared.selection is None else {each[0] for each in prepared.selection}
+        wanted = None if prepared.selection is None else dict(prepared.selection)
         head = messages.ModelInferResponse(model_name=route.name, model_version=route.version)
-        spans: list[tuple[int, int]] = []
+        parts: list[_Part] = []
         for place in places:
             if place.index >= len(route.outputs):
                 raise ProtocolError(f"an answer has output {place.index}, which nobody knows")
             name = route.outputs[place.index].name
             if wanted is not None and name not in wanted:
                 continue
-            head.outputs.add(name=name, datatype=place.datatype, shape=place.shape)
-            spans.append((place.offset, place.offset + place.nbytes))
+            want = None if wanted is None else wanted[name]
+            start, end = place.offset, place.offset + place.nbytes
+            datatype, shape = place.datatype, place.shape
+            if isinstance(want, tuple):
+                classes, shape = plans.classes(place, want[0].count)
+                datatype = "BYTES"
+                parts.append(_Part(b"", start, end, name, None, classes))
+            elif isinstance(want, Window):
+                parts.append(_Part(b"", start, end, name, want))
+            else:
+                parts.append(_Part(_field(_RAW_OUTPUT, end - start), start, end))
+            head.outputs.add(name=name, datatype=datatype, shape=shape)
         before = head.SerializeToString()
-        nbytes = len(before)
-        parts: list[tuple[bytes, int, int]] = []
-        for start, end in spans:
-            tag = _field(_RAW_OUTPUT, end - start)
-            parts.append((before + tag, start, end))
-            nbytes += len(tag) + end - start
+        if parts:
+            parts[0] = replace(parts[0], before=before + parts[0].before)
             before = b""
-        layout = _Layout(tuple(parts), before, nbytes, max((end for _, end in spans), default=0))
+        layout = _Layout(
+            tuple(parts),
+            before,
+            max((part.end for part in parts), default=0),
+            all(part.window is None and part.classes is None for part in parts),
+        )
         if len(self._layouts) >= GRPC_ANSWERS_MAX:
             self._layouts.clear()
             self._words.clear()
         self._words[route.slot] = words
         self._layouts[route.slot, bytes(view[:words]), prepared.selection] = (plans, layout)
         return layout
+
+
+def _deliver(prepared: Prepared, part: _Part, data: memoryview) -> list[bytes]:
+    """Put an output where it is wanted; return its field of the answer."""
+    if part.window is not None:
+        prepared.plans.regions.write(part.window, part.name, data)
+        return [_field(_RAW_OUTPUT, 0)]
+    assert part.classes is not None
+    try:
+        blob = binary.join_bytes(part.classes(data))
+    except BadRequest as error:
+        name = prepared.plans.route.name
+        raise BadRequest(f"model '{name}': output '{part.name}' {error.message}") from error
+    return [_field(_RAW_OUTPUT, len(blob)), blob]
 
 
 def _field(tag: bytes, length: int) -> bytes:

@@ -8,25 +8,28 @@ Called by the calls.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+import base64
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
 
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import NotFound, Unavailable
-from overcommit.server.app_extensions import EXTENSIONS
-from overcommit.server.grpc_call import Handler
+from overcommit.server.app_extensions import EXTENSIONS, check_load
+from overcommit.server.grpc_handler import Handler, handler
+from overcommit.server.grpc_shared_memory import SharedMemory
 from overcommit.server.grpc_wire import CallFailed, Status
+from overcommit.server.model_config import model_config
 from overcommit.server.proto import messages
 from overcommit.server.routing import check_usable
+from overcommit.server.statistics import statistics
+from overcommit.server.trace_log_settings import log_settings, trace_settings
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
-
-M = TypeVar("M", bound=Message)
 
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"  # HealthCheckResponse.status
@@ -42,18 +45,23 @@ class Methods:
     def by_path(self, service: str) -> dict[str, Handler]:
         """Return who answers which path."""
         return {
-            service + "ServerLive": _handler(messages.ServerLiveRequest, self.live),
-            service + "ServerReady": _handler(messages.ServerReadyRequest, self.ready),
-            service + "ModelReady": _handler(messages.ModelReadyRequest, self.model_ready),
-            service + "ServerMetadata": _handler(messages.ServerMetadataRequest, self.metadata),
-            service + "ModelMetadata": _handler(messages.ModelMetadataRequest, self.model_metadata),
-            service + "RepositoryIndex": _handler(messages.RepositoryIndexRequest, self.index),
-            service + "RepositoryModelLoad": _handler(
+            service + "ServerLive": handler(messages.ServerLiveRequest, self.live),
+            service + "ServerReady": handler(messages.ServerReadyRequest, self.ready),
+            service + "ModelReady": handler(messages.ModelReadyRequest, self.model_ready),
+            service + "ServerMetadata": handler(messages.ServerMetadataRequest, self.metadata),
+            service + "ModelMetadata": handler(messages.ModelMetadataRequest, self.model_metadata),
+            service + "RepositoryIndex": handler(messages.RepositoryIndexRequest, self.index),
+            service + "RepositoryModelLoad": handler(
                 messages.RepositoryModelLoadRequest, self.load
             ),
-            service + "RepositoryModelUnload": _handler(
+            service + "RepositoryModelUnload": handler(
                 messages.RepositoryModelUnloadRequest, self.unload
             ),
+            service + "ModelConfig": handler(messages.ModelConfigRequest, self.config),
+            service + "ModelStatistics": handler(messages.ModelStatisticsRequest, self.statistics),
+            service + "TraceSetting": handler(messages.TraceSettingRequest, self.trace),
+            service + "LogSettings": handler(messages.LogSettingsRequest, self.log),
+            **SharedMemory(self._front).by_path(service),
             _HEALTH: self.health,
         }
 
@@ -98,6 +106,47 @@ class Methods:
             outputs=[_tensor(spec) for spec in route.outputs],
         )
 
+    async def config(self, request: messages.ModelConfigRequest) -> Message:
+        """A version's configuration, as Triton would say it."""
+        value = await model_config(self._front, request.name, request.version)
+        answer = messages.ModelConfigResponse()
+        ParseDict(value, answer.config, ignore_unknown_fields=True)
+        return answer
+
+    async def statistics(self, request: messages.ModelStatisticsRequest) -> Message:
+        """What was counted for a version, a model, or all."""
+        value = await statistics(self._front, request.name, request.version)
+        return ParseDict(value, messages.ModelStatisticsResponse(), ignore_unknown_fields=True)
+
+    # --- settings -------------------------------------------------------------------------------
+    async def trace(self, request: messages.TraceSettingRequest) -> Message:
+        """Change trace settings, if any are given, and return all; no value clears one."""
+        changes = {name: list(given.value) or None for name, given in request.settings.items()}
+        found = await trace_settings(self._front, request.model_name, _simple(changes) or None)
+        answer = messages.TraceSettingResponse()
+        for name, value in found.items():
+            values = value if isinstance(value, list) else [value]
+            answer.settings[name].value.extend(str(each) for each in values)
+        return answer
+
+    async def log(self, request: messages.LogSettingsRequest) -> Message:
+        """Change log settings, if any are given, and return all."""
+        changes: dict[str, Any] = {}
+        for name, given in request.settings.items():
+            choice = given.WhichOneof("parameter_choice")
+            if choice is not None:
+                changes[name] = getattr(given, choice)
+        answer = messages.LogSettingsResponse()
+        for name, value in (await log_settings(self._front, changes or None)).items():
+            setting = answer.settings[name]
+            if isinstance(value, bool):
+                setting.bool_param = value
+            elif isinstance(value, int):
+                setting.uint32_param = value
+            else:
+                setting.string_param = str(value)
+        return answer
+
     # --- repository -----------------------------------------------------------------------------
     async def index(self, request: messages.RepositoryIndexRequest) -> Message:
         """Every version that is known."""
@@ -108,6 +157,7 @@ class Methods:
     async def load(self, request: messages.RepositoryModelLoadRequest) -> Message:
         """Load a model; KServe's clients name it where Triton's name a repository."""
         name = request.model_name or request.repository_name
+        check_load({key: _given(value) for key, value in request.parameters.items()})
         await self._ask("load", Status.INTERNAL, name=name)
         if request.model_name:
             return messages.RepositoryModelLoadResponse()
@@ -133,22 +183,22 @@ class Methods:
         return value
 
 
+def _simple(changes: dict[str, list[str] | None]) -> dict[str, Any]:
+    """As JSON would have it: a list of one value is that value, but for levels."""
+    return {
+        name: value[0] if value is not None and len(value) == 1 and name != "trace_level" else value
+        for name, value in changes.items()
+    }
+
+
+def _given(value: messages.ModelRepositoryParameter) -> Any:
+    """A parameter of a load as it would stand in JSON: bytes in base64."""
+    choice = value.WhichOneof("parameter_choice")
+    given = None if choice is None else getattr(value, choice)
+    return base64.b64encode(given).decode() if isinstance(given, bytes) else given
+
+
 def _tensor(spec: TensorSpec) -> messages.ModelMetadataResponse.TensorMetadata:
     return messages.ModelMetadataResponse.TensorMetadata(
         name=spec.name, datatype=spec.datatype, shape=spec.shape
     )
-
-
-def _handler(kind: type[M], method: Callable[[M], Awaitable[Message]]) -> Handler:
-    """Make a method that takes and returns bytes."""
-
-    async def handle(data: bytes) -> bytes:
-        try:
-            request = kind.FromString(data)
-        except DecodeError as error:
-            raise CallFailed(
-                Status.INVALID_ARGUMENT, f"the message is no {kind.__name__}: {error}"
-            ) from error
-        return (await method(request)).SerializeToString()
-
-    return handle

@@ -219,7 +219,7 @@ class RoutePlans:
             datatype, shape = place.datatype, place.shape
             classes = None
             if isinstance(own, tuple):
-                classes, shape = self._classes(place, own[0].count)
+                classes, shape = self.classes(place, own[0].count)
                 datatype = "BYTES"
             before += b'{"name":%b,"datatype":%b,"shape":%b' % (
                 *(encode(name), encode(datatype), encode(shape)),
@@ -249,7 +249,7 @@ class RoutePlans:
             before = b"},"
         return OutputPlan(tuple(parts), b"}]" if parts else before + b"]")
 
-    def _classes(
+    def classes(
         self, place: TensorPlace, count: int
     ) -> tuple[Callable[[memoryview], list[bytes]], tuple[int, ...]]:
         """How an output's highest values are found, and their shape.  Raises RepositoryError."""

@@ -21,7 +21,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     add_model(root, "slow", SLOW, {"seconds": "FP32"}, batch=1)
     add_model(root, "faulty", FAULTY, {"x": "FP32"})
     add_model(root, "loadable", FAULTY, {"x": "FP32"})
-    flags = ("--allow-code", "--max-body", MAX_BODY, "--request-timeout", "30")
+    flags = (
+        "--allow-code",
+        "--client-shared-memory",
+        "--max-body",
+        MAX_BODY,
+        "--request-timeout",
+        "30",
+    )
     flags += ("--payload-memory", "192MiB")
     with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
         running.wait_until(
