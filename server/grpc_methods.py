@@ -157,7 +157,7 @@ class Methods:
     async def load(self, request: messages.RepositoryModelLoadRequest) -> Message:
         """Load a model; KServe's clients name it where Triton's name a repository."""
         name = request.model_name or request.repository_name
-        check_load({key: _given(value) for key, value in request.parameters.items()})
+        check_load(name, {key: _given(value) for key, value in request.parameters.items()})
         await self._ask("load", Status.INTERNAL, name=name)
         if request.model_name:
             return messages.RepositoryModelLoadResponse()

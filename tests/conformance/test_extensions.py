@@ -90,9 +90,11 @@ def test_a_configuration_has_what_load_generators_read(triton: Any, client: Clie
         client.get_model_config("nope")
 
 
-def test_a_load_may_carry_a_configuration_only_if_it_is_one(triton: Any, client: Client) -> None:
-    with pytest.raises(InferenceServerException, match="not JSON"):
-        client.load_model("loadable", config="{")
+def test_a_load_that_brings_a_configuration_or_files_is_refused_in_words(
+    triton: Any, client: Client
+) -> None:
+    with pytest.raises(InferenceServerException, match="takes no other configuration or files"):
+        client.load_model("loadable", config="{}", files={"file:1/model.pt": b"x"})
 
 
 # --- classification -----------------------------------------------------------------------------
