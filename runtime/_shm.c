@@ -956,6 +956,13 @@ static PyObject *Leases_set_waiting(Leases *self, PyObject *const *a, Py_ssize_t
   Py_RETURN_NONE;
 }
 
+static void note_uses(lease_entry *entry, uint64_t requests, uint64_t now) {
+  /* One writer: load and store, no fetch-add. */
+  uint64_t uses = atomic_load_explicit(&entry->uses, memory_order_relaxed);
+  atomic_store_explicit(&entry->uses, uses + requests, memory_order_relaxed);
+  atomic_store_explicit(&entry->last_used_ns, now, memory_order_relaxed);
+}
+
 static PyObject *Leases_add_uses(Leases *self, PyObject *const *a, Py_ssize_t n) {
   uint64_t slot, requests, now;
   if (n != 3) {
@@ -965,10 +972,25 @@ static PyObject *Leases_add_uses(Leases *self, PyObject *const *a, Py_ssize_t n)
   if (may_write(self->writable) < 0 || slot_of(a[0], self->count, &slot) < 0 ||
       as_u64(a[1], &requests) < 0 || as_u64(a[2], &now) < 0)
     return NULL;
-  lease_entry *entry = &self->entries[slot]; /* one writer: load and store, no fetch-add */
-  uint64_t uses = atomic_load_explicit(&entry->uses, memory_order_relaxed);
-  atomic_store_explicit(&entry->uses, uses + requests, memory_order_relaxed);
-  atomic_store_explicit(&entry->last_used_ns, now, memory_order_relaxed);
+  note_uses(&self->entries[slot], requests, now);
+  Py_RETURN_NONE;
+}
+
+/* `add_uses` for each version of a batch. */
+static PyObject *Leases_add_all_uses(Leases *self, PyObject *const *a, Py_ssize_t n) {
+  uint64_t slot, requests, now;
+  if (n != 3 || !PyList_CheckExact(a[0]) || !PyList_CheckExact(a[1]) ||
+      PyList_GET_SIZE(a[0]) != PyList_GET_SIZE(a[1])) {
+    PyErr_SetString(PyExc_TypeError, "add_all_uses(slots, requests, now_ns): two lists");
+    return NULL;
+  }
+  if (may_write(self->writable) < 0 || as_u64(a[2], &now) < 0) return NULL;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(a[0]); i++) {
+    if (slot_of(PyList_GET_ITEM(a[0], i), self->count, &slot) < 0 ||
+        as_u64(PyList_GET_ITEM(a[1], i), &requests) < 0)
+      return NULL;
+    note_uses(&self->entries[slot], requests, now);
+  }
   Py_RETURN_NONE;
 }
 
@@ -989,6 +1011,7 @@ static PyMethodDef lease_methods[] = {
     {"drop_all", (PyCFunction)Leases_drop_all, METH_O, NULL},
     {"set_waiting", (PyCFunction)(void (*)(void))Leases_set_waiting, METH_FASTCALL, NULL},
     {"add_uses", (PyCFunction)(void (*)(void))Leases_add_uses, METH_FASTCALL, NULL},
+    {"add_all_uses", (PyCFunction)(void (*)(void))Leases_add_all_uses, METH_FASTCALL, NULL},
     {"read", (PyCFunction)Leases_read, METH_O, NULL},
     {NULL, NULL, 0, NULL}};
 

@@ -7,8 +7,6 @@ A lane is due at once when the worker is free: whatever gathered while it ran th
 together, without artificial delay.  Only where a version's config sets a queue delay, its lane
 waits until it is full or its oldest job has waited that long.
 
-The order between lanes is in `turns.py`.
-
 A batch may hold jobs of several lanes when their versions are of one family (`mixing.py`): the lane
 whose turn it is takes others along that are due too, in the order in which they became due, with
 requests of the same form.  Each is charged its share; that it runs earlier than its own turn delays
@@ -35,7 +33,7 @@ Invariants
  4. No expired job is in a batch.
  5. All jobs of a batch have one form when they are of several versions.
 
-Called by the worker's loop.
+Called by the worker's loop.  The order between lanes is in `turns.py`.
 """
 
 from __future__ import annotations
@@ -154,7 +152,9 @@ class Batcher:
         self._enter(turn, job)
         # A lane that is DUE stays where it is; one that is WAITING may have become full.
         state = turn.state
-        if state is _EMPTY or (state is _WAITING and lane.is_full):
+        if state is _EMPTY and turn.can_run and not lane.limits.delay_ns:
+            self._ranks.make_due(turn)  # as `_place` does; nearly every first job comes here
+        elif state is _EMPTY or (state is _WAITING and lane.is_full):
             self._place(turn, now_ns)
         return True
 
@@ -230,6 +230,7 @@ class Batcher:
         first = parts[0][0]
         ran = self._ranks.of(first)
         self.slowest_ns = max(cost_ns, self.slowest_ns - (self.slowest_ns >> 5))
+        one_ns = cost_ns / max(1, count)
         jobs, charge = self._jobs, self._ranks.charge
         for turn, mine in parts:
             if turn.lane.slot in lost:
@@ -238,7 +239,7 @@ class Batcher:
                 continue
             for job in mine:
                 del jobs[job.request_id]
-            share_ns = cost_ns * len(mine) / count
+            share_ns = one_ns * len(mine)
             charge(turn, share_ns)
             # Of the lanes of a batch one is enough, and of short batches one in four: it costs as
             # much as taking a request.
@@ -247,7 +248,11 @@ class Batcher:
         self.finished += 1
         self._ranks.settle(ran, cost_ns)
         for turn, _ in parts:
-            self._place(turn, now_ns)
+            if turn.lane.count:
+                self._place(turn, now_ns)
+            else:
+                self._waiting.discard(turn)
+                turn.state = _EMPTY
 
     def put_back(self, batch: Batch, now_ns: int) -> None:
         """The batch could not run; its jobs wait again, in their old order, and cost nothing."""
@@ -315,7 +320,7 @@ class Batcher:
         left = first.rooms.room(form) - len(jobs)
         others: list[tuple[int, list[Job]]] = []
         passed: list[Turn] = []
-        mates = first.mates
+        mates, running = first.mates, self._running
         while left > 0 and mates and len(passed) < PASSED_MAX:
             turn = mates.popleft()
             if turn.mates is not mates or not turn.in_mates:
@@ -324,6 +329,21 @@ class Batcher:
             if turn.state is not _DUE:
                 continue
             lane = turn.lane
+            only = lane.only
+            if (
+                only is not None
+                and only.form is form
+                and only.deadline_ns > now_ns
+                and turn.rank is first.rank
+                and not only.alone
+            ):
+                # With many models nearly all are like this: what the general way does, at once.
+                turn.state = _RUNNING
+                turn.entry = 0
+                running.append(turn)
+                others.append((lane.slot, lane.take_only(only)))
+                left -= 1
+                continue
             if not may_join(lane, first.lane, form, left):
                 passed.append(turn)
                 continue
@@ -343,10 +363,8 @@ class Batcher:
         turns, self._running = self._running, []
         assert turns, "no batch is out"
         assert turns[0].lane.slot == batch.slot, "another one is out"
-        parts = [(turns[0], batch.jobs)]
-        if batch.others:
-            parts += [(turn, jobs) for turn, (_, jobs) in zip(turns[1:], batch.others, strict=True)]
-        return parts
+        jobs = [batch.jobs, *(mine for _, mine in batch.others)]
+        return list(zip(turns, jobs, strict=True))
 
     def _place(self, turn: Turn, now_ns: int) -> None:
         """Put a lane where it belongs now."""
@@ -359,7 +377,7 @@ class Batcher:
         elif not lane.limits.delay_ns:
             self._ranks.make_due(turn)
         else:
-            due_ns = self._due_ns(lane)
+            due_ns = lane.due_ns()
             if due_ns <= now_ns:
                 self._ranks.make_due(turn)
                 return
@@ -367,12 +385,6 @@ class Batcher:
             if not turn.in_timers:
                 turn.in_timers = True
                 heapq.heappush(self._timers, (due_ns, next(self._order), turn))
-
-    @staticmethod
-    def _due_ns(lane: Lane) -> int:
-        if lane.is_full:
-            return 0
-        return lane.oldest_ns() + lane.limits.delay_ns
 
     def _sweep(self, now_ns: int) -> None:
         """Expire what waits in lanes that do not come up; at most once in SWEEP_NS."""

@@ -71,6 +71,7 @@ class Version:
     info: VersionInfo
     signature: Signature
     mapping: WeightsMapping | None = None
+    address: int = 0  # of the mapping, while there is one
     generation: int | None = None  # where it was placed last, as far as this worker knows
     opened: Opened | None = None  # loaded, not bound yet
     is_loading: bool = False
@@ -84,12 +85,6 @@ class Version:
     def is_runnable(self) -> bool:
         """Bound and placed: a batch may try for the lease."""
         return self.model is not None and self.generation is not None
-
-    @property
-    def address(self) -> int:
-        """Where its weights lie; a version that is runnable has them mapped."""
-        assert self.mapping is not None, "placed first"
-        return self.mapping.address
 
     @property
     def title(self) -> str:
@@ -134,6 +129,11 @@ class Versions:
     def get(self, slot: int) -> Version | None:
         """The version in this slot; None when nobody has told us of one."""
         return self._versions.get(slot)
+
+    def of(self, slots: Sequence[int]) -> list[Version]:
+        """The versions in these slots, which must be known."""
+        versions = self._versions
+        return [versions[slot] for slot in slots]
 
     # --- events ---------------------------------------------------------------------------------
     def learn(self, info: VersionInfo) -> Version:
@@ -183,6 +183,7 @@ class Versions:
             return
         populate = version.info.nbytes <= POPULATE_BYTES_MAX
         version.mapping.map(where.extents, where.generation, populate, where.shared)
+        version.address = version.mapping.address  # of a small one on a GPU, known only now
 
     def open(self, version: Version) -> None:
         """See to it that the program is loaded, in the helper thread."""
@@ -241,14 +242,10 @@ class Versions:
         self._recent[slot] = None
 
     def on_runs(self, slots: Sequence[int]) -> None:
-        """Several versions ran."""
+        """Several versions ran that have a mapping."""
         if 2 * len(self._recent) >= self.bound_max:
             for slot in slots:
                 self.on_run(slot)
-            return
-        for slot in slots:
-            if slot not in self._recent:
-                self._recent[slot] = None
 
     def make_room(self, is_waiting: Callable[[int], bool]) -> list[int]:
         """Let go of what ran longest ago while there is too much; return the slots."""
@@ -273,3 +270,4 @@ class Versions:
         if version.mapping is not None:
             version.mapping.close()
             version.mapping = None
+            version.address = 0

@@ -132,13 +132,11 @@ class Lane:
         """Take one batch; what is found expired on the way goes to `expired`.  May be empty."""
         only = self.only
         if only is not None:
-            self.only = None
-            self.count = self.rows = 0
-            if only.deadline_ns <= now_ns:
-                expired.append(only)
-                return []
-            self.taken_rows = only.rows
-            return [only]
+            jobs = self.take_only(only)
+            if only.deadline_ns > now_ns:
+                return jobs
+            expired += jobs
+            return []
         shapes = self._shapes
         while shapes:
             if len(shapes) == 1:
@@ -151,6 +149,13 @@ class Lane:
             if jobs:
                 return jobs
         return []
+
+    def take_only(self, only: Job) -> list[Job]:
+        """Take the job that lies beside the heaps."""
+        self.only = None
+        self.count = self.rows = 0
+        self.taken_rows = only.rows
+        return [only]
 
     def expire(self, now_ns: int, expired: list[Job]) -> None:
         """Move every job whose deadline is over to `expired`."""
@@ -190,6 +195,12 @@ class Lane:
         """When the job was taken that has waited longest; NEVER_NS when the lane is empty."""
         taken = (entry[2].taken_ns for heap in self._heaps() for entry in heap)
         return min(taken, default=NEVER_NS)
+
+    def due_ns(self) -> int:
+        """When its queue delay is over: at once when it is full."""
+        if self.is_full:
+            return 0
+        return self.oldest_ns() + self.limits.delay_ns
 
     def _heaps(self) -> Collection[Heap]:
         """All heaps, with the job that was beside them."""

@@ -84,12 +84,11 @@ class Runner:
         self._leases.add_uses(version.info.slot, len(jobs), time.monotonic_ns())
         return True
 
-    def run_mixed(self, parts: Sequence[Part]) -> list[Version]:
-        """Run jobs of several versions of one family and answer them.
+    def run_mixed(self, parts: Sequence[Part], slots: list[int]) -> list[Version]:
+        """Run jobs of several versions of one family and answer them; `slots` are the parts'.
 
         Return the versions that are not resident; nothing was done with their jobs.
         """
-        slots = [version.info.slot for version, _ in parts]
         # No version was ever resident as generation 0: who has none is refused.
         refused = self._leases.take_all(
             self._table, slots, [version.generation or 0 for version, _ in parts]
@@ -106,11 +105,9 @@ class Runner:
             self._leases.drop_all(slots)
             if self._table.hungry():
                 os.eventfd_write(self._supervisor_bell, 1)
-        now_ns = time.monotonic_ns()
-        add_uses = self._leases.add_uses
-        for slot, (version, jobs) in zip(slots, parts, strict=True):
+        for version, _ in parts:
             version.has_run = True
-            add_uses(slot, len(jobs), now_ns)
+        self._leases.add_all_uses(slots, [len(jobs) for _, jobs in parts], time.monotonic_ns())
         return lost
 
     def try_warm_up(self, version: Version) -> None:

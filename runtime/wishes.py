@@ -75,7 +75,7 @@ class Wishes:
         self._attaches: deque[Attach] = deque(maxlen=ATTACHES_UNSAID_MAX)
         self._door = door
         self._told: dict[int, int] = {}  # slot -> the earliest deadline that was told
-        self._noted: dict[int, int] = {}  # what the page says
+        self._noted: dict[int, int] = {}  # what the page says, where that is not 0
         self.warm_ups: deque[Version] = deque()
 
     def want(self, slot: int, deadline_ns: int = NEVER_NS) -> None:
@@ -110,11 +110,16 @@ class Wishes:
         """Tell the page how many jobs wait for this version."""
         waiting = self._batcher.waiting(slot)
         if self._noted.get(slot, 0) != waiting:
-            self._noted[slot] = waiting
+            if waiting:
+                self._noted[slot] = waiting
+            else:
+                del self._noted[slot]
             self._leases.set_waiting(slot, waiting)
 
     def note_all_waiting(self, slots: Sequence[int]) -> None:
         """`note_waiting` for the versions of a batch; most have nothing waiting and said so."""
+        if not (self._noted or len(self._batcher)):
+            return
         noted, waiting = self._noted.get, self._batcher.waiting
         for slot in slots:
             if waiting(slot) != noted(slot, 0):

@@ -203,7 +203,7 @@ class Worker:
             raise ProtocolError(f"request {job.request_id:#x} was submitted twice")
         version = self.versions.get(job.slot)
         if version is not None:
-            failure = version.failing(now_ns)
+            failure = version.failure and version.failing(now_ns)
             if failure is not None:
                 wait_ms = (failure.until_ns - now_ns) // 1_000_000
                 self.wishes.refuse(job, failure.code, failure.message, wait_ms)
@@ -220,7 +220,7 @@ class Worker:
             job.rows = max(1, form.rows)
             job.row_bytes = form.row_bytes
             # The bound is crude and cheap; who is beyond it is looked at.
-            if version.is_runnable:
+            if version.model is not None and version.generation is not None:  # is_runnable
                 bound_ns = now_ns + self.batcher.slowest_ns * len(self.batcher)
                 if bound_ns > job.deadline_ns and self.door.refuses(job, version.title, now_ns):
                     return
@@ -284,10 +284,11 @@ class Worker:
 
     def _run_mixed(self, batch: Batch, slots: list[int], now_ns: int) -> None:
         """Run a batch of several versions; those that are not resident any more run later."""
-        parts = [(self._runnable(batch.slot), batch.jobs)]
-        parts += [(self._runnable(slot), jobs) for slot, jobs in batch.others]
+        jobs = [batch.jobs]
+        jobs += [mine for _, mine in batch.others]
+        parts = list(zip(self.versions.of(slots), jobs, strict=True))
         start_ns = time.monotonic_ns()
-        lost = self._runner.run_mixed(parts)
+        lost = self._runner.run_mixed(parts, slots)
         end_ns = time.monotonic_ns()
         if lost:
             lost_slots = {version.info.slot for version in lost}

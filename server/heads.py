@@ -14,7 +14,8 @@ Called by the protocol; one `Heads` per front end.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 from overcommit.server.limits import HEAD_BYTES_MAX, HEADS_MAX
 
@@ -42,4 +43,5 @@ class Heads(dict[bytes, Head]):
             return
         if len(self) >= HEADS_MAX:
             self.clear()
-        self[raw] = head
+        # Each length of a body has a head of its own, all of a model the same name.
+        self[raw] = replace(head, name=sys.intern(head.name))

@@ -64,7 +64,7 @@ def prepare(
     template = plans.templates.find(body)
     tensors = None if template is None else template.read(body)
     if template is not None and tensors is not None:
-        known = plans.prepared.get(template)
+        known = plans.recall(template)
         if known is not None:
             return known, tensors
     prepared, data = _prepare_named(plans, body, None)
@@ -261,7 +261,7 @@ def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
 def respond(prepared: Prepared, view: memoryview) -> Answer:
     """Encode the answer that lies in an egress block.  Raises ProtocolError, BadRequest."""
     plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
-    pieces: list[bytes] = []
+    pieces: list[bytes] = [prepared.plans.answer_head]
     blobs: list[bytes] = []
     for part in plan.parts:
         pieces.append(part.prefix)

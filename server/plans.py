@@ -77,7 +77,7 @@ class Part:
 
 @dataclass(slots=True, frozen=True)
 class OutputPlan:
-    """The pieces of an answer's JSON; `tail` and the end follow the last."""
+    """The pieces of an answer's JSON after the route's `answer_head`; `tail` follows the last."""
 
     parts: tuple[Part, ...]
     tail: bytes
@@ -87,10 +87,13 @@ class OutputPlan:
 class Shape:
     """What routes that take and give the same share.
 
-    What thousands of fine-tunes have in common stays in the processor's cache.
+    What thousands of fine-tunes have in common stays in the processor's cache; a request to each in
+    turn finds nothing else there, so what a route has of its own is kept short.
     """
 
     inputs: dict[Key, InputPlan] = field(default_factory=dict)
+    outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = field(default_factory=dict)
+    header_words: int = 0  # of the answer seen last: the next one is most likely as long
     templates: Templates = field(default_factory=Templates)
 
 
@@ -98,8 +101,8 @@ class RoutePlans:
     """The plans of one route."""
 
     __slots__ = (
-        *("_header_words", "_inputs", "_outputs", "_specs"),
-        *("labels", "prepared", "regions", "route", "templates"),
+        *("_outputs", "_prepared", "_recent", "_shape", "_specs"),
+        *("answer_head", "labels", "prepared", "regions", "route", "templates"),
     )
 
     def __init__(
@@ -113,17 +116,22 @@ class RoutePlans:
         self.regions = regions or Regions()
         self.labels = labels or Labels()
         self._specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
-        shape = shape or Shape()
-        self._inputs = shape.inputs
+        self._shape = shape = shape or Shape()
         self.templates = shape.templates
-        self.prepared: dict[Template, Prepared] = {}  # what a template's requests have in common
+        # What a template's requests have in common; the last one's beside the others.
+        self._prepared: dict[Template, Prepared] = {}
+        self._recent: Template | None = None
+        # Answers of which a part is asked for: classes have labels of the version.
         self._outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = {}
-        self._header_words = 0  # of the answer seen last: the next one is most likely as long
+        self.prepared: Prepared | None = None
+        self.answer_head = b'{"model_name":%b,"model_version":%b' % (
+            *(codec.encode(route.name), codec.encode(route.version)),
+        )
 
     # --- requests -------------------------------------------------------------------------------
     def known(self, key: Key) -> InputPlan | None:
         """The plan of these inputs, if there is one."""
-        return self._inputs.get(key)
+        return self._shape.inputs.get(key)
 
     def check(self, key: Key) -> None:
         """Raise BadRequest when these inputs do not fit the version."""
@@ -168,31 +176,43 @@ class RoutePlans:
         plan = InputPlan(places, bytes(header), total, _guess(self.route, axes), tuple(counts))
         # The bytes of a BYTES tensor differ from request to request.
         if all(spec.datatype != "BYTES" for _, spec in self._specs.values()):
-            if len(self._inputs) >= PLANS_MAX:
-                self._inputs.clear()
-            self._inputs[key] = plan
+            inputs = self._shape.inputs
+            if len(inputs) >= PLANS_MAX:
+                inputs.clear()
+            inputs[key] = plan
         return plan
 
     def remember(self, template: Template, prepared: Prepared) -> None:
         """Keep what requests that this template reads have in common."""
-        if len(self.prepared) >= PLANS_MAX:
-            self.prepared.clear()
-        self.prepared[template] = prepared
+        if len(self._prepared) >= PLANS_MAX:
+            self._prepared.clear()
+        self._prepared[template] = prepared
+
+    def recall(self, template: Template) -> Prepared | None:
+        """Return what was remembered with this template."""
+        if template is not self._recent:
+            found = self._prepared.get(template)
+            if found is None:
+                return None
+            self._recent, self.prepared = template, found
+        return self.prepared
 
     # --- answers --------------------------------------------------------------------------------
     def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
         """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
-        words = self._header_words
-        plan = self._outputs.get((bytes(view[:words]), selection, all_binary))
+        shape = self._shape
+        words = shape.header_words
+        known = shape.outputs if selection is None else self._outputs
+        plan = known.get((bytes(view[:words]), selection, all_binary))
         if plan is not None and (not plan.parts or plan.parts[-1].end <= len(view)):
             return plan
         places = payload.decode(view)
         words = payload.WORD_BYTES * (2 + sum(5 + len(place.shape) for place in places))
         plan = self._write(places, selection, all_binary)
-        self._header_words = words
-        if len(self._outputs) >= PLANS_MAX:
-            self._outputs.clear()
-        self._outputs[bytes(view[:words]), selection, all_binary] = plan
+        shape.header_words = words
+        if len(known) >= PLANS_MAX:
+            known.clear()
+        known[bytes(view[:words]), selection, all_binary] = plan
         return plan
 
     def _write(
@@ -201,9 +221,7 @@ class RoutePlans:
         route = self.route
         wanted = None if selection is None else dict(selection)
         encode = codec.encode
-        before = b'{"model_name":%b,"model_version":%b,"outputs":[' % (
-            *(encode(route.name), encode(route.version)),
-        )
+        before = b',"outputs":['
         parts: list[Part] = []
         for place in places:
             if place.index >= len(route.outputs):

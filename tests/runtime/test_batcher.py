@@ -420,6 +420,24 @@ def test_versions_that_were_lost_wait_again_and_pay_nothing() -> None:
     assert parts(batcher.next(0)) == {2: 1}
 
 
+def test_who_is_late_is_not_taken_along_and_is_answered() -> None:
+    batcher = mixable(Rooms(4), 1, 2, 3)
+    late = like(2, deadline_ns=5)
+    add(batcher, like(1), late, like(3))
+    assert parts(batcher.next(5)) == {1: 1, 3: 1}
+    assert batcher.take_expired() == [late]
+    assert batcher.waiting(2) == 0
+
+
+def test_another_priority_is_not_taken_along() -> None:
+    batcher = mixable(rooms := Rooms(4), 1, 2)
+    batcher.configure(3, Limits(rows_max=4, priority=-1))
+    batcher.set_runnable(3, True, 0)
+    batcher.set_family(3, rooms)
+    add(batcher, like(1), like(3), like(2))
+    assert parts(batcher.next(0)) == {1: 1, 2: 1}
+
+
 def test_a_removed_lane_is_not_taken_along() -> None:
     batcher = mixable(Rooms(4), 1, 2)
     add(batcher, like(1), like(2))

@@ -347,9 +347,23 @@ def test_counters_and_the_hungry_word() -> None:
     one.add_uses(2, 3, 100)
     one.add_uses(2, 1, 200)
     assert one.read(2) == (0, 7, 4, 200)
+    one.add_all_uses([2, 3], [5, 1], 300)
+    assert [one.read(slot)[2:] for slot in (2, 3)] == [(9, 300), (1, 300)]
     assert not table.hungry()
     table.set_hungry(True)
     assert table.hungry()
+
+
+@pytest.mark.parametrize(
+    ("slots", "requests", "error"),
+    [([1, 9], [1, 1], IndexError), ([1], [1, 1], TypeError), ((1,), (1,), TypeError)],
+)
+def test_uses_of_versions_that_are_not_there_are_refused(
+    slots: list[int], requests: list[int], error: type[Exception]
+) -> None:
+    _, one, _ = words()
+    with pytest.raises(error):
+        one.add_all_uses(slots, requests, 100)
 
 
 def test_slots_out_of_range_and_read_only_views_are_refused() -> None:

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overcommit.runtime import payload
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.messages import Route
 from overcommit.server import inference
 from overcommit.server.limits import TEMPLATES_MAX
-from overcommit.server.plans import Plans, RoutePlans
+from overcommit.server.plans import InputPlan, Plans, RoutePlans
 
 
 def route(slot: int = 1, **datatypes: str) -> Route:
@@ -81,6 +82,30 @@ def test_versions_of_one_shape_share_templates_and_not_what_they_prepare() -> No
     assert is_known(other, text)
     assert prepared.route.name == "m2"
     assert inference.prepare(one, text, None)[0].route.name == "m1"
+
+
+def test_versions_of_one_shape_share_an_answers_layout_and_each_signs_its_own() -> None:
+    spec = TensorSpec(name="y", datatype="FP32", shape=(-1, 2))
+    both = [
+        Route(slot=slot, name=name, version=version, state="ready", inputs=(), outputs=(spec,))
+        for slot, name, version in ((1, "m", "1"), (2, 'a"b', "2"))
+    ]
+    places, length = payload.plan([(0, "FP32", 8, (1, 2))])
+    block = memoryview(bytearray(length))
+    payload.encode(block, places)
+    block[places[0].offset : places[0].offset + 8] = np.array([1, 2], np.float32).tobytes()
+    plans = Plans()
+    layouts = []
+    for one in both:
+        mine = plans.of(one)
+        prepared = inference.Prepared(mine, InputPlan((), b"", 0, 0, ()), None, None, False)
+        assert json.loads(b"".join(inference.respond(prepared, block).pieces)) == {
+            "model_name": one.name,
+            "model_version": one.version,
+            "outputs": [{"name": "y", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.0]}],
+        }
+        layouts.append(mine.outputs(block, None, False))
+    assert layouts[0] is layouts[1]
 
 
 @pytest.mark.parametrize(
