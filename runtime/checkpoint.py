@@ -1,7 +1,8 @@
-"""Weights as their publisher saved them: safetensors files, and how they fill a module.
+"""Weights as their publisher saved them: safetensors files or a state dict, and how they fill a module.
 
 Invariants
- 1. Nothing is unpickled; only files inside the model's folder are read.
+ 1. Nothing is unpickled but state dicts, by torch's reader that makes tensors and containers alone
+    (`weights_only`); only files inside the model's folder are read.
  2. After `fill` every parameter and persistent buffer has a value of the checkpoint, or is tied to
     one that has; else the error names what is missing.
  3. Types are what the module declares, as in `from_pretrained`: a checkpoint's float16 becomes the
@@ -47,7 +48,18 @@ def files_in(folder: Path) -> list[Path]:
             raise RepositoryError(f"{index} names {missing[:3]}, which {folder} does not hold")
         return [by_name[name] for name in names]
     whole = [path for path in found if path.name == WHOLE_FILE]
-    return whole or found
+    return whole or found or _state_dicts(folder)
+
+
+def _state_dicts(folder: Path) -> list[Path]:
+    """Find the one file that torch.save wrote; several are several models, or an optimiser's too."""
+    kinds = (".pth", ".pt")
+    found = [path for path in folder.iterdir() if path.suffix in kinds and path.is_file()]
+    found += [path for path in folder.glob("pytorch_model.bin") if path.is_file()]
+    if len(found) > 1:
+        names = sorted(path.name for path in found)
+        raise RepositoryError(f"{folder} holds the state dicts {names[:5]}; leave one")
+    return found
 
 
 def read(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
@@ -57,11 +69,31 @@ def read(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
+        if path.suffix != ".safetensors":
+            tensors |= _read_state_dict(path)
+            continue
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError) as error:
             raise RepositoryError(f"{path} cannot be read as safetensors: {error}") from error
     return tensors
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything for what is not of its making
+        raise RepositoryError(
+            f"{path} is no state dict that can be read safely; save model.state_dict() with "
+            f"torch.save, or as safetensors: {str(error)[:500]}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]  # a checkpoint of a training loop
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise RepositoryError(f"{path} holds no state dict: tensors by name, nothing else")
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:

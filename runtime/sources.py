@@ -51,7 +51,7 @@ def find(job: Pack) -> Source:
     if config.engine == "onnx" or (config.engine is None and not _is_torch(names)):
         graphs = [name for name in names if name.endswith(".onnx")]
         if graphs:
-            return _onnx(where, folder, graphs, names, config.file or config.entry)
+            return _onnx(where, folder, graphs, names, config.entry)
     programs = [folder / name for name in names if name.endswith(".pt2")]
     if config.engine in (None, "torch_export") and programs:
         if len(programs) > 1:
@@ -72,7 +72,7 @@ def find(job: Pack) -> Source:
     shown = ", ".join(names[:10]) or "nothing"
     raise RepositoryError(
         f"{where}: {folder} holds {shown}; supported are config.json + *.safetensors "
-        f"(Hugging Face), model.py + *.safetensors, one *.pt2 (torch.export) and *.onnx"
+        f"(Hugging Face), model.py + *.safetensors or a state dict, one *.pt2 (torch.export) and *.onnx"
     )
 
 
