@@ -64,8 +64,10 @@ NUMPY |= {f"{s}INT{b}": np.dtype(f"{s.lower()}int{b}") for s in ("", "U") for b 
 Array = np.ndarray[Any, Any]
 
 
-def add_model(root: Path, name: str, code: str, inputs: dict[str, str], batch: int = 8) -> None:
-    """Write a model folder; `inputs`: name -> datatype, each [-1, -1]."""
+def add_model(
+    root: Path, name: str, code: str, inputs: dict[str, str], batch: int = 8, columns: int = -1
+) -> None:
+    """Write a model folder; `inputs`: name -> datatype, each [-1, columns]."""
     import torch
 
     folder = root / name
@@ -73,7 +75,7 @@ def add_model(root: Path, name: str, code: str, inputs: dict[str, str], batch: i
     (folder / "model.py").write_text(code)
     save_file({"zero": torch.zeros(1)}, folder / "model.safetensors")
     tensors = "".join(
-        f'[[input]]\nname = "{each}"\ndatatype = "{datatype}"\nshape = [-1, -1]\n'
+        f'[[input]]\nname = "{each}"\ndatatype = "{datatype}"\nshape = [-1, {columns}]\n'
         for each, datatype in inputs.items()
     )
     (folder / "model.toml").write_text(

@@ -21,6 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     add_model(root, "slow", SLOW, {"seconds": "FP32"}, batch=1)
     add_model(root, "faulty", FAULTY, {"x": "FP32"})
     add_model(root, "loadable", FAULTY, {"x": "FP32"})
+    add_model(root, "echo", FAULTY, {"x": "FP32"}, batch=64, columns=16)  # as the bench's Triton
     flags = (
         "--allow-code",
         "--client-shared-memory",
