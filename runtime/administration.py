@@ -1,6 +1,6 @@
 """What a front end asks on behalf of a client and only the supervisor knows.
 
-Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`; those of
+Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`, `rollout`; those of
 `accounts.py` and `client_books.py`.  Every reply is bytes that the front end passes on.
 
 Invariants
@@ -75,6 +75,7 @@ class Administration:
             "metrics": self._metrics,
             "ensure": self._ensure,
             "status": self._status,
+            "rollout": self._rollout,
             **Accounts(house).operations,
             **self.books.operations,
         }
@@ -164,6 +165,7 @@ class Administration:
             elif entry.state is State.PACKING:
                 self.catalogue.packing.add(entry.slot)
         self.catalogue.announce_routes(affected, [], now_ns)
+        self.catalogue.try_again(name, now_ns)
         return b"{}"
 
     def _unload(self, request: Admin) -> bytes:
@@ -177,6 +179,12 @@ class Administration:
             self.catalogue.packing.drop(entry.slot)
             self.house.activations.remove(entry.slot, now_ns)
         return b"{}"
+
+    def _rollout(self, request: Admin) -> bytes:
+        said = {
+            key: _text(request, key) for key in ("weights", "aliases") if key in request.arguments
+        }
+        return self.catalogue.name(_text(request, "name"), **said)
 
     def _ensure(self, request: Admin) -> bytes:
         slot = request.arguments.get("slot")

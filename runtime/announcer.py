@@ -19,10 +19,25 @@ from typing import Final
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.fleet import Child, Fleet
-from overcommit.runtime.messages import Route, Routes
+from overcommit.runtime.messages import ModelNames, Route, Routes
 from overcommit.runtime.registry import Entry, to_route
 
 SAY_NS: Final = 100_000_000
+
+
+def name_messages(names: Iterable[ModelNames]) -> list[Routes]:
+    """Tell what names mean, in messages that fit a datagram."""
+    messages: list[Routes] = []
+    part: list[ModelNames] = []
+    nbytes = 0
+    for each in names:
+        size = encoded_bytes(Routes(names=(each,)))
+        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
+            messages.append(Routes(names=tuple(part), complete=False))
+            part, nbytes = [], 0
+        part.append(each)
+        nbytes += size
+    return [*messages, Routes(names=tuple(part), complete=False)] if part else messages
 
 
 def route_messages(routes: Iterable[Route], removed: Iterable[int] = ()) -> list[Routes]:
@@ -80,7 +95,14 @@ class Announcer:
                 for message in messages:
                     front.post(message)
 
-    def tell_new(self, entries: Iterable[Entry]) -> None:
+    def say_names(self, names: Iterable[ModelNames]) -> None:
+        """Tell what names mean from now on."""
+        for message in name_messages(names):
+            for front in self._fleet.of_kind("front_end", ready=False):
+                if _name(front) in self._told:
+                    front.post(message)
+
+    def tell_new(self, entries: Iterable[Entry], names: Iterable[ModelNames] = ()) -> None:
         """Give the whole table to every front end that has none yet."""
         new = [
             front
@@ -89,7 +111,8 @@ class Announcer:
         ]
         if not new:
             return
-        messages = route_messages([to_route(entry) for entry in entries])
+        # Names first: a front end serves as soon as its table is complete.
+        messages = [*name_messages(names), *route_messages([to_route(entry) for entry in entries])]
         for front in new:
             self._told.add(_name(front))
             for message in messages:

@@ -21,10 +21,11 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from overcommit.runtime.announcer import Announcer
-from overcommit.runtime.config import RETIRE_GRACE_S
+from overcommit.runtime.config import RETIRE_GRACE_S, imaged
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.house import House
@@ -34,7 +35,9 @@ from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
 from overcommit.runtime.process import ForkServer, Process
 from overcommit.runtime.registry import Entry, State, to_route
+from overcommit.runtime.rehearsal import Rehearsals
 from overcommit.runtime.repository import VersionSource
+from overcommit.runtime.rollout import Rollout
 from overcommit.runtime.scanner import Scanner
 
 log = logging.getLogger("overcommit.catalogue")
@@ -60,6 +63,9 @@ class Catalogue:
         self._thread: threading.Thread | None = None
         self._retiring: dict[int, int] = {}  # slot -> not before
         self._announcer = Announcer(house.fleet)
+        self.registry.rehearses = True
+        self.rehearsals = Rehearsals(house.fleet, self._on_rehearsed)
+        self.rollout = Rollout(settings.cache_dir, self.registry)
         self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False
         self._is_serving = False
@@ -121,9 +127,16 @@ class Catalogue:
                 if entry is None:
                     continue
                 if entry.state is State.READY:
-                    self.house.activations.add(entry, now_ns)
-                    self._note_program(entry)
+                    self._on_usable(entry, now_ns)
                 upsert.append(entry)
+            for slot in changes.on_trial:
+                entry = self.registry.by_slot(slot)
+                if entry is not None:
+                    self._on_usable(entry, now_ns)
+            for name in changes.lacking:
+                self._fill_in(name, now_ns)
+            touched = (*changes.added, *changes.changed, *changes.renamed, *changes.removed)
+            self._names_changed(filter(None, map(self.registry.by_slot, touched)))
             self.announce_routes(upsert, changes.removed, now_ns)
             log.info(
                 "repository: %d versions, %d added, %d changed, %d removed, %d to pack",
@@ -146,7 +159,7 @@ class Catalogue:
             name=entry.name,
             version=entry.version,
             folder=entry.folder,
-            config=entry.source_config,
+            config=imaged(entry.source_config),
             cache_dir=settings.cache_dir,
             allow_code=settings.allow_code,
         )
@@ -158,18 +171,77 @@ class Catalogue:
             return
         if not done.ok:
             log.error("%s version %s: %s", entry.name, entry.version, done.message)
+        name = entry.name
         removed = self.registry.on_packed(slot, done)
         entry = self.registry.by_slot(slot)
-        changed = [] if entry is None else [entry]
         if entry is not None and entry.state is State.READY:
-            self.house.activations.add(entry, now_ns)
-            self._note_program(entry)
+            self._on_usable(entry, now_ns)
             self._show_example(entry)
+        if not done.ok:
+            self._fill_in(name, now_ns)
+        if entry is not None and self.registry.is_successor(entry):
+            return  # it is on trial: nobody hears of it before it has worked
+        changed = [] if entry is None else [entry]
         if slot not in self._awaited and not removed and entry is not None:
             self._announcer.note(entry, now_ns)
             return
         self._awaited.discard(slot)
         self.announce_routes(changed, removed, now_ns)
+
+    def _on_usable(self, entry: Entry, now_ns: int) -> None:
+        """A version has all that it needs; one on trial shows that it works first."""
+        self.house.activations.add(entry, now_ns)
+        self._note_program(entry)
+        if not entry.on_trial:
+            self._let_go(entry.name, now_ns)
+        elif entry.config.steps:
+            self._on_rehearsed(entry.slot, True, "")
+        else:
+            self.rehearsals.add(to_route(entry), now_ns)
+
+    def _on_rehearsed(self, slot: int, ok: bool, message: str) -> None:
+        """A version on trial works, or not."""
+        now_ns = time.monotonic_ns()
+        entry = self.registry.by_slot(slot)
+        if entry is None or entry.retired:
+            return
+        title = f"{entry.name} version {entry.version}"
+        if ok:
+            log.info("%s works: it takes over", title)
+        else:
+            log.error("%s stays on trial, what served before serves on: %s", title, message)
+        removed = self.registry.on_rehearsed(slot, ok, message)
+        current = [self.registry.find(entry.name, entry.version)]
+        # Who is new must be known before names lead to it, and old ones leave after that.
+        self._announcer.say(current, (), now_ns)
+        self._names_changed([entry])
+        self.announce_routes([], removed, now_ns)
+        if ok:
+            self._let_go(entry.name, now_ns)
+
+    def _let_go(self, name: str, now_ns: int) -> None:
+        """Versions that the policy leaves out go when another one serves in their place."""
+        removed = self.registry.drop_spares(name)
+        if removed:
+            self.announce_routes([], removed, now_ns)
+
+    def _fill_in(self, name: str, now_ns: int) -> None:
+        """Where nothing that the policy chooses works, the next older version serves."""
+        slot = self.registry.fill_in(name)
+        entry = None if slot is None else self.registry.by_slot(slot)
+        if entry is None:
+            return
+        if entry.state is State.READY:
+            self._on_usable(entry, now_ns)
+        else:
+            self.packing.add(entry.slot)
+        self._announcer.say([entry], (), now_ns)
+
+    def try_again(self, name: str, now_ns: int) -> None:
+        """Somebody loads a model: its versions on trial get another one.  Raises NotFound."""
+        for entry in self.registry.versions(name):
+            if entry.on_trial and entry.state is State.READY:
+                self._on_usable(entry, now_ns)
 
     def ensure(self, slot: int) -> None:
         """A request waits for this version's image."""
@@ -208,12 +280,25 @@ class Catalogue:
         if entry.program_key not in self._programs and entry.image_path:
             self._new_programs.setdefault(entry.program_key, entry.image_path)
 
+    def name(self, name: str, **said: str) -> bytes:
+        """Take over what an operator says of a model's names.  Raises BadRequest, NotFound."""
+        answer = self.rollout.say(name, **said)
+        self._announcer.say_names(self.rollout.changes([name]))
+        return answer
+
+    def _names_changed(self, entries: Iterable[Entry]) -> None:
+        """Front ends hear what the names of these models mean now, where that is something else."""
+        changed = self.rollout.changes(entry.name for entry in entries)
+        if changed:
+            self._announcer.say_names(changed)
+
     # --- front ends -----------------------------------------------------------------------------
     def announce_routes(self, changed: list[Entry], removed: list[int], now_ns: int) -> None:
         """Tell every front end; take what is removed out of memory when nothing uses it."""
         self._announcer.say(changed, removed, now_ns)
         for slot in removed:
             self.packing.drop(slot)
+            self.rehearsals.drop(slot)
             self._awaited.discard(slot)
             self._retiring[slot] = now_ns + int(RETIRE_GRACE_S * 1e9)
 
@@ -221,11 +306,12 @@ class Catalogue:
     def step(self, now_ns: int) -> None:
         """Pack, tell new front ends, let retired versions go."""
         self.packing.step(now_ns)
+        self.rehearsals.step(now_ns)
         is_new_server = self.house.fleet.fork_server is not self._preloaded_by
         if self._is_serving and (self._new_programs or is_new_server):
             self.preload()
         if self._is_scanned:
-            self._announcer.tell_new(self.registry.entries())
+            self._announcer.tell_new(self.registry.entries(), self.rollout.told())
             self._announcer.step(now_ns)
         for slot, not_before_ns in list(self._retiring.items()):
             usage = self.house.gate.usage(slot)

@@ -10,12 +10,12 @@ Who sends what:
     supervisor -> worker     LinkUp, LinkDown, VersionInfo, Placed, Expected, ActivationFailed,
                              Withdrawn, Forget, Chunks
     supervisor -> front end  LinkUp, LinkDown, Routes, AdminReply, Pressure, RegionsChanged, LogLevel,
-                             TellCounts
+                             TellCounts, Rehearse
     supervisor -> mover      Load, CancelLoad, PromoteLoad, Chunks
     supervisor -> packer     Pack
     all -> supervisor        Ready
     worker -> supervisor     Activate, BindFailed, Attaches, ChunksTaken
-    front end -> supervisor  Admin, Counters
+    front end -> supervisor  Admin, Counters, Rehearsed
     mover -> supervisor      LoadDone, LoadProgress, Populated, Chunks, ChunksTaken
     packer -> supervisor     PackProgress, PackDone
     supervisor -> fork server   Fork, Preload, Stop
@@ -234,10 +234,35 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...] = ()  # an ensemble's
 
 
+class ModelNames(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model's name means, besides its highest version; all empty: nothing else."""
+
+    name: str
+    aliases: dict[str, str] = {}  # further names -> a version, or ""
+    weights: dict[str, float] = {}  # version -> percent of the requests that name none
+    held: tuple[str, ...] = ()  # versions that are on trial: only who names them gets them
+
+
+class Rehearse(Message, frozen=True):
+    """Front end: send a request of zeros to this version, which no name may mean yet."""
+
+    route: Route
+
+
+class Rehearsed(Message, frozen=True):
+    """How it went; `retry`: that says nothing of the version."""
+
+    slot: int
+    ok: bool
+    message: str = ""
+    retry: bool = False
+
+
 class Routes(Message, frozen=True):
     """Changes of the routing table; long tables come as several messages, the last is `complete`."""
 
     upsert: tuple[Route, ...] = ()
+    names: tuple[ModelNames, ...] = ()
     removed: tuple[int, ...] = ()
     complete: bool = True
 
@@ -246,7 +271,7 @@ class Admin(Message, frozen=True):
     """Front end: an operation that only the supervisor can do.
 
     operations: index, load, unload, models, model, metrics, ensure (pack this slot now), status,
-    statistics, config, region_add, region_remove, trace, log
+    statistics, rollout, config, region_add, region_remove, trace, log
     """
 
     id: int
@@ -522,6 +547,8 @@ AnyMessage = (
     | BindFailed
     | Attaches
     | Forget
+    | Rehearse
+    | Rehearsed
     | Routes
     | Admin
     | AdminReply

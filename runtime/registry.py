@@ -35,13 +35,13 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from overcommit.runtime import ensemble
-from overcommit.runtime.config import VERSIONS_MAX, ModelConfig
+from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, imaged
 from overcommit.runtime.errors import NotFound, RepositoryError
 from overcommit.runtime.labels import label_files
 from overcommit.runtime.messages import PackDone, Route, VersionInfo
 from overcommit.runtime.pack_index import PackIndex
 from overcommit.runtime.parts import PartInfo
-from overcommit.runtime.repository import VersionSource
+from overcommit.runtime.repository import CONTENT_DIGITS, VersionSource
 
 log = logging.getLogger("overcommit.registry")
 
@@ -78,6 +78,7 @@ class Entry:
     program_key: str = ""
     retired: bool = False
     source_config: ModelConfig | None = None  # as in model.toml; None: broken on disk
+    on_trial: bool = False  # only who names it gets it, while an older version serves
     seen: VersionSource | None = None  # by the last scan; may be what a successor is made from
 
 
@@ -86,13 +87,17 @@ class RegistryChanges:
     """Slots that a scan touched.
 
     `added` and `changed` are to be announced (a changed version's new slot, once it is current),
-    `removed` leaves when nothing uses it, `to_pack` needs an image.
+    `removed` leaves when nothing uses it, `to_pack` needs an image; of `renamed` only what names mean
+    has changed.  Of `lacking` models no version that their policy chooses works.
     """
 
     added: list[int] = field(default_factory=list)
     changed: list[int] = field(default_factory=list)
     removed: list[int] = field(default_factory=list)
     to_pack: list[int] = field(default_factory=list)
+    renamed: list[int] = field(default_factory=list)
+    on_trial: list[int] = field(default_factory=list)  # successors that have an image
+    lacking: list[str] = field(default_factory=list)
 
 
 class Registry:
@@ -107,6 +112,8 @@ class Registry:
         self._slots: dict[int, Entry] = {}
         self._current: dict[tuple[str, str], Entry] = {}
         self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves
+        self.rehearses = False  # whether new versions show that they work before they take over
+        self._spares: dict[str, list[VersionSource]] = {}  # left out by version policies
         self._unloaded: set[str] = set()
         self._names: dict[str, tuple[Entry, ...]] | None = None
         self._ordered: list[Entry] = []
@@ -172,32 +179,86 @@ class Registry:
         """Take over what a scan found."""
         changes = RegistryChanges()
         seen: set[tuple[str, str]] = set()
+        serving = {entry.name: entry for entry in self.entries() if entry.state is State.READY}
+        self._spares = {}
         for source in sources:
             key = (source.name, source.version)
             if key in seen:
+                continue
+            if source.spare:
+                self._spares.setdefault(source.name, []).append(source)
                 continue
             seen.add(key)
             if source.settling:
                 continue
             entry = self._current.get(key)
             if entry is None:
-                self._add(source, changes)
+                self._add(source, changes, serving.get(source.name))
             elif source != entry.seen:
                 self._change(entry, source, changes)
+        self._names = None
         for key, entry in list(self._current.items()):
             if key not in seen:
+                if self._is_spare(entry) and self._must_stay(entry):
+                    continue
                 self._retire_successor(entry, changes)
                 self._retire(entry)
                 del self._current[key]
                 changes.removed.append(entry.slot)
         self._unloaded.intersection_update(name for name, _ in seen)
         self._names = None
+        changes.lacking = [name for name in self._spares if not self._works(name)]
         return changes
 
-    def _add(self, source: VersionSource, changes: RegistryChanges) -> None:
+    def _is_spare(self, entry: Entry) -> bool:
+        spares = self._spares.get(entry.name, ())
+        return any(source.version == entry.version for source in spares)
+
+    def _must_stay(self, entry: Entry) -> bool:
+        """Whether nothing has taken over from a version that the policy leaves out."""
+        if entry.state not in (State.READY, State.PACKING):
+            return False
+        return not any(
+            other.state is State.READY and not other.on_trial and not self._is_spare(other)
+            for other in self._by_name().get(entry.name, ())
+        )
+
+    def _works(self, name: str) -> bool:
+        """Whether some version serves or may come to serve."""
+        return any(entry.state is not State.UNAVAILABLE for entry in self._by_name().get(name, ()))
+
+    def fill_in(self, name: str) -> int | None:
+        """Take in the highest version that the policy leaves out; return its slot, if there is any."""
+        if self._works(name):
+            return None
+        for source in reversed(self._spares.get(name, ())):
+            if (name, source.version) not in self._current and source.config is not None:
+                changes = RegistryChanges()
+                self._add(source, changes, None)
+                self._names = None
+                return changes.added[0] if changes.added else None
+        return None
+
+    def drop_spares(self, name: str) -> list[int]:
+        """Retire what the policy leaves out and nobody needs any more; return the slots."""
+        if name not in self._spares or name not in self._by_name():
+            return []
+        changes = RegistryChanges()
+        for entry in self._by_name()[name]:
+            if self._is_spare(entry) and not self._must_stay(entry):
+                self._retire_successor(entry, changes)
+                self._retire(entry)
+                del self._current[name, entry.version]
+                changes.removed.append(entry.slot)
+        self._names = None
+        return changes.removed
+
+    def _add(self, source: VersionSource, changes: RegistryChanges, serving: Entry | None) -> None:
         entry = self._make(source)
         if entry is None:
             return
+        if self.rehearses and serving is not None and _order(serving) < _order(entry):
+            entry.on_trial = True
         self._current[source.name, source.version] = entry
         changes.added.append(entry.slot)
         if entry.state is State.PACKING:
@@ -215,12 +276,27 @@ class Registry:
                 entry.reason = f"serving the version from before its last change: {source.error}"
                 log.warning("%s version %s: %s", entry.name, entry.version, entry.reason)
                 return
+            if source.config is not None and _is_renamed(entry, source):
+                entry.fingerprint, entry.source_config = source.fingerprint, source.config
+                entry.reason = ""
+                changes.renamed.append(entry.slot)
+                if entry.image_path:
+                    config = imaged(source.config)
+                    self.index.add(source.folder, source.fingerprint, config, _facts_of(entry))
+                return
         successor = self._make(source)
         if successor is None:
             return
-        if entry.state is State.READY and successor.state is State.PACKING:
+        waits = successor.state is State.PACKING or (
+            self.rehearses and successor.state is State.READY and not successor.config.steps
+        )
+        if entry.state is State.READY and waits:
             self._successors[entry.slot] = successor
-            changes.to_pack.append(successor.slot)
+            successor.on_trial = self.rehearses
+            if successor.state is State.PACKING:
+                changes.to_pack.append(successor.slot)
+            else:
+                changes.on_trial.append(successor.slot)
             return
         self._retire(entry)
         self._current[entry.name, entry.version] = successor
@@ -256,7 +332,7 @@ class Registry:
         if source.config.steps:
             entry.engine, entry.state = ensemble.ENGINE, State.READY  # there is nothing to pack
         else:
-            known = self.index.take(source.folder, source.fingerprint, source.config)
+            known = self.index.take(source.folder, source.fingerprint, imaged(source.config))
             if known is not None:
                 _take_facts(entry, known)
                 entry.state = State.READY
@@ -271,7 +347,7 @@ class Registry:
         if entry is None or entry.source_config is None:
             return []
         if done.ok:
-            source = (entry.folder, entry.fingerprint, entry.source_config)
+            source = (entry.folder, entry.fingerprint, imaged(entry.source_config))
             _take_facts(entry, self.index.add(*source, done))
         current = self._current.get((entry.name, entry.version))
         if current is None or entry.retired:
@@ -283,13 +359,42 @@ class Registry:
         entry.reason = "" if done.ok else done.message
         return []
 
+    def is_successor(self, entry: Entry) -> bool:
+        """Whether it waits to take the place of an entry of its name and version."""
+        return any(successor is entry for successor in self._successors.values())
+
+    def on_rehearsed(self, slot: int, ok: bool, message: str) -> list[int]:
+        """A version on trial works, or not; return the slots that are to be removed now."""
+        entry = self._slots.get(slot)
+        if entry is None or entry.retired or not entry.on_trial:
+            return []
+        current = self._current.get((entry.name, entry.version))
+        if current is entry or current is None:
+            entry.on_trial = not ok
+            entry.reason = "" if ok else f"on trial, because its first request failed: {message}"
+            return []
+        if ok:
+            entry.on_trial = False
+            return self._take_over(current, entry)
+        del self._successors[current.slot]
+        current.reason = f"serving the version from before its last change: {message}"
+        self._retire(entry)
+        return [slot]
+
     def _on_successor_packed(self, old: Entry, entry: Entry, done: PackDone) -> list[int]:
-        del self._successors[old.slot]
         if not done.ok:
+            del self._successors[old.slot]
             old.reason = f"serving the version from before its last change: {done.message}"
             del self._slots[entry.slot]
             self._free.append(entry.slot)  # nobody has heard of it
             return []
+        if self.rehearses and old.state is State.READY:
+            entry.state = State.READY
+            return []
+        return self._take_over(old, entry)
+
+    def _take_over(self, old: Entry, entry: Entry) -> list[int]:
+        del self._successors[old.slot]
         entry.state = old.state if old.state is State.UNLOADED else State.READY
         self._retire(old)
         self._current[entry.name, entry.version] = entry
@@ -346,7 +451,7 @@ class Registry:
             del self._slots[entry.slot]
         elif entry.source_config is not None:
             # Its files may come back, as when somebody moves a folder away and regrets it.
-            source = (entry.folder, entry.fingerprint, entry.source_config)
+            source = (entry.folder, entry.fingerprint, imaged(entry.source_config))
             self.index.put_back(*source, _facts_of(entry))
 
     def _retire_successor(self, entry: Entry, changes: RegistryChanges) -> None:
@@ -360,6 +465,13 @@ class Registry:
             self._fresh += 1
             return self._fresh - 1
         return self._free.popleft() if len(self._free) > IDLE_SLOTS else None
+
+
+def _is_renamed(entry: Entry, source: VersionSource) -> bool:
+    """Whether nothing has changed but what names mean."""
+    old, new = entry.source_config, source.config
+    same = entry.fingerprint[:CONTENT_DIGITS] == source.fingerprint[:CONTENT_DIGITS]
+    return same and old is not None and new is not None and imaged(old) == imaged(new)
 
 
 def _order(entry: Entry) -> tuple[str, int, str]:

@@ -23,17 +23,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from overcommit.runtime import _shm, stages
-from overcommit.runtime.assembly import Array, gather, split
+from overcommit.runtime.assembly import gather, split
 from overcommit.runtime.bound import Version
-from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, ModelError
 from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job
 from overcommit.runtime.links import Links
 from overcommit.runtime.mixing import Arrays, Family, Sized
-from overcommit.runtime.signature import NUMPY_TYPES, Form
+from overcommit.runtime.signature import Form
+from overcommit.runtime.warmups import requests_of, zeros
 
 log = logging.getLogger("overcommit.worker")
 
@@ -111,14 +109,17 @@ class Runner:
         return lost
 
     def try_warm_up(self, version: Version) -> None:
-        """Run one row of zeros, so that the first request finds everything in place."""
+        """Run one row of zeros, and the model's own warm-up requests: all is in place for the first."""
         slot = version.info.slot
 
         def warm_up() -> None:
             assert version.model is not None, "only a bound version is warmed up"
             self._status.begin(slot, _shm.PHASE_COMPUTE, time.monotonic_ns(), ())
             try:
-                version.model.run({spec.name: _zeros(spec) for spec in version.info.config.inputs})
+                config = version.info.config
+                version.model.run({spec.name: zeros(spec) for spec in config.inputs})
+                for _, inputs in requests_of(config):
+                    version.model.run(inputs)
             except Exception as error:  # the batch boundary; requests may well succeed
                 log.info("%s: warm-up failed: %s", version.title, _text(error))
             finally:
@@ -306,9 +307,3 @@ def _text(error: Exception) -> str:
     if isinstance(error, ModelError):
         return error.message
     return f"{type(error).__name__}: {error}"
-
-
-def _zeros(spec: TensorSpec) -> Array:
-    shape = tuple(max(1, size) for size in spec.shape)
-    fill: object = b"" if spec.datatype == "BYTES" else 0
-    return np.full(shape, fill, NUMPY_TYPES[spec.datatype])

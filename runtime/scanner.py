@@ -165,8 +165,13 @@ class Scanner:
     def _collect(self) -> None:
         """Make the list anew."""
         models = self._models
-        found = (s for name in self._folders for s in models.get(name, ()) if not s.spare)
-        self.sources = list(itertools.islice(found, VERSIONS_MAX))
+        chosen = 0
+        self.sources = []
+        for source in (source for name in self._folders for source in models.get(name, ())):
+            chosen += not source.spare
+            if chosen > VERSIONS_MAX:
+                break
+            self.sources.append(source)
 
     def _save(self, now_s: float) -> None:
         self._saved_s = now_s

@@ -50,6 +50,7 @@ from overcommit.runtime.messages import (
     LoadProgress,
     Populated,
     Ready,
+    Rehearsed,
     Stop,
 )
 from overcommit.runtime.prefetching import local_s
@@ -258,6 +259,8 @@ class Supervisor:
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):
             self.administration.on_counters(child, message)
+        elif isinstance(message, Rehearsed):
+            self.catalogue.rehearsals.on_rehearsed(child, message, now_ns)
         elif isinstance(message, Attaches):
             house.activations.on_attaches(child, message)
         elif isinstance(message, BindFailed):

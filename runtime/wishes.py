@@ -236,7 +236,9 @@ class Wishes:
                 self._break(version, error, now_ns)
                 return
             self._batcher.set_family(slot, version.family)
-            if version.info.config.warm_up:
+            if version.info.config.warmup:
+                self._runner.try_warm_up(version)  # they are meant to come before a client's
+            elif version.info.config.warm_up:
                 self.warm_ups.append(version)
         self._batcher.set_runnable(slot, version.is_runnable, now_ns)
         self._note_attach(version)

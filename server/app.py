@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -183,6 +184,15 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
     @app.get("/v2/overcommit/models/{name}", tags=["operations"], responses=answers(404))
     async def model_detail(name: str) -> Response:
         return await front.ask("model", name=name)
+
+    @app.post("/v2/overcommit/models/{name}/rollout", tags=["operations"], responses=answers(404))
+    async def rollout(name: str, request: Request) -> Response:
+        """Give versions shares of the requests that name none, and the model further names."""
+        body = await read_object(request)
+        said = {key: msgspec.json.encode(body[key]).decode() for key in body}
+        if unknown := sorted(said.keys() - {"weights", "aliases"}):
+            raise BadRequest(f"unknown key '{unknown[0]}'; known are weights, aliases")
+        return await front.ask("rollout", name=name, **said)
 
     @app.get("/v2/overcommit/status", tags=["operations"], responses=answers())
     async def status() -> Response:

@@ -42,6 +42,7 @@ from overcommit.runtime.messages import (
     Pressure,
     Ready,
     RegionsChanged,
+    Rehearse,
     Route,
     Routes,
     Start,
@@ -65,6 +66,7 @@ from overcommit.server.limits import (
 from overcommit.server.plans import Plans
 from overcommit.server.protocol import HotProtocol, protocol_class
 from overcommit.server.regions import Regions
+from overcommit.server.rehearsing import rehearse
 from overcommit.server.routing import RouteTable, check_usable
 
 if TYPE_CHECKING:
@@ -101,11 +103,13 @@ class FrontEnd:
             os.close(fds[name])
         call_soon = asyncio.get_running_loop().call_soon
         self.regions.look = self.on_control
+        self.plans.is_split = self.table.is_split
         self.dispatch = Dispatch(start.seat, start.epoch, self._ingress, egress, call_soon)
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
         self._ask_id = 0
         self._is_ready_sent = False
+        self._rehearsals: set[asyncio.Task[None]] = set()
         self._drain_task: asyncio.Task[None] | None = None
         self._server: uvicorn.Server | None = None
 
@@ -226,6 +230,10 @@ class FrontEnd:
                 self.regions.apply(message)
             elif isinstance(message, TellCounts):
                 self.send_counters(message.id)
+            elif isinstance(message, Rehearse):
+                task = asyncio.get_running_loop().create_task(self._rehearse(message.route))
+                self._rehearsals.add(task)
+                task.add_done_callback(self._rehearsals.discard)
             elif isinstance(message, LogLevel):
                 logging.getLogger().setLevel(message.level)
             elif isinstance(message, Drain):
@@ -234,6 +242,9 @@ class FrontEnd:
                 )
             elif isinstance(message, Stop):
                 os._exit(0)
+
+    async def _rehearse(self, route: Route) -> None:
+        self._control.send(await rehearse(self, route))
 
     def _on_reply(self, message: AdminReply) -> None:
         asked = self._asked.get(message.id)

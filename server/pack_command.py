@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from overcommit.runtime import repository
+from overcommit.runtime.config import imaged
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.registry import Entry, Registry, State
@@ -66,7 +67,7 @@ def _job(entry: Entry, cache_dir: str, allow_code: bool) -> Pack:
         name=entry.name,
         version=entry.version,
         folder=entry.folder,
-        config=entry.config,
+        config=imaged(entry.config),
         cache_dir=cache_dir,
         allow_code=allow_code,
     )

@@ -44,6 +44,7 @@ from overcommit.server.limits import (
     HEADER_LINES_MAX,
     SMALL_BODY_BYTES,
 )
+from overcommit.server.routing import CANARY, STABLE
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
@@ -200,7 +201,13 @@ class HotProtocol(Connection):
             and not (exchange.encoding or self.expect_100_continue or is_msgpack)
         ):
             head = heads.Head(
-                *(name, version, exchange.body_bytes, exchange.json_bytes, exchange.accepts)
+                *(
+                    name,
+                    exchange.version,
+                    exchange.body_bytes,
+                    exchange.json_bytes,
+                    exchange.accepts,
+                )
             )
             self.front.heads.remember(raw_head, head)
         self._enqueue(exchange)
@@ -229,6 +236,8 @@ class HotProtocol(Connection):
                 if not value.isdigit():
                     raise BadRequest("Inference-Header-Content-Length must be a whole number")
                 exchange.json_bytes = int(value)
+            elif name == b"x-overcommit-canary" and exchange.version is None:
+                exchange.version = {b"always": CANARY, b"never": STABLE}.get(value.strip().lower())
             elif name == b"content-encoding":
                 exchange.encoding = value.strip().lower()
                 if exchange.encoding == b"identity":

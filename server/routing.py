@@ -2,13 +2,17 @@
 
 Invariants
  1. A name and version lead to the route that was announced last for them.
- 2. Without a version, the highest number that is ready or being packed is meant, else the highest.
+ 2. Without a version, the highest number that is ready or being packed is meant, else the highest;
+    of a model with a rollout, by chance one of those with a share, or the highest of the others.  A
+    version on trial is meant only by who names it, while there is another.
+ 3. A model's own name goes before an alias.
 
 Changed by Routes messages; read for every request.
 """
 
 from __future__ import annotations
 
+import random
 import sys
 from typing import Final
 
@@ -16,8 +20,11 @@ import msgspec
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, Unavailable
-from overcommit.runtime.messages import Route, Routes
+from overcommit.runtime.messages import ModelNames, Route, Routes
 
+# Asked for by a header, in a version's place.
+CANARY: Final = "@canary"
+STABLE: Final = "@stable"
 SHARED_MAX: Final = 4096  # different signatures that are remembered
 
 
@@ -32,6 +39,10 @@ class RouteTable:
         self._slots: dict[int, Route] = {}
         self._names: dict[str, dict[str, Route]] = {}
         self._latest: dict[str, Route] = {}
+        self._named: dict[str, ModelNames] = {}
+        self._aliases: dict[str, tuple[str, str]] = {}  # -> a model, and a version or ""
+        self._shares: dict[str, list[tuple[float, Route]]] = {}  # percent, of a rollout
+        self._canary: dict[str, Route] = {}
         self._shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
         self.is_complete = False
 
@@ -53,9 +64,22 @@ class RouteTable:
             if versions.get(gone.version) is gone:
                 del versions[gone.version]
             touched.add(gone.name)
+        for named in message.names:
+            self._rename(named)
+            touched.add(named.name)
         for name in touched:
             self._choose_latest(name)
         self.is_complete = self.is_complete or message.complete
+
+    def _rename(self, named: ModelNames) -> None:
+        former = self._named.pop(named.name, None)
+        for alias in () if former is None else former.aliases:
+            if self._aliases.get(alias, ("", ""))[0] == named.name:
+                del self._aliases[alias]
+        for alias, version in named.aliases.items():
+            self._aliases.setdefault(alias, (named.name, version))
+        if named.aliases or named.weights or named.held:
+            self._named[named.name] = named
 
     def _lean(self, route: Route) -> Route:
         """Share what versions of one architecture have alike: half of what 20,000 routes take."""
@@ -76,10 +100,34 @@ class RouteTable:
         if not versions:
             self._names.pop(name, None)
             self._latest.pop(name, None)
+            self._shares.pop(name, None)
+            self._canary.pop(name, None)
             return
         ordered = sorted(versions.values(), key=lambda route: _number(route.version), reverse=True)
-        usable = (route for route in ordered if route.state in ("ready", "packing"))
-        self._latest[name] = next(usable, ordered[0])
+        usable = [route for route in ordered if route.state in ("ready", "packing")]
+        named = self._named.get(name)
+        if named is not None:
+            usable = self._roll_out(named, usable)
+        self._latest[name] = next(iter(usable), ordered[0])
+
+    def _roll_out(self, named: ModelNames, usable: list[Route]) -> list[Route]:
+        """Note who has a share; return whom the rest is for, the best first."""
+        proven = [route for route in usable if route.version not in named.held] or usable
+        shares = [(named.weights.get(route.version, 0.0), route) for route in proven]
+        shares = [share for share in shares if share[0] > 0 and share[1].state == "ready"]
+        self._shares.pop(named.name, None)
+        self._canary.pop(named.name, None)
+        if shares:
+            self._shares[named.name] = shares
+            self._canary[named.name] = shares[0][1]
+        return [route for route in proven if route.version not in named.weights] or proven
+
+    def is_split(self, name: str) -> bool:
+        """Whether requests for this name that say no version go to several."""
+        model, version = (
+            self._aliases.get(name, (name, "")) if name not in self._names else (name, "")
+        )
+        return not version and model in self._shares
 
     def names(self) -> list[str]:
         """The models that are known, in order."""
@@ -91,7 +139,22 @@ class RouteTable:
 
     def find(self, name: str, version: str | None) -> Route:
         """Return the route that is meant.  Raises NotFound, BadRequest."""
-        if version is None:
+        if name not in self._names and name in self._aliases:
+            model, pinned = self._aliases[name]
+            if model in self._names:
+                named = version not in (None, CANARY, STABLE)
+                return self.find(model, version if named or not pinned else pinned)
+        if version is None and name in self._shares:
+            rest = 100 * random.random()
+            for percent, chosen in self._shares[name]:
+                rest -= percent
+                if rest < 0:
+                    return chosen
+        if version == CANARY:
+            version = None
+            if name in self._canary:
+                return self._canary[name]
+        if version is None or version == STABLE:
             route = self._latest.get(name)
             if route is None:
                 raise NotFound(f"Request for unknown model: '{name}' is not found")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound
-from overcommit.runtime.messages import Route, Routes
-from overcommit.server.routing import RouteTable
+from overcommit.runtime.messages import ModelNames, Route, Routes
+from overcommit.server.routing import CANARY, STABLE, RouteTable
 
 
 def route(slot: int, version: str = "1", state: str = "ready", name: str = "m") -> Route:
@@ -57,3 +59,60 @@ def test_routes_of_one_architecture_share_their_signature() -> None:
     one, two = routes.find("m1", None), routes.find("m2", None)
     assert one.inputs == messages[0].upsert[0].inputs
     assert one.inputs is two.inputs
+
+
+# --- names ----------------------------------------------------------------------------------------
+def name(routes: RouteTable, **said: Any) -> None:
+    routes.apply(Routes(names=(ModelNames(name="m", **said),)))
+
+
+def test_an_alias_means_the_model_or_one_of_its_versions() -> None:
+    routes = table(route(1, "1"), route(2, "2"))
+    name(routes, aliases={"old-name": "", "stable": "1"})
+    assert routes.find("old-name", None).version == "2"
+    assert routes.find("stable", None).version == "1"
+    assert routes.find("stable", "2").version == "2"
+    name(routes)
+    with pytest.raises(NotFound):
+        routes.find("stable", None)
+
+
+def test_a_model_goes_before_an_alias_of_its_name() -> None:
+    routes = table(route(1), route(2, name="other"))
+    name(routes, aliases={"other": ""})
+    assert routes.find("other", None).name == "other"
+    routes.apply(Routes(removed=(2,)))
+    assert routes.find("other", None).name == "m"
+
+
+def test_a_canary_gets_its_share_and_the_rest_stays() -> None:
+    routes = table(route(1, "1"), route(2, "2"))
+    name(routes, weights={"2": 25.0}, aliases={"also": ""})
+    assert routes.is_split("m")
+    assert routes.is_split("also")
+    got = [routes.find("also", None).version for _ in range(2000)]
+    assert 300 < got.count("2") < 700
+    assert got.count("1") + got.count("2") == 2000
+    assert routes.find("m", CANARY).version == "2"
+    assert routes.find("m", STABLE).version == "1"
+    assert routes.find("m", "2").version == "2"
+
+
+def test_the_share_of_a_version_that_cannot_serve_goes_to_the_others() -> None:
+    routes = table(route(1, "1"), route(2, "2", "unavailable"))
+    name(routes, weights={"2": 100.0})
+    assert not routes.is_split("m")
+    assert routes.find("m", None).version == "1"
+    assert routes.find("m", CANARY).version == "1"
+    routes.apply(Routes(upsert=(route(2, "2"),)))
+    assert routes.find("m", None).version == "2"
+
+
+def test_a_version_on_trial_is_for_those_who_name_it_while_there_is_another() -> None:
+    routes = table(route(1, "1"), route(2, "2"))
+    name(routes, held=("2",))
+    assert routes.find("m", None).version == "1"
+    assert routes.find("m", "2").version == "2"
+    routes.apply(Routes(removed=(1,)))
+    assert routes.find("m", None).version == "2"
+    assert not routes.is_split("m")

@@ -1,0 +1,133 @@
+"""What the names of models mean beyond their versions: aliases, shares of a rollout, versions on trial.
+
+A model's files say it (`[aliases]`, `[rollout]`); what an operator says over the admin calls goes before
+that, is written to the cache folder, and lasts until it is taken back.
+
+Invariants
+ 1. Front ends are told of a model again exactly when what they were told is no longer so.
+ 2. A torn or foreign file of the operator's is no file.
+
+Called by the catalogue and by administration, from the supervisor's one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from overcommit.runtime.config import ALIASES_MAX, NAME_CHARS_MAX, Naming
+from overcommit.runtime.errors import BadRequest
+from overcommit.runtime.messages import ModelNames
+from overcommit.runtime.registry import Registry
+from overcommit.runtime.repository import name_error
+
+log = logging.getLogger("overcommit.rollout")
+
+FILE_NAME: Final = "rollout.json"
+_NOTHING: Final = Naming()
+_Version = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,17}$")]
+_Weights = Annotated[dict[_Version, Annotated[float, Meta(ge=0, le=100)]], Meta(max_length=64)]
+_Aliases = Annotated[
+    dict[
+        Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)],
+        Annotated[str, Meta(pattern=r"^(|latest|[1-9][0-9]{0,17})$")],
+    ],
+    Meta(max_length=ALIASES_MAX),
+]
+
+
+class Said(msgspec.Struct, omit_defaults=True):
+    """What an operator said of one model; None: what its files say."""
+
+    weights: dict[str, float] | None = None
+    aliases: dict[str, str] | None = None
+
+
+class Rollout:
+    """What front ends are to know of names."""
+
+    def __init__(self, cache_dir: str, registry: Registry) -> None:
+        self._path = Path(cache_dir) / FILE_NAME
+        self._registry = registry
+        self._told: dict[str, ModelNames] = {}
+        self._said: dict[str, Said] = {}
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            self._said = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Said])
+
+    def told(self) -> Iterable[ModelNames]:
+        """Everything that a new front end must know."""
+        return self._told.values()
+
+    def changes(self, names: Iterable[str]) -> list[ModelNames]:
+        """Return what is no longer as front ends were told."""
+        changed = []
+        for name in dict.fromkeys(names):
+            now = self._now(name)
+            if now == self._told.get(name, ModelNames(name=name)):
+                continue
+            changed.append(now)
+            if now == ModelNames(name=name):
+                del self._told[name]
+            else:
+                self._told[name] = now
+        return changed
+
+    def _now(self, name: str) -> ModelNames:
+        if not self._registry.has(name):
+            return ModelNames(name=name)
+        versions = self._registry.versions(name)
+        configs = [entry.source_config for entry in versions if entry.source_config is not None]
+        naming = (configs[-1].naming if configs else None) or _NOTHING
+        said = self._said.get(name) or Said()
+        return ModelNames(
+            name=name,
+            aliases=naming.aliases if said.aliases is None else said.aliases,
+            weights=naming.weights if said.weights is None else said.weights,
+            held=tuple(entry.version for entry in versions if entry.on_trial),
+        )
+
+    # --- what operators say ---------------------------------------------------------------------
+    def say(self, name: str, weights: str | None = None, aliases: str | None = None) -> bytes:
+        """Take over JSON from an admin call ("null": back to the files); return what holds now.
+
+        Raises BadRequest and NotFound.
+        """
+        self._registry.find(name)
+        said = self._said.get(name) or Said()
+        try:
+            if weights is not None:
+                said.weights = msgspec.json.decode(weights, type=_Weights | None)
+            if aliases is not None:
+                said.aliases = msgspec.json.decode(aliases, type=_Aliases | None)
+        except msgspec.MsgspecError as error:
+            raise BadRequest(f"model '{name}': {error}") from error
+        if said.weights is not None and sum(said.weights.values()) > 100:
+            raise BadRequest(f"model '{name}': the weights add up to more than 100 percent")
+        for alias, version in (said.aliases or {}).items():
+            problem = name_error(alias)
+            if problem is None and self._registry.has(alias):
+                problem = f"'{alias}' is a model itself"
+            if problem is not None:
+                raise BadRequest(f"model '{name}': alias: {problem}")
+            if version == "latest" and said.aliases is not None:
+                said.aliases[alias] = ""
+        self._said.pop(name, None)
+        if said != Said():
+            self._said[name] = said
+        self._save()
+        now = self._now(name)
+        return msgspec.json.encode({"weights": now.weights, "aliases": now.aliases})
+
+    def _save(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        try:
+            temporary.write_bytes(msgspec.json.encode(self._said))
+            temporary.replace(self._path)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, error)
