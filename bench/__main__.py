@@ -35,6 +35,7 @@ class Scenario(enum.Enum):
     fleet = "fleet"
     sharing = "sharing"
     chaos = "chaos"
+    gpu = "gpu"
     serving = "serving"
     memory = "memory"
     all = "all"

@@ -23,6 +23,7 @@ from overcommit.bench import (
     encoder,
     fleet,
     front_ends,
+    gpu,
     large_payload,
     many_models,
     micro,
@@ -53,6 +54,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "fleet": fleet.run,
     "sharing": sharing.run,
     "chaos": chaos.run,
+    "gpu": gpu.run,
 }
 SERVING: Final = (  # how requests are served; the others are about where models are
     *("micro", "small_requests", "front_ends", "many_models", "large_payload", "embedding"),

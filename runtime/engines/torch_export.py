@@ -50,6 +50,14 @@ def load(path: Path | str, modules: Sequence[str] = ()) -> torch.export.Exported
         return torch.export.load(path)
 
 
+def moved(exported: torch.export.ExportedProgram, place: str) -> torch.export.ExportedProgram:
+    """Return a program that makes what it makes itself (positions, masks) at this place.
+
+    It names the device on which it was exported.
+    """
+    return exported if place == "cpu" else move_to_device_pass(exported, {"cpu": place})
+
+
 # --- what a program takes -----------------------------------------------------------------------
 @dataclass(slots=True)
 class Signature:
@@ -217,9 +225,7 @@ class ExportProgram:
             exported = load(header.program["file"], modules)
         except (OSError, KeyError) as error:
             raise ImageError(f"its program cannot be read: {error}") from error
-        if places.chosen() != "cpu":
-            # What a graph makes itself (positions, masks) it makes where it was exported.
-            exported = move_to_device_pass(exported, {"cpu": places.chosen()})
+        exported = moved(exported, places.chosen())
         self._tree = exported.call_spec.in_spec
         self._signature = signature_of(exported)
         self._skeleton = binding.Skeleton(exported.module(), header.tensors)

@@ -257,3 +257,22 @@ def test_two_archives_in_a_folder_are_refused(tmp_path: Path) -> None:
     folder, _ = net(tmp_path / "net")
     (folder / "second.pt2").write_bytes((folder / "model.pt2").read_bytes())
     assert "2 .pt2 files" in refused(folder, tmp_path / "cache")
+
+
+def test_what_a_graph_makes_itself_it_makes_where_the_process_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Positions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight + torch.arange(4)
+
+    exported = torch.export.export(Positions(), (torch.ones(2, 4),))
+    torch_export.strip(exported)
+    moved = torch_export.moved(exported, "meta")
+    (node,) = (node for node in moved.graph.nodes if "arange" in node.name)
+    assert str(node.kwargs["device"]) == "meta"
+    assert torch_export.moved(exported, "cpu") is exported
