@@ -14,6 +14,7 @@ from serving import Server
 import overcommit
 from overcommit.runtime.errors import DeadlineExceeded, NotFound
 from overcommit.server.clients.exchange import ServerError
+from overcommit.server.limits import BULK_BYTES_MIN
 
 STEPS = """
 [[ensemble.step]]
@@ -110,6 +111,27 @@ def test_an_ensemble_is_described_counted_and_taken_out_of_service(
         client.infer("nested", {"one": [[1.0]]})
     client.load("diamond")
     assert client.infer("nested", {"one": [[1.0]]})["four"][0, 0] == 4.0
+
+
+def test_grpc_and_long_binary_bodies_take_the_same_way(
+    server: Server, client: overcommit.Client
+) -> None:
+    import tritonclient.grpc as triton
+
+    values = np.arange(200_000, dtype=np.float32).reshape(2, -1)
+    assert values.nbytes > BULK_BYTES_MIN
+    found = client.infer("nested", {"one": values})["four"]
+    np.testing.assert_array_equal(found, 4 * values)
+    with triton.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as caller:
+        tensor = triton.InferInput("one", list(values.shape), "FP32")
+        tensor.set_data_from_numpy(values)
+        answer = caller.infer("nested", [tensor], request_id="mine")
+        assert answer.get_response().id == "mine"
+        np.testing.assert_array_equal(answer.as_numpy("four"), 4 * values)
+        small = triton.InferInput("x", [1, 1], "FP32")
+        small.set_data_from_numpy(values[:1, :1])
+        with pytest.raises(triton.InferenceServerException, match="model 'circle', step 1"):
+            caller.infer("circle", [small])
 
 
 def test_what_fails_names_the_ensemble_and_the_step(client: overcommit.Client) -> None:
