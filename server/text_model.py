@@ -66,10 +66,11 @@ class TextModel:
         self, texts: Sequence[str] | Sequence[Sequence[int]], truncates: bool
     ) -> list[Array]:
         """Return the ids of each text, or of lists of ids as they are.  Raises BadRequest."""
+        encoded: list[list[int]]
         if isinstance(texts[0], str):
             encoded = [each.ids for each in self._tokenizer.encode_batch(list(texts))]
         else:
-            encoded = [list(each) for each in texts]
+            encoded = [[int(token) for token in each] for each in texts]
         limit = self.recipe.tokens_max
         found: list[Array] = []
         for index, ids in enumerate(encoded):
