@@ -75,14 +75,10 @@ class Run:
             if self._reply is not None:
                 self._reply.fail(OvercommitError("internal error; see the server's log"))
         else:
-<<<<<<< HEAD
             tallies = front.dispatch.tallies
             tallies.count(slot, time.monotonic_ns() - self._began_ns, 0)
             # Its steps have the times: what an ensemble takes beyond them is in none of its stages.
             tallies.count_batch(slot, 0, 1, stages.pack(1, 1, 0, 0))
-=======
-            front.dispatch.tallies.count(slot, time.monotonic_ns() - self._began_ns, 0)
->>>>>>> 1481223 (Ensembles count as answers are counted now; types of token lists)
             if self._reply is not None:
                 self._reply.succeed(block)
 
