@@ -92,3 +92,17 @@ def sample(datatype: str) -> Array:
     if datatype == "BOOL":
         return np.array([[True, False, True], [False, False, True]])
     return np.array([[0, 1, 2], [3, 100, 7]]).astype(kind)
+
+
+def add_extended_models(root: Path) -> None:
+    """Write the models that the tests of extensions and the differential test ask."""
+    for datatype in ("FP32", "INT64", "FP16", "BOOL", "BYTES"):
+        add_model(root, f"echo-{datatype.lower()}", ECHO, {"x": datatype})
+    add_model(root, "add", ADD, {"a": "INT32", "b": "INT32"})
+    add_model(root, "faulty", FAULTY, {"x": "FP32"})
+    add_model(root, "labelled", ECHO, {"x": "FP32"})
+    with (root / "labelled" / "model.toml").open("a") as file:
+        file.write(
+            '[[output]]\nname = "y"\ndatatype = "FP32"\nshape = [-1, -1]\nlabels = "labels.txt"\n'
+        )
+    (root / "labelled" / "labels.txt").write_text("cat\ndog\nbird\n")

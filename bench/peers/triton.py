@@ -39,11 +39,6 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
         Kind.MANY,
         because="it never evicts, and its environment has no torch",
     )
-    root = environment.packages / "pytriton" / "tritonserver"
-    stub = root / "python_backend_stubs" / python_version() / "triton_python_backend_stub"
-    if not stub.exists():
-        raise CannotDo(f"triton has no Python backend for Python {python_version()}")
-    _put_stub(stub, root / "backends" / "python" / stub.name)
     repository = job.folder / "triton-repository"
     shutil.rmtree(repository, ignore_errors=True)
     width = -1 if job.kind is Kind.PAYLOAD else job.width
@@ -54,28 +49,42 @@ def launch(job: Job, environment: Environment, port: int) -> Launch:
             CONFIG.format(name=name, batch_max=job.batch_max, width=width, scale=scale)
         )
         shutil.copy(MODEL, folder / "1" / "model.py")
-    server = root / "bin" / "tritonserver"
-    server.chmod(0o755)
-    argv = [str(server), "--model-repository", str(repository)]
-    argv += ["--backend-directory", str(root / "backends")]
     spoken, silent = ("grpc", "http") if job.protocol == "grpc" else ("http", "grpc")
+    argv, variables = command(environment, repository)
     argv += [f"--{spoken}-address", "127.0.0.1", f"--{spoken}-port", str(port)]
-    argv += [f"--allow-{silent}", "false", "--allow-metrics", "false", "--log-info", "false"]
-    libraries = [str(environment.packages / "nvidia_pytriton.libs"), _python_library()]
+    argv += [f"--allow-{silent}", "false", "--log-info", "false"]
     return Launch(
         tuple(argv),
         Grpc() if job.protocol == "grpc" else V2(),
-        {
-            "LD_LIBRARY_PATH": ":".join(libraries),
-            # The stub is a Python of its own: it finds our packages through these.
-            "PATH": f"{environment.folder / 'bin'}:{os.environ.get('PATH', os.defpath)}",
-            "VIRTUAL_ENV": str(environment.folder),
-            "PYTHONPATH": str(environment.packages),
-        },
+        variables,
         notes=(
             f"Python backend, dynamic batching up to {job.batch_max}, one instance, no metrics",
         ),
     )
+
+
+def command(environment: Environment, repository: Path) -> tuple[list[str], dict[str, str]]:
+    """Return what starts the server on a repository, without its ports, and what it needs for that.
+
+    Raises CannotDo when there is no Python backend for this Python.
+    """
+    root = environment.packages / "pytriton" / "tritonserver"
+    stub = root / "python_backend_stubs" / python_version() / "triton_python_backend_stub"
+    if not stub.exists():
+        raise CannotDo(f"triton has no Python backend for Python {python_version()}")
+    _put_stub(stub, root / "backends" / "python" / stub.name)
+    server = root / "bin" / "tritonserver"
+    server.chmod(0o755)
+    argv = [str(server), "--model-repository", str(repository), "--allow-metrics", "false"]
+    argv += ["--backend-directory", str(root / "backends")]
+    libraries = [str(environment.packages / "nvidia_pytriton.libs"), _python_library()]
+    return argv, {
+        "LD_LIBRARY_PATH": ":".join(libraries),
+        # The stub is a Python of its own: it finds our packages through these.
+        "PATH": f"{environment.folder / 'bin'}:{os.environ.get('PATH', os.defpath)}",
+        "VIRTUAL_ENV": str(environment.folder),
+        "PYTHONPATH": str(environment.packages),
+    }
 
 
 def _put_stub(stub: Path, place: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from model_rig import ADD, DATATYPES, ECHO, FAULTY, SLOW, add_model
+from model_rig import ADD, DATATYPES, ECHO, FAULTY, SLOW, add_extended_models, add_model
 from serving import Server
 
 MAX_BODY = "68MiB"
@@ -31,6 +31,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "30",
     )
     flags += ("--payload-memory", "192MiB")
+    with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
+        running.wait_until(
+            lambda: all(row["state"] == "READY" for row in running.models().values())
+        )
+        yield running
+
+
+@pytest.fixture(scope="session")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two front ends that takes clients' shared memory."""
+    root = tmp_path_factory.mktemp("models")
+    add_extended_models(root)
+    flags = ("--allow-code", "--client-shared-memory", "--front-ends", "2")
     with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
         running.wait_until(
             lambda: all(row["state"] == "READY" for row in running.models().values())
