@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from overcommit.runtime import payload, stages
-from overcommit.runtime.config import Step
+from overcommit.runtime.config import NEVER_NS, Step
 from overcommit.runtime.errors import DeadlineExceeded, ModelError, OvercommitError
 from overcommit.server.asking import Tensor, ask, request_of
 from overcommit.server.inference import Data, Prepared, prepare_decoded
@@ -45,13 +45,20 @@ class Run:
     """One request to an ensemble, under way."""
 
     def __init__(
-        self, front: FrontEnd, prepared: Prepared, data: Sequence[Data], reply: Reply
+        self,
+        front: FrontEnd,
+        prepared: Prepared,
+        data: Sequence[Data],
+        reply: Reply,
+        deadline_ns: int = NEVER_NS,
     ) -> None:
+        """`deadline_ns`: when its client's patience ends, if the client has said so."""
         self._front = front
         self._prepared = prepared
         self._data: Sequence[Data] = data
         self._reply: Reply | None = reply
         self._began_ns = time.monotonic_ns()
+        self._deadline_ns = min(deadline_ns, self._began_ns + front.timeout_ns(prepared))
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def abandon(self) -> None:
@@ -61,7 +68,7 @@ class Run:
 
     async def _run(self) -> None:
         front, prepared = self._front, self._prepared
-        deadline_ns = self._began_ns + front.timeout_ns(prepared)
+        deadline_ns = self._deadline_ns
         slot = prepared.route.slot
         try:
             tensors = await _through(front, prepared, self._data, deadline_ns, 1)

@@ -68,10 +68,15 @@ class Owner(Protocol):
 class Inference:
     """One ModelInferRequest; a `Reply` of the dispatch."""
 
-    __slots__ = ("_owner", "_pending", "_prepared", "_run", "_service", "answer", "id", "is_over")
+    __slots__ = (
+        *("_owner", "_pending", "_prepared", "_run", "_service", "_version"),
+        *("answer", "id", "is_over"),
+    )
 
-    def __init__(self, service: Service, owner: Owner) -> None:
+    def __init__(self, service: Service, owner: Owner, version: str | None = None) -> None:
+        """`version`: what stands for a version, if the request names none."""
         self._service = service
+        self._version = version
         self._owner = owner
         self._pending: Pending | None = None
         self._prepared: Prepared | None = None
@@ -87,16 +92,17 @@ class Inference:
         try:
             asked = service.requests.read(message)
             self.id = asked.id
-            plans = front.plans.serving.get((asked.name, asked.version))
+            version = asked.version or self._version
+            plans = front.plans.serving.get((asked.name, version))
             if plans is None:
-                route = front.find(asked.name, asked.version)
+                route = front.find(asked.name, version)
                 if route is None:
                     asyncio.get_running_loop().create_task(self._begin_later(asked, deadline_ns))
                     return
                 if route.steps:
-                    self._run_ensemble(front.plans.of(route), asked)
+                    self._run_ensemble(front.plans.of(route), asked, deadline_ns)
                     return
-                plans = front.plans.serve(asked.name, asked.version, route)
+                plans = front.plans.serve(asked.name, version, route)
             self._submit(plans, asked, deadline_ns)
         except OvercommitError as error:
             self.fail(error)
@@ -107,9 +113,9 @@ class Inference:
         """The version's image is being made: wait for it."""
         front = self._service.front
         try:
-            route = await front.wait_for_route(asked.name, asked.version)
+            route = await front.wait_for_route(asked.name, asked.version or self._version)
             if not self.is_over and route.steps:
-                self._run_ensemble(front.plans.of(route), asked)
+                self._run_ensemble(front.plans.of(route), asked, deadline_ns)
             elif not self.is_over:
                 self._submit(front.plans.of(route), asked, deadline_ns)
         except OvercommitError as error:
@@ -117,11 +123,11 @@ class Inference:
         except Exception:  # the request boundary
             self._fail_badly()
 
-    def _run_ensemble(self, plans: RoutePlans, asked: Asked) -> None:
+    def _run_ensemble(self, plans: RoutePlans, asked: Asked, deadline_ns: int) -> None:
         self._prepared, data = self._service.requests.prepare(plans, asked)
         # The message's bytes may be another's when this returns.
         copies = [bytes(each) for each in data]
-        self._run = Run(self._service.front, self._prepared, copies, self)
+        self._run = Run(self._service.front, self._prepared, copies, self, deadline_ns)
 
     def _submit(self, plans: RoutePlans, asked: Asked, deadline_ns: int) -> None:
         front = self._service.front
@@ -372,7 +378,7 @@ class InferCall(Unary):
 
     def run(self, message: Data) -> None:
         """Submit the request."""
-        self._inference = inference = Inference(self.service, self)
+        self._inference = inference = Inference(self.service, self, self.head.version)
         inference.begin(message, self.deadline_ns)
         self.release()
 
@@ -413,7 +419,7 @@ class StreamCall(Call):
 
     def _go_on(self) -> None:
         while self._later and not self._is_full() and not self.is_gone:
-            inference = Inference(self.service, self)
+            inference = Inference(self.service, self, self.head.version)
             self._turns.append(inference)
             inference.begin(self._later.popleft(), self.deadline_ns)
         if not self._later and self._held and self._message is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import re
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from urllib.parse import quote
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import binary, hpack
 from overcommit.server.limits import GRPC_MESSAGE_CHARS_MAX, GRPC_TIMEOUT_S_MAX
+from overcommit.server.routing import CANARY, STABLE
 
 PREFIX_BYTES: Final = 5  # of a message: whether it is compressed, and its length
 ENCODINGS: Final = ("identity", "gzip", "deflate")
@@ -33,6 +33,7 @@ _UNIT_NS: Final = {
     b"u": 10**3,
     b"n": 1,
 }
+_CANARY: Final = {b"always": CANARY, b"never": STABLE}
 _LEVEL: Final = 1  # of compression: numbers hardly shrink more with a higher one
 
 
@@ -78,6 +79,7 @@ class CallHead:
     encoding: str  # of compressed messages
     answers_in: str  # how to compress answers: as the client does
     wants_status: bool  # a stream ends with the status of its first error (triton_grpc_error)
+    version: str | None  # in the place of one, for requests that name none (x-overcommit-canary)
     fault: CallFailed | None  # what is wrong with them
 
 
@@ -111,6 +113,7 @@ def read_head(headers: Sequence[hpack.Header]) -> CallHead:
         encoding=encoding,
         answers_in=encoding if encoding in accepted else "identity",
         wants_status=known.get(b"triton_grpc_error", b"").lower() == b"true",
+        version=_CANARY.get(known.get(b"x-overcommit-canary", b"").strip().lower()),
         fault=fault,
     )
 
@@ -158,8 +161,3 @@ def trailers(failure: CallFailed | None, *, is_only: bool) -> bytes:
         pause_ms = max(1, int(failure.retry_after_s * 1000 + 0.999))
         headers.append((b"grpc-retry-pushback-ms", str(pause_ms).encode()))
     return hpack.encode(headers)
-
-
-def deadline_ns(head: CallHead) -> int | None:
-    """Return when the client's patience ends, on the monotonic clock."""
-    return None if head.timeout_ns is None else time.monotonic_ns() + head.timeout_ns

@@ -9,6 +9,24 @@ from model_rig import ADD, DATATYPES, ECHO, FAULTY, SLOW, add_extended_models, a
 from serving import Server
 
 MAX_BODY = "68MiB"
+CHAIN = """
+[[input]]
+name = "x"
+datatype = "FP32"
+shape = [-1, -1]
+[[output]]
+name = "y"
+datatype = "FP32"
+shape = [-1, -1]
+[[ensemble.step]]
+model = "faulty"
+inputs = { x = "x" }
+outputs = { y = "middle" }
+[[ensemble.step]]
+model = "faulty"
+inputs = { x = "middle" }
+outputs = { y = "y" }
+"""
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     add_model(root, "faulty", FAULTY, {"x": "FP32"})
     add_model(root, "loadable", FAULTY, {"x": "FP32"})
     add_model(root, "echo", FAULTY, {"x": "FP32"}, batch=64, columns=16)  # as the bench's Triton
+    (root / "chain").mkdir()
+    (root / "chain" / "model.toml").write_text(CHAIN)
     flags = (
         "--allow-code",
         "--client-shared-memory",

@@ -97,6 +97,14 @@ def test_a_load_that_brings_a_configuration_or_files_is_refused_in_words(
         client.load_model("loadable", config="{}", files={"file:1/model.pt": b"x"})
 
 
+# --- ensembles ----------------------------------------------------------------------------------
+def test_an_ensemble_is_asked_as_a_model_is(triton: Any, client: Client) -> None:
+    result = client.infer("chain", [fp32(triton, [1.0, 2.0])], request_id="seven")
+    np.testing.assert_array_equal(result.as_numpy("y"), [[4.0, 8.0]])
+    with pytest.raises(InferenceServerException, match="too hot"):
+        client.infer("chain", [fp32(triton, [60.0])])
+
+
 # --- classification -----------------------------------------------------------------------------
 def test_the_highest_values_are_named(triton: Any, client: Client) -> None:
     rows = fp32(triton, [0.5, 3.0, -1.0], [7.0, 8.0, 9.0])

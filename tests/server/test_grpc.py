@@ -26,6 +26,7 @@ from overcommit.server.limits import (
 )
 from overcommit.server.plans import RoutePlans
 from overcommit.server.proto import messages
+from overcommit.server.routing import CANARY, STABLE
 
 INVALID, DEADLINE, EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 3, 4, 8, 12, 13, 14
 
@@ -379,3 +380,27 @@ def test_fields_in_another_order_mean_the_same() -> None:
     swapped = whole[at:] + whole[:at]
     assert outcome(Requests(), swapped) == outcome(Requests(), whole)
     assert np.frombuffer(outcome(Requests(), whole)[-1][0], np.float32).tolist() == [1.0, 2.0]
+
+
+def test_metadata_may_ask_for_the_version_with_a_share_or_for_the_others() -> None:
+    async def test(client: H2Client, peer: Peer) -> None:
+        rig = client.rig
+        found: list[str | None] = []
+
+        def find(name: str, version: str | None) -> Any:
+            found.append(version)
+            return rig.route
+
+        rig.find = find  # type: ignore[method-assign]
+        always, never = {"x-overcommit-canary": "always"}, {"x-overcommit-canary": "never"}
+        client.call(request([1.0]), **always)
+        client.call(request([1.0]), **never)
+        client.call(request([1.0]))
+        client.call(request([1.0], model_version="1"), **always)
+        assert found == [CANARY, STABLE, None, "1"]
+        stream = client.open(STREAM, **always)
+        rig.plans.serving.clear()
+        client.data(stream, framed(request([1.0])))
+        assert found[-1] == CANARY
+
+    run(test)
