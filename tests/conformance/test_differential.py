@@ -1,7 +1,7 @@
 """The same requests to Triton and to us: same status, same keys, same tensors, or a difference on purpose.
 
-Triton's answers are a recording (`record_triton.py` makes it); docs/triton.md has the reasons of what is in
-DIFFERENCES and EXTRA for users.
+Triton's answers are a recording (`record_triton.py` makes it); the README has the reasons of what is in
+DIFFERENCES, EXTRA and MISSING.
 """
 
 from __future__ import annotations
