@@ -22,7 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(SOURCES)
 	@# PyTorch first and alone: a bare requirement would pull the CUDA packages in.
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev,bench]'
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps kserve==0.21.0
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps kserve==0.21.0 \
+		|| echo "KServe's client cannot be installed: its tests are skipped"
 	touch $@
 
 serve: install

@@ -7,8 +7,8 @@
 Invariants
  1. A call ends once: with OK, with a status that is no OK, or abandoned by its client.
  2. The blocks of an inference are given back by the dispatch alone, whatever becomes of the call.
- 3. A message is refused for its size before memory is taken for it; long ones count against the
-    budget that HTTP bodies count against, until they are submitted.
+ 3. A message is refused for its size before memory is taken for it; what is kept of messages, whole
+    or not, counts against the budget that HTTP bodies count against, until it is submitted.
 
 Called by the HTTP/2 connection (in) and by the dispatch (out).
 """
@@ -33,7 +33,6 @@ from overcommit.server.inference import Data, Prepared
 from overcommit.server.limits import (
     BODIES_BYTES_MAX,
     GRPC_STREAM_REQUESTS_MAX,
-    SMALL_BODY_BYTES,
 )
 from overcommit.server.proto import messages
 
@@ -255,12 +254,7 @@ class Call(Stream):
             raise CallFailed(Status.INTERNAL, f"a message has the unknown flags {flag}")
         self._compressed = bool(flag)
         self._check_size(length)
-        if length > SMALL_BODY_BYTES:
-            front = self.service.front
-            if front.bodies_bytes + length > BODIES_BYTES_MAX:
-                raise CallFailed(Status.UNAVAILABLE, "too many long messages are received", 1.0)
-            front.bodies_bytes += length
-            self._held += length
+        self.hold(length)
         self._message, self._filled = bytearray(length), 0
         if not length:
             self._message = None
@@ -276,6 +270,7 @@ class Call(Stream):
             )
 
     def _take(self, message: bytearray) -> None:
+        self.let_go(len(message))
         data: Data = memoryview(message)
         if self._compressed:
             if self.head.encoding == "identity":
@@ -286,6 +281,19 @@ class Call(Stream):
             except OvercommitError as error:
                 raise failure_of(error) from error
         self.on_message(data, False)
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes that are kept against the budget of all bodies.  Raises CallFailed."""
+        front = self.service.front
+        if front.bodies_bytes + nbytes > BODIES_BYTES_MAX:
+            raise CallFailed(Status.UNAVAILABLE, "too many messages are being received", 1.0)
+        front.bodies_bytes += nbytes
+        self._held += nbytes
+
+    def let_go(self, nbytes: int) -> None:
+        """Bytes that were held are kept no more."""
+        self.service.front.bodies_bytes -= nbytes
+        self._held -= nbytes
 
     def release(self) -> None:
         """Give back what the messages take of the budget."""
@@ -351,6 +359,8 @@ class Unary(Call):
         """Keep the message; a second one is a fault."""
         if self._whole is not None:
             raise CallFailed(Status.UNIMPLEMENTED, "the method takes one message, two came")
+        if not is_last:
+            self.hold(len(message))
         self._whole = message
 
     def on_end(self) -> None:
@@ -410,7 +420,7 @@ class StreamCall(Call):
 
     def on_message(self, message: Data, is_last: bool) -> None:
         """Begin, or wait until there are fewer under way."""
-        # Others of the stream may come before it is looked at: keep bytes of its own.
+        self.hold(len(message))
         self._later.append(message)
         self._go_on()
 
@@ -419,11 +429,11 @@ class StreamCall(Call):
 
     def _go_on(self) -> None:
         while self._later and not self._is_full() and not self.is_gone:
+            message = self._later.popleft()
+            self.let_go(len(message))
             inference = Inference(self.service, self, self.head.version)
             self._turns.append(inference)
-            inference.begin(self._later.popleft(), self.deadline_ns)
-        if not self._later and self._held and self._message is None:
-            self.release()
+            inference.begin(message, self.deadline_ns)
         self._end_if_done()
 
     def top_up(self) -> None:

@@ -219,6 +219,12 @@ def test_long_messages_count_against_the_budget_until_they_are_submitted() -> No
         peer.answer_all()
         await client.settle()
         assert client.status(number) == 0
+        waiting = client.open()
+        client.data(waiting, framed(request([1.0])))  # whole, but the client has not ended
+        assert client.rig.bodies_bytes == len(request([1.0]))
+        client.data(waiting, b"", end=True)
+        assert not client.rig.bodies_bytes
+        peer.answer_all()
         client.rig.bodies_bytes = BODIES_BYTES_MAX
         refused = client.open()
         client.data(refused, data[:1000])
@@ -278,7 +284,9 @@ def test_a_stream_that_is_faster_than_its_answers_waits() -> None:
         for at in range(0, count, 4):
             client.data(number, message * min(4, count - at))
             peer.take()
-        assert len(client.rig.dispatch.pending) == min(GRPC_STREAM_REQUESTS_MAX, count)
+        assert len(client.rig.dispatch.pending) == GRPC_STREAM_REQUESTS_MAX
+        kept = (count - GRPC_STREAM_REQUESTS_MAX) * (len(message) - 5)
+        assert client.rig.bodies_bytes == kept
         assert not [each for each in client.read() if each.kind == h2.WINDOW_UPDATE]
         peer_taken, peer.taken = peer.taken, []
         while peer_taken:
@@ -292,6 +300,7 @@ def test_a_stream_that_is_faster_than_its_answers_waits() -> None:
             await client.settle()
             peer_taken = peer.take()
         assert got == count
+        assert not client.rig.bodies_bytes
         assert [each for each in client.frames if each.kind == h2.WINDOW_UPDATE and each.stream]
         client.data(number, b"", end=True)
         await client.settle()
