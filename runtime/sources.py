@@ -23,7 +23,7 @@ from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.image import made_by
 from overcommit.runtime.messages import Pack
 
-ENGINES: Final = ("torch", "torch_export", "onnx")
+ENGINES: Final = ("torch", "torch_export", "onnx", "python")
 _NO_WEIGHTS: Final = frozenset({"model.toml"})
 _HASH_BYTES: Final = 1 << 22
 
@@ -32,7 +32,7 @@ _HASH_BYTES: Final = 1 << 22
 class Source:
     """A model version's files; `main` is what decides about its program."""
 
-    kind: Literal["hugging_face", "user", "export", "onnx"]
+    kind: Literal["hugging_face", "user", "export", "onnx", "python"]
     engine: str
     main: Path
     weights: tuple[Path, ...] = ()
@@ -52,6 +52,8 @@ def find(job: Pack) -> Source:
         graphs = [name for name in names if name.endswith(".onnx")]
         if graphs:
             return _onnx(where, folder, graphs, names, config.entry)
+    if config.engine == "python":
+        return _python(where, folder, names, config.entry)
     programs = [folder / name for name in names if name.endswith(".pt2")]
     if config.engine in (None, "torch_export") and programs:
         if len(programs) > 1:
@@ -82,6 +84,22 @@ def _is_torch(names: Sequence[str]) -> bool:
         any(name.endswith(".safetensors") for name in names)
         and ("model.py" in names or "config.json" in names)
     )
+
+
+def _python(where: str, folder: Path, names: Sequence[str], entry: str | None) -> Source:
+    file_name, _, class_name = (entry or "model.py").partition(":")
+    if file_name not in names:
+        raise RepositoryError(
+            f'{where}: {folder} holds no {file_name}, which engine = "python" runs'
+        )
+    beside = sorted(path for path in folder.rglob("*") if path.is_file())
+    kept = (path for path in beside if path.name not in _NO_WEIGHTS and not _is_hidden(path))
+    main = folder / file_name
+    return Source("python", "python", main, tuple(p for p in kept if p != main), class_name)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__pycache__", "venv")) for part in path.parts[-4:])
 
 
 def _onnx(

@@ -32,8 +32,9 @@ ENGINES: Final = {
     "torch": (f"{_HERE}.torch_module", "TorchProgram"),
     "torch_export": (f"{_HERE}.torch_export", "ExportProgram"),
     "onnx": (f"{_HERE}.onnx_session", "OnnxProgram"),
+    "python": (f"{_HERE}.python_model", "PythonProgram"),
 }
-CODE_KINDS: Final = frozenset({"user"})  # programs that run what a model brings
+CODE_KINDS: Final = frozenset({"user", "python"})  # programs that run what a model brings
 
 
 class BoundModel(Protocol):
@@ -82,6 +83,10 @@ class _Programs:
                 program.append(_load(header))
             return program[0]
 
+    def forget(self, header: ImageHeader) -> None:
+        with self._lock:
+            self._slots.pop(f"{header.engine} {header.program_key}", None)
+
 
 _programs = _Programs()
 
@@ -97,6 +102,11 @@ def load_program(header: ImageHeader, *, allow_code: bool) -> Program:
             "server must be started with --allow-code"
         )
     return _programs.load(header)
+
+
+def forget_program(header: ImageHeader) -> None:
+    """Keep an image's program no longer than its models do."""
+    _programs.forget(header)
 
 
 def _load(header: ImageHeader) -> Program:

@@ -1,0 +1,121 @@
+"""The `python` engine: a class of the model's own (see `python_child` for what it looks like).
+
+It runs in the worker, or, with `[python] process = true` or a `venv`, in a process of its own.  In the
+worker its weights may come from the mapping: `*.safetensors` beside it go into the image, and `bind` gets
+read-only arrays over them.  What it keeps otherwise is in no budget; `README.md` says so.
+
+Invariants
+ 1. Nothing of it runs before operator and model have both allowed it.
+ 2. `load` runs in the thread that loads programs, where it delays no other model; once for each version.
+
+Called by the packer and by workers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from overcommit.runtime.device_bytes import Memory
+from overcommit.runtime.engines import user_code
+from overcommit.runtime.engines.dtypes import v2_of_numpy
+from overcommit.runtime.engines.python_child import Hosted
+from overcommit.runtime.engines.python_process import PythonProcess, python_of
+from overcommit.runtime.errors import ImageError, ModelError
+from overcommit.runtime.image import ImageHeader, TensorEntry
+
+Array = np.ndarray[Any, Any]
+ERROR_CHARS_MAX = 2000
+
+
+def start(program: dict[str, str]) -> Hosted | PythonProcess:
+    """Load the model that a program describes.  Raises ImageError, ModelError."""
+    path = Path(program["file"])
+    try:
+        source = user_code.read_source(path)
+    except OSError as error:
+        raise ImageError(f"the model's code {path} cannot be read: {error}") from error
+    if user_code.digest_of(source) != program["source"]:
+        raise ImageError(f"{path} has changed since the model was packed; delete it to pack again")
+    parameters = json.loads(program["arguments"])
+    if program["process"]:
+        python = python_of(program["venv"] or None, program["folder"])
+        load = {"file": str(path), "class": program["class"], "folder": program["folder"]}
+        return PythonProcess(python, {**load, "parameters": parameters})
+    try:
+        return Hosted(source, str(path), program["class"], program["folder"], parameters)
+    except Exception as error:  # whatever its own code raises
+        raise _as_model_error(error) from error
+
+
+def run(model: Hosted | PythonProcess, inputs: dict[str, Array]) -> dict[str, Array]:
+    """Run one batch.  Raises ModelError."""
+    try:
+        return model.run(inputs)
+    except ModelError:
+        raise
+    except Exception as error:  # the batch boundary: whatever the model's code raises
+        raise _as_model_error(error) from error
+
+
+def _as_model_error(error: Exception) -> ModelError:
+    return ModelError(f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX])
+
+
+class PythonProgram:
+    """One version's class, loaded."""
+
+    def __init__(self, header: ImageHeader) -> None:
+        self.key = header.program_key
+        self.hosted = start(header.program)
+
+    def bind(self, header: ImageHeader, memory: Memory) -> PythonModel:
+        """Give it its weights.  Raises ImageError, ModelError."""
+        if header.tensors and isinstance(self.hosted, Hosted):
+            if not isinstance(memory, memoryview):
+                raise ImageError("the python engine takes weights from the CPU's memory alone")
+            try:
+                self.hosted.bind({entry.name: _view(entry, memory) for entry in header.tensors})
+            except Exception as error:  # its own code
+                raise _as_model_error(error) from error
+        return PythonModel(self.hosted, [spec.name for spec in header.config.outputs])
+
+    def mixed(self, header: ImageHeader) -> None:
+        """What it does with a batch is its own business."""
+        return
+
+
+class PythonModel:
+    """One version, ready to run."""
+
+    def __init__(self, hosted: Hosted | PythonProcess, names: list[str]) -> None:
+        self._hosted = hosted
+        self._names = names
+
+    def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Run one batch.  Raises ModelError."""
+        outputs = run(self._hosted, inputs)
+        if missing := [name for name in self._names if name not in outputs]:
+            raise ModelError(f"the model gave no output {missing}")
+        return {name: outputs[name] for name in self._names}
+
+
+def run_typed(
+    model: Hosted | PythonProcess, inputs: dict[str, Array]
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Run one batch; also return the V2 datatype of every output.  Raises ModelError."""
+    outputs = run(model, inputs)
+    return outputs, {name: v2_of_numpy(array) for name, array in outputs.items()}
+
+
+def _view(entry: TensorEntry, memory: memoryview) -> Array:
+    """Make a read-only array over the mapping; bfloat16 as uint16."""
+    kind = np.dtype("uint16" if entry.dtype == "bfloat16" else entry.dtype)
+    count = math.prod(entry.shape)
+    if count * kind.itemsize != entry.nbytes or entry.offset > len(memory) - entry.nbytes:
+        raise ImageError(f"tensor '{entry.name}' does not fit its entry in the image")
+    return np.frombuffer(memory, kind, count, entry.offset).reshape(entry.shape)
