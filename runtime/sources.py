@@ -19,12 +19,21 @@ from typing import Final, Literal
 import msgspec
 
 from overcommit.runtime import checkpoint
+from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.image import made_by
 from overcommit.runtime.messages import Pack
 
-ENGINES: Final = ("torch", "torch_export", "onnx", "python")
-_NO_WEIGHTS: Final = frozenset({"model.toml"})
+# Suffixes by engine; a library that reads its own files.
+_TREES: Final = {
+    "lightgbm": (".lgb", ".txt"),
+    "xgboost": (".ubj", ".json"),
+    "sklearn": (".joblib", ".pkl"),
+}
+# What a folder for another engine may hold as well: only where the model says so is it a model.
+_AMBIGUOUS: Final = frozenset({".txt", ".json", ".pkl"})
+ENGINES: Final = ("torch", "torch_export", "onnx", "python", *_TREES)
+_NO_WEIGHTS: Final = frozenset({"model.toml", "model-settings.json", "settings.json"})
 _HASH_BYTES: Final = 1 << 22
 
 
@@ -32,7 +41,7 @@ _HASH_BYTES: Final = 1 << 22
 class Source:
     """A model version's files; `main` is what decides about its program."""
 
-    kind: Literal["hugging_face", "user", "export", "onnx", "python"]
+    kind: Literal["hugging_face", "user", "export", "onnx", "python", "trees"]
     engine: str
     main: Path
     weights: tuple[Path, ...] = ()
@@ -52,6 +61,10 @@ def find(job: Pack) -> Source:
         graphs = [name for name in names if name.endswith(".onnx")]
         if graphs:
             return _onnx(where, folder, graphs, names, config.entry)
+    if config.engine in _TREES or (config.engine is None and "config.json" not in names):
+        trees = _trees(where, names, config)
+        if trees is not None:
+            return Source("trees", trees[0], folder / trees[1])
     if config.engine == "python":
         return _python(where, folder, names, config.entry)
     programs = [folder / name for name in names if name.endswith(".pt2")]
@@ -74,7 +87,8 @@ def find(job: Pack) -> Source:
     shown = ", ".join(names[:10]) or "nothing"
     raise RepositoryError(
         f"{where}: {folder} holds {shown}; supported are config.json + *.safetensors "
-        f"(Hugging Face), model.py + *.safetensors or a state dict, one *.pt2 (torch.export) and *.onnx"
+        f"(Hugging Face), model.py + *.safetensors or a state dict, one *.pt2 (torch.export), "
+        f"*.onnx, *.lgb (LightGBM), *.ubj (XGBoost), and what engine = in its model.toml names"
     )
 
 
@@ -84,6 +98,27 @@ def _is_torch(names: Sequence[str]) -> bool:
         any(name.endswith(".safetensors") for name in names)
         and ("model.py" in names or "config.json" in names)
     )
+
+
+def _trees(where: str, names: Sequence[str], config: ModelConfig) -> tuple[str, str] | None:
+    """Return the engine and the file of a model that its own library reads, if there is one."""
+    for engine, suffixes in _TREES.items():
+        if config.engine not in (None, engine):
+            continue
+        found = [name for name in names if name.endswith(suffixes) and name not in _NO_WEIGHTS]
+        if config.engine is None:
+            found = [name for name in found if Path(name).suffix not in _AMBIGUOUS]
+        if config.entry is not None:
+            found = [name for name in found if name == config.entry]
+        if len(found) > 1:
+            raise RepositoryError(
+                f'{where} holds {found[:5]}; name one with entry = "{found[0]}" in its model.toml'
+            )
+        if found:
+            return engine, found[0]
+        if config.engine is not None:
+            raise RepositoryError(f"{where}: its folder holds none of {', '.join(suffixes)}")
+    return None
 
 
 def _python(where: str, folder: Path, names: Sequence[str], entry: str | None) -> Source:

@@ -33,8 +33,9 @@ ENGINES: Final = {
     "torch_export": (f"{_HERE}.torch_export", "ExportProgram"),
     "onnx": (f"{_HERE}.onnx_session", "OnnxProgram"),
     "python": (f"{_HERE}.python_model", "PythonProgram"),
+    **dict.fromkeys(("lightgbm", "xgboost", "sklearn"), (f"{_HERE}.trees", "TreesProgram")),
 }
-CODE_KINDS: Final = frozenset({"user", "python"})  # programs that run what a model brings
+CODE_KINDS: Final = frozenset({"user", "python", "pickle"})  # programs that run what a model brings
 
 
 class BoundModel(Protocol):

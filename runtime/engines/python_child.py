@@ -115,9 +115,10 @@ def _find(names: Arrays, class_name: str) -> Any:
 def named(result: Any) -> Arrays:
     """Make arrays of what a model returned; without names they are output0, output1 ..."""
     if not isinstance(result, dict):
-        rows = result if isinstance(result, tuple) else (result,)
-        plain = {f"output{number}": row for number, row in enumerate(rows)}
-        result = plain if len(rows) > 1 else {"output": rows[0]}
+        if isinstance(result, tuple):
+            result = {f"output{number}": row for number, row in enumerate(result)}
+        else:
+            result = {"output": result}
     return {str(name): _array(value) for name, value in result.items()}
 
 
