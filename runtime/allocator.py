@@ -118,6 +118,7 @@ class ChunkAllocator:
         self._slabs: dict[int, bytearray] = {}  # small chunk -> one byte a page, 1 = taken
         self._runs = _Ranking(PAGES_PER_SLAB)  # slabs by their longest run of free pages
         self._used = 0
+        self._retired_from: int | None = None  # an offset
 
     def __repr__(self) -> str:
         return (
@@ -249,7 +250,52 @@ class ChunkAllocator:
         return Extent(slab * SMALL_CHUNK_BYTES + at * PAGE_BYTES, pages * PAGE_BYTES)
 
     def _rank_slab(self, slab: int) -> None:
-        self._runs.set(slab, max(map(len, self._slabs[slab].split(b"\1"))))
+        run = 0 if self._is_retired(slab) else max(map(len, self._slabs[slab].split(b"\1")))
+        self._runs.set(slab, run)
+
+    # --- retiring -------------------------------------------------------------------------------
+    def retire(self, offset: int) -> None:
+        """Hand out nothing from this offset on, a chunk's beginning; without `can_split` only.
+
+        What is free there is gone at once, and `capacity_bytes` with it; what is held, when it is freed.
+        """
+        assert not self.can_split
+        former = self._retired_from
+        self._retired_from = offset if former is None else min(former, offset)
+        for slab in self._slabs:
+            self._rank_slab(slab)
+        self._drop_retired()
+
+    @property
+    def retiring_bytes(self) -> int:
+        """Bytes beyond the offset that allocations hold still."""
+        if self._retired_from is None:
+            return 0
+        return max(0, self.capacity_bytes - self._retired_from)
+
+    def _is_retired(self, chunk: int) -> bool:
+        """Whether nothing of this 2 MiB chunk is handed out any more."""
+        return self._retired_from is not None and chunk * SMALL_CHUNK_BYTES >= self._retired_from
+
+    def _drop_retired(self) -> None:
+        """Take what is free beyond the offset out of the books."""
+        if self._retired_from is None:
+            return
+        first = self._retired_from // SMALL_CHUNK_BYTES
+        gone = {parent for parent in self._large if parent * SMALL_PER_LARGE >= first}
+        self._large -= gone
+        self.capacity_bytes -= len(gone) * LARGE_CHUNK_BYTES
+        for parent, chunks in self._small.items():
+            if late := {chunk for chunk in chunks if chunk >= first}:
+                chunks -= late
+                self._small_free -= len(late)
+                self._parents.set(parent, len(chunks))
+                self.capacity_bytes -= len(late) * SMALL_CHUNK_BYTES
+        for parent, chunks in self._lent.items():
+            if parent * SMALL_PER_LARGE >= first:
+                self.capacity_bytes -= len(chunks) * SMALL_CHUNK_BYTES
+                self._lent_free -= len(chunks)
+                chunks.clear()
 
     # --- freeing --------------------------------------------------------------------------------
     def free(self, extents: Iterable[Extent | tuple[int, int]]) -> None:
@@ -261,6 +307,7 @@ class ChunkAllocator:
                 self._free_run(slab, offset, length)
             else:
                 self._free_chunks(offset, length)
+        self._drop_retired()
 
     def _free_run(self, slab: int, offset: int, length: int) -> None:
         at = (offset - slab * SMALL_CHUNK_BYTES) // PAGE_BYTES
@@ -269,7 +316,7 @@ class ChunkAllocator:
         assert taken[at : at + pages] == b"\1" * pages, "freed twice"
         taken[at : at + pages] = bytes(pages)
         self._rank_slab(slab)
-        if self._runs.level(slab) == PAGES_PER_SLAB:
+        if not any(taken):
             del self._slabs[slab]
             self._runs.discard(slab)
             self._give_slab(slab)
@@ -334,6 +381,9 @@ class ChunkAllocator:
             parent = slab // SMALL_PER_LARGE
             assert slab not in (self._lent[parent] if parent in self._lent else self._small[parent])
             run = self._runs.level(slab)
+            if self._is_retired(slab):
+                assert not run
+                continue
             assert bytes(run) in taken
             assert bytes(run + 1) not in taken
             assert run < PAGES_PER_SLAB, "an empty slab is a chunk"

@@ -120,6 +120,9 @@ class WeightsMapping(Protocol):
 class Ranges(Protocol):
     """Opens a process's mappings of one arena."""
 
+    def shrink(self, count: int) -> None:
+        """Give back all chunks of a GPU from this one on."""
+
     @property
     def can_map_ahead(self) -> bool:
         """Whether a version may be mapped before its bytes are there, and `is_at` knows of it."""
@@ -132,6 +135,10 @@ class Ranges(Protocol):
 
 class MemfdRanges:
     """Mappings of a memfd arena."""
+
+    def shrink(self, count: int) -> None:
+        """Raise ProtocolError: it has no chunks of its own."""
+        raise ProtocolError("DEVICE is not made of chunks here")
 
     can_map_ahead: bool = True
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from overcommit.runtime import messages
 from overcommit.runtime.chunks import Chunks
 from overcommit.runtime.config import CONTROL_FDS_MAX
+from overcommit.runtime.driver import DriverError, Result
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.messages import ChunksTaken, Message, Stop
 
@@ -37,33 +38,48 @@ def take_chunks(chunks: Chunks, count: int, receive: Receive, send: Send) -> boo
 
     Raises DriverError, and ProtocolError for any other message.
     """
-    while len(chunks) < count:
+    while len(chunks) < min(count, chunks.limit):
         message, fds = receive()
         left = list(fds.values())
         try:
             if isinstance(message, Stop):
                 return False
-            if not isinstance(message, messages.Chunks) or message.first != len(chunks):
+            is_wanted = isinstance(message, messages.Chunks) and (
+                not left or message.first == len(chunks)
+            )
+            if not isinstance(message, messages.Chunks) or not is_wanted:
                 raise ProtocolError(f"chunk {len(chunks)} was expected, {message} came")
+            if message.count:
+                chunks.shrink(message.count)
+            is_limit_only = not left
             while left:
                 chunks.take(left.pop(0))
         finally:
             for fd in left:
                 os.close(fd)
-        send(ChunksTaken(count=len(chunks)), ())
+        if not is_limit_only:
+            send(ChunksTaken(count=len(chunks)), ())
     return True
 
 
 def make_chunks(chunks: Chunks, send: Send) -> None:
-    """Make what is missing and send it to the supervisor.  Raises DriverError."""
+    """Make what is missing and send it to the supervisor.  Raises DriverError.
+
+    A GPU that has no memory for all of them, because somebody else took it since, has fewer.
+    """
     while not chunks.is_complete:
         first = len(chunks)
         fds: list[int] = []
         try:
             while len(fds) < CONTROL_FDS_MAX and not chunks.is_complete:
-                fds.append(chunks.make())
+                try:
+                    fds.append(chunks.make())
+                except DriverError as error:
+                    if error.result is not Result.OUT_OF_MEMORY or not len(chunks):
+                        raise
+                    chunks.limit = len(chunks)
             names = tuple(f"chunk{first + number}" for number in range(len(fds)))
-            send(messages.Chunks(first=first, fds=names), fds)
+            send(messages.Chunks(first=first, count=chunks.limit, fds=names), fds)
         finally:
             for fd in fds:
                 os.close(fd)

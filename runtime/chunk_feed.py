@@ -60,6 +60,14 @@ class ChunkFeed:
         for taker in self._takers.values():
             self._give(taker)
 
+    def shrink(self, count: int) -> None:
+        """There are only so many chunks from now on: everybody is told, and gives back the others."""
+        self.vault.shrink(count)
+        for taker in self._takers.values():
+            taker.limit = min(taker.limit, count)
+            taker.has = min(taker.has, count)
+            taker.post(Chunks(first=taker.has, count=count), ())
+
     def _give(self, taker: _Taker) -> None:
         fds = tuple(self.vault.after(taker.has))[: taker.limit - taker.has]
         if not taker.asks or not fds:

@@ -27,6 +27,7 @@ class Chunks:
         self.driver = driver
         self.table = table
         self.device = device
+        self.limit = len(table)  # how many there will be; less where the GPU has no more memory
         self._handles: list[MemoryHandle] = []
 
     def __len__(self) -> int:
@@ -35,7 +36,13 @@ class Chunks:
     @property
     def is_complete(self) -> bool:
         """Whether every chunk is here."""
-        return len(self._handles) == len(self.table)
+        return len(self._handles) >= self.limit
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks that there will be."""
+        whole = self.limit == len(self.table)
+        return self.table.capacity_bytes if whole else self.table.offset(self.limit)
 
     def handle(self, chunk: int) -> MemoryHandle:
         """Return the handle of a chunk that is here."""
@@ -66,6 +73,12 @@ class Chunks:
             self._handles.append(self.driver.mem_import(fd))
         finally:
             os.close(fd)
+
+    def shrink(self, count: int) -> None:
+        """There are only so many from now on; release the others, which nobody has mapped any more."""
+        self.limit = min(self.limit, count)
+        while len(self._handles) > self.limit:
+            self.driver.mem_release(self._handles.pop())
 
     def close(self) -> None:
         """Release every handle; what is mapped stays mapped."""

@@ -60,6 +60,12 @@ GRAPH_AFTER: Final = (
     2  # calls of a shape before it is captured: libraries load and choose meanwhile
 )
 PROBE_TIMEOUT_S: Final = 60.0  # a driver that hangs must not keep the server from saying so
+GPU_FREE_LOW_BYTES: Final = (
+    256 * MIB
+)  # less than this is free on the GPU: DEVICE gives some back ...
+GPU_FREE_GOAL_BYTES: Final = 1 * GIB  # ... until so much is
+GPU_KEEP_SHARE: Final = 0.25  # of itself that DEVICE keeps
+GPU_SHRINK_PAUSE_NS: Final = 5_000_000_000
 GPU_WATCH_S: Final = 1.0  # between two readings of NVML
 XIDS_KEPT: Final = 32
 FDS_SPARE: Final = 1024  # descriptors of the supervisor beside those of chunks

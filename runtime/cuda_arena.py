@@ -46,18 +46,20 @@ class CudaArena:
 
     def __init__(self, chunks: Chunks) -> None:
         self.chunks = chunks
-        self.nbytes = chunks.table.capacity_bytes
+        self.nbytes = chunks.nbytes
         self._address: int | None = None
+        self._mapped = 0
 
     def map_all(self, writable: bool) -> int:
         """Map every chunk, once, in order; return the address.  Raises DriverError."""
         assert self._address is None, "mapped once"
         assert self.chunks.is_complete
         driver, table = self.chunks.driver, self.chunks.table
+        self.nbytes = self.chunks.nbytes
         address = driver.address_reserve(self.nbytes, SMALL_CHUNK_BYTES)
         mapped = 0
         try:
-            for chunk in range(len(table)):
+            for chunk in range(self.chunks.limit):
                 nbytes = table.nbytes(chunk)
                 driver.mem_map(address + mapped, nbytes, self.chunks.handle(chunk))
                 mapped += nbytes
@@ -67,13 +69,23 @@ class CudaArena:
                 driver.mem_unmap(address, mapped)
             driver.address_free(address, self.nbytes)
             raise
-        self._address = address
+        self._address, self._mapped = address, mapped
         return address
+
+    def shrink(self, count: int) -> None:
+        """Give back all chunks from this one on; no work on them may be left."""
+        assert self._address is not None, "mapped first"
+        end = self.chunks.table.offset(count)
+        if end < self._mapped:
+            self.chunks.driver.mem_unmap(self._address + end, self._mapped - end)
+            self._mapped = end
+        self.chunks.shrink(count)
 
     def close(self) -> None:
         """Unmap and release; no work on it may be left."""
         if self._address is not None:
-            self.chunks.driver.mem_unmap(self._address, self.nbytes)
+            if self._mapped:
+                self.chunks.driver.mem_unmap(self._address, self._mapped)
             self.chunks.driver.address_free(self._address, self.nbytes)
             self._address = None
         self.chunks.close()
@@ -95,6 +107,13 @@ class CudaRanges:
     def open(self, nbytes: int) -> CudaMapping:
         """Reserve a range for a version's image.  Raises DriverError."""
         return CudaMapping(self, nbytes)
+
+    def shrink(self, count: int) -> None:
+        """Give back all chunks from this one on; whoever has one mapped was evicted."""
+        for chunk in [chunk for chunk in self._holders if chunk >= count]:
+            for mapping in tuple(self._holders.get(chunk, ())):
+                mapping.unmap()
+        self.chunks.shrink(count)
 
     def claim(self, chunk: int, mapping: CudaMapping, shared: bool) -> None:
         """A mapping gets this chunk; alone, unless it is shared."""

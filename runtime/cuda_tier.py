@@ -87,16 +87,20 @@ def open_for_mover(
     device: int,
     nbytes: int,
     held: int,
+    count: int,
     host_address: int,
     receive: Receive,
     send: Send,
 ) -> MoverTier | None:
-    """Take over the `held` chunks that exist, make the others, map all; None: told to stop.
+    """Take over the `held` chunks that exist, make the others up to `count`, map all.
+
+    None: told to stop.  `nbytes` is what the layout of the chunks follows from.
 
     Raises DriverError; then this process has to end, and its successor finds what it made.
     """
     _enter(driver, device)
     chunks = Chunks(driver, ChunkTable(nbytes), device)
+    chunks.limit = count
     if not take_chunks(chunks, held, receive, send):
         return None
     make_chunks(chunks, send)
@@ -106,11 +110,12 @@ def open_for_mover(
 
 
 def open_for_worker(
-    driver: Driver, device: int, nbytes: int, receive: Receive, send: Send
+    driver: Driver, device: int, nbytes: int, count: int, receive: Receive, send: Send
 ) -> CudaRanges | None:
-    """Take over every chunk; None: told to stop.  Raises DriverError."""
+    """Take over every chunk, `count` or less; None: told to stop.  Raises DriverError."""
     _enter(driver, device)
     chunks = Chunks(driver, ChunkTable(nbytes), device)
-    if not take_chunks(chunks, len(chunks.table), receive, send):
+    chunks.limit = count
+    if not take_chunks(chunks, count, receive, send):
         return None
     return CudaRanges(chunks)

@@ -158,6 +158,19 @@ class DeviceRoom(Room):
         """Evict a version that nobody has used for long, though nobody needs its bytes."""
         return self._may_leave(version, now_ns, desperate=False) and self.try_let_go(version)
 
+    def clear_from(self, offset: int, now_ns: int) -> list[Version]:
+        """Evict who holds bytes from this offset on; return whom.  Leases are asked, nothing else."""
+        places = self.holdings.places
+        late = [
+            version
+            for version in self.holders.values()
+            if version.state is State.DEVICE
+            and not version.is_leaving
+            and version.published_ns < now_ns
+            and any(sum(e) > offset for part in version.device for e in places[part].extents)
+        ]
+        return [version for version in late if self._try_evict(version, now_ns)]
+
     def _try_evict(self, version: Version, now_ns: int) -> bool:
         """DEVICE -> HOST or DISK: free of cost, weights are immutable and the host copy stays."""
         if not self.try_let_go(version):

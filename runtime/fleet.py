@@ -62,7 +62,8 @@ class Child:
 class Fleet:
     """All seats of a server.
 
-    `on_gone(child)` is called after a child was reaped and its links were taken down.
+    `on_gone(child)` is called after a child was reaped and its links were taken down, `on_shrunk(count)`
+    when a GPU turned out to have memory for so many chunks only.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Fleet:
         memory: SharedMemory,
         on_forked: Callable[[Process], None],
         on_gone: Callable[[Child], None],
+        on_shrunk: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.settings = settings
         self.memory = memory
@@ -92,6 +94,7 @@ class Fleet:
         self.fork_server: ForkServer | None = None
         self._on_forked = on_forked
         self._on_gone = on_gone
+        self._on_shrunk = on_shrunk
 
     # --- looking --------------------------------------------------------------------------------
     def of_kind(self, kind: Kind, *, ready: bool = True) -> Iterator[Child]:
@@ -170,6 +173,7 @@ class Fleet:
             host_bytes=memory.host_bytes,
             cuda_device=memory.cuda_device,
             chunks_held=held,
+            chunks_count=0 if memory.vault is None else memory.vault.count,
             port=self.port,
             fds=tuple(send),
         )
@@ -195,8 +199,16 @@ class Fleet:
                 os.close(fd)
             raise ProtocolError(f"{child.seat!r} sent chunks")
         self.chunks.on_made(message.first, made)
+        if 0 < message.count < self.chunks.vault.count:
+            self.shrink(message.count)
         if self.chunks.vault.is_full:
             log.info("DEVICE is made: %d chunks of GPU memory", self.chunks.vault.count)
+
+    def shrink(self, count: int) -> None:
+        """DEVICE has only so many chunks from now on; nobody may use the others any more."""
+        assert self.chunks is not None
+        self.chunks.shrink(count)
+        self._on_shrunk(count)
 
     def on_chunks_taken(self, child: Child, count: int) -> None:
         """A child has so many."""

@@ -16,6 +16,7 @@ from overcommit.runtime.device_choice import allow_descriptors, choose
 from overcommit.runtime.drivers import open_nvml
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.gate import SharedGate
+from overcommit.runtime.gpu_pressure import GpuPressure
 from overcommit.runtime.gpu_watch import GpuWatch
 from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.memory import SharedMemory
@@ -44,6 +45,7 @@ class House:
         self.telemetry = Telemetry()
         self.gpu = choose(settings)
         self.gpu_watch: GpuWatch | None = None
+        self.gpu_pressure: GpuPressure | None = None
         budget = budgets(settings, self.telemetry, self.gpu)
         if self.gpu is None:
             device = ChunkAllocator(budget.device_bytes)
@@ -64,7 +66,7 @@ class House:
             *(device.capacity_bytes, host.capacity_bytes if host else 0),
             None if self.gpu is None else self.gpu.device,
         )
-        self.fleet = Fleet(settings, self.memory, on_forked, on_gone)
+        self.fleet = Fleet(settings, self.memory, on_forked, on_gone, self._on_shrunk)
         self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
         self.residency = Residency(device, host, new_policy, self.gate, self._introduce)
         self.activations = Activations(settings, self.residency, self.registry, self.fleet)
@@ -78,6 +80,10 @@ class House:
 
         if self.gpu is not None:
             self.gpu_watch = GpuWatch(self.gpu, lambda: open_nvml(settings))
+            self.gpu_pressure = GpuPressure(
+                *(ChunkTable(self.memory.device_bytes), self.residency),
+                *(self.activations, self.fleet),
+            )
 
     def gpu_pids(self) -> dict[int, str]:
         """Our processes that may hold memory of the GPU."""
@@ -87,6 +93,14 @@ class House:
             for child in self.fleet.of_kind(kind, ready=False)
             if child.process.pid is not None
         }
+
+    def _on_shrunk(self, count: int) -> None:
+        device = self.residency.device
+        device.retire(ChunkTable(self.memory.device_bytes).offset(count))
+        log.warning(
+            "the GPU's memory is short: DEVICE has %d chunks, %s, from now on",
+            *(count, show_bytes(device.capacity_bytes)),
+        )
 
     def _introduce(self, slot: int, now_ns: int) -> None:
         self.activations.introduce(slot, now_ns)

@@ -60,6 +60,9 @@ class Start(Message, frozen=True):
     device_bytes: int = 0
     cuda_device: int | None = None  # the GPU whose memory DEVICE is; None: host memory
     chunks_held: int = 0  # mover: so many of its chunks exist, and come first
+    chunks_count: int = (
+        0  # so many there will be; less than fit into `device_bytes` after a shortage
+    )
     host_bytes: int = 0
     port: int = 0
     fds: tuple[str, ...] = ()
@@ -443,10 +446,13 @@ class Populated(Message, frozen=True):
 class Chunks(Message, frozen=True):
     """Descriptors of chunks `first`, `first + 1` ... of a CUDA arena: made, or to take over.
 
+    `count` is how many there will be in all: less than planned where the GPU's memory is short.  To
+    who has more it says that the others have to be given back; without descriptors it says nothing else.
     fds: one a chunk
     """
 
     first: int
+    count: int = 0  # 0: nothing is said
     fds: tuple[str, ...] = ()
 
 

@@ -51,6 +51,7 @@ from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
 from overcommit.runtime.messages import (
     CancelLoad,
+    Chunks,
     Load,
     LoadDone,
     Message,
@@ -255,21 +256,22 @@ def main(control_fd: int) -> None:
         arena = Arena.from_fd(fds["host"], start.host_bytes)
         host = Base("host", arena.map_all(True), arena.nbytes)
     copier: Copier = MEMCPY
+    shrink: Callable[[int], None] = _cannot_shrink
     if start.cuda_device is None:
         memory = Arena.from_fd(fds["device"], start.device_bytes)
         device = Base("device", memory.map_all(True), memory.nbytes)
     else:
         tier = open_for_mover(
             *(open_driver(start.settings), start.cuda_device, start.device_bytes),
-            *(start.chunks_held, 0 if host is None else host.address),
+            *(start.chunks_held, start.chunks_count, 0 if host is None else host.address),
             *(lambda: _receive(control), control.send),
         )
         if tier is None:
             return
-        device, copier = tier.device, tier.copier
+        device, copier, shrink = tier.device, tier.copier, tier.arena.shrink
     control.send(Ready(pid=os.getpid()))
     mover = Mover(device, host, control.send, copier)
-    while _serve(mover, control):
+    while _serve(mover, control, shrink):
         # Copies that are left: these go on here between looks, until nobody has a step to take.
         while not select.select((control,), (), (), 0)[0] and mover.try_copy():
             pass
@@ -282,7 +284,11 @@ def _receive(control: ControlSocket) -> tuple[Message, dict[str, int]]:
     return received
 
 
-def _serve(mover: Mover, control: ControlSocket) -> bool:
+def _cannot_shrink(count: int) -> None:
+    raise ProtocolError("DEVICE is not made of chunks here")
+
+
+def _serve(mover: Mover, control: ControlSocket, shrink: Callable[[int], None]) -> bool:
     """Take every message that is there; False for Stop."""
     while (received := control.try_receive()) is not None:
         message, _ = received
@@ -294,4 +300,6 @@ def _serve(mover: Mover, control: ControlSocket) -> bool:
             mover.cancel(message.job)
         elif isinstance(message, PromoteLoad):
             mover.promote(message.job)
+        elif isinstance(message, Chunks):
+            shrink(message.count)
     return True

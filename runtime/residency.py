@@ -300,6 +300,17 @@ class Residency:
             actions += self.want(slot, NOBODY, now_ns)
         return actions + self._pump(now_ns)
 
+    def clear_from(self, offset: int, now_ns: int) -> list[Action]:
+        """Evict who holds bytes of DEVICE from this offset on, unless it runs now: ask again.
+
+        One that is pinned comes back elsewhere.
+        """
+        actions: list[Action] = []
+        for version in self._on_device.clear_from(offset, now_ns):
+            if version.pinned:
+                actions += self.want(version.slot, NOBODY, now_ns)
+        return actions
+
     def set_stay(self, stay_ns: int) -> None:
         """From now on who was published so lately leaves after all others; 0: as the policy says."""
         self._on_device.stay_ns = stay_ns

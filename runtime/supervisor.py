@@ -160,6 +160,8 @@ class Supervisor:
             self._watch(child.process, child)
         house.activations.tick(now_ns)
         house.pressure.tick(now_ns)
+        if house.gpu_pressure is not None and house.gpu_watch is not None:
+            house.gpu_pressure.tick(house.gpu_watch.reading, now_ns)
         if house.prefetching is not None and self.phase is Phase.SERVING:
             house.prefetching.step(now_ns)
         house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))

@@ -47,6 +47,12 @@ class Vault:
             )
         self._fds += fds
 
+    def shrink(self, count: int) -> None:
+        """There are only so many from now on; let go of the others."""
+        self.count = min(self.count, count)
+        while len(self._fds) > self.count:
+            os.close(self._fds.pop())
+
     def after(self, first: int) -> Sequence[int]:
         """Return the descriptors of the next chunks for who has `first` of them; they stay ours."""
         return self._fds[first : first + CONTROL_FDS_MAX]

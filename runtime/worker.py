@@ -47,6 +47,7 @@ from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import (
     ActivationFailed,
+    Chunks,
     Coming,
     Expected,
     Forget,
@@ -331,6 +332,8 @@ class Worker:
             self.links.add(message, fds)
         elif isinstance(message, LinkDown):
             self._drop_link(link_key(message.seat, message.epoch), now_ns)
+        elif isinstance(message, Chunks):
+            self.versions.ranges.shrink(message.count)
         elif isinstance(message, Stop):
             self.is_stopping = True
 

@@ -32,5 +32,7 @@ def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> Wo
         assert received is not None, "waited without a limit"
         return received
 
-    ranges = open_for_worker(driver, device, start.device_bytes, receive, control.send)
+    ranges = open_for_worker(
+        driver, device, start.device_bytes, start.chunks_count, receive, control.send
+    )
     return None if ranges is None else WorkerMemory(ranges, driver.torch_device(device))

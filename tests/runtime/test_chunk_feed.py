@@ -85,3 +85,23 @@ def test_chunks_that_do_not_continue_what_is_held_are_refused_and_closed(feed: C
         feed.on_made(1, [fd])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+def test_everybody_is_told_of_fewer_chunks_and_gets_no_more(feed: ChunkFeed) -> None:
+    make(feed, COUNT)
+    told: list[tuple[int, int, int]] = []
+
+    def post(message: Message, fds: tuple[int, ...]) -> None:
+        assert isinstance(message, Chunks)
+        told.append((message.first, message.count, len(fds)))
+
+    feed.add(1, post, COUNT)
+    feed.on_taken(1, CONTROL_FDS_MAX)
+    feed.on_taken(1, 2 * CONTROL_FDS_MAX)
+    feed.on_taken(1, COUNT)
+    told.clear()
+    feed.shrink(3)
+    assert told == [(3, 3, 0)]
+    assert (len(feed.vault), feed.vault.count, feed.vault.is_full) == (3, 3, True)
+    feed.on_taken(1, 3)
+    assert len(told) == 1

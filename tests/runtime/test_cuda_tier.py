@@ -77,6 +77,7 @@ class Movers:
 
     def __init__(self) -> None:
         self.vault = Vault(len(TABLE))
+        self.driver = "gpu_server:open_fake"
         self.host = Memory("host", HOST_BYTES)
         self.process: subprocess.Popen[bytes] | None = None
         self.control: ControlSocket | None = None
@@ -94,10 +95,11 @@ class Movers:
             kind="mover",
             seat=0,
             epoch=1,
-            settings=Settings(cuda_driver="gpu_server:open_fake"),
+            settings=Settings(cuda_driver=self.driver),
             device_bytes=CAPACITY,
             cuda_device=0,
             chunks_held=len(self.vault),
+            chunks_count=self.vault.count,
             host_bytes=HOST_BYTES,
             fds=("host",),
         )
@@ -189,7 +191,7 @@ def worker_sees(movers: Movers, extents: Extents, nbytes: int) -> bytes:
         assert isinstance(message, ChunksTaken)
         taken = message.count
 
-    ranges = open_for_worker(driver, 0, CAPACITY, receive, send)
+    ranges = open_for_worker(driver, 0, CAPACITY, movers.vault.count, receive, send)
     assert ranges is not None
     mapping = ranges.open(nbytes)
     mapping.map(extents, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -147,3 +148,34 @@ def test_no_request_is_lost_when_the_mover_dies_in_the_middle(server: Server, wa
         for _ in range(3):
             kill_all(server, "mover")
         asking.result()
+
+
+def chunks_of(pid: int) -> set[int]:
+    """Which of the fake's memory objects a process has a descriptor, handle or mapping of."""
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        path = f"/proc/{pid}/fd/{name}"
+        with contextlib.suppress(FileNotFoundError):
+            if "memfd:fake-gpu" in os.readlink(path):
+                found.add(os.stat(path).st_ino)
+    return found
+
+
+def test_device_gives_memory_back_when_the_gpu_runs_short(server: Server, want: Want) -> None:
+    if server.status()["gpu"]["name"] != "Fake GPU":
+        pytest.skip("somebody else would have to take the GPU's memory")
+    check_all(server, want, rounds=1)
+    values = Path(os.environ["FAKE_NVML"])
+    changed = values.with_suffix(".new")
+    changed.write_text(json.dumps({"memory": [4 << 30, (4 << 30) - (1 << 20)]}))
+    changed.rename(values)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(check_all, server, want, 4)
+        server.wait_until(lambda: server.status()["device"]["capacity"] == 4 << 20)
+        asking.result()
+    pids = [server.process.pid, *server.pids("mover"), *server.pids("worker")]
+    server.wait_until(lambda: all(len(chunks_of(pid)) == 2 for pid in pids))
+    for kind in ("mover", "worker"):
+        kill_all(server, kind)
+    check_all(server, want, rounds=1)
+    assert any("DEVICE has 2 chunks, 4.0 MiB, from now on" in line for line in server.log)

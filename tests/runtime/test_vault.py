@@ -16,6 +16,7 @@ from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.chunks import Chunks
 from overcommit.runtime.config import CONTROL_FDS_MAX, LARGE_CHUNK_BYTES, SMALL_CHUNK_BYTES
 from overcommit.runtime.control import ControlSocket, socket_pair
+from overcommit.runtime.cuda_arena import CudaArena
 from overcommit.runtime.driver import DriverError
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.messages import ChunksTaken, Message, Ready, Stop
@@ -134,5 +135,52 @@ def test_a_small_arena_is_one_message() -> None:
     chunks = Chunks(started(FakeGpu()), ChunkTable(5 * SMALL_CHUNK_BYTES), 0)
     sent: list[tuple[Message, int]] = []
     make_chunks(chunks, lambda message, fds: sent.append((message, len(fds))))
-    assert sent == [(messages.Chunks(first=0, fds=tuple(f"chunk{n}" for n in range(5))), 5)]
+    assert sent == [
+        (messages.Chunks(first=0, count=5, fds=tuple(f"chunk{n}" for n in range(5))), 5)
+    ]
     chunks.close()
+
+
+def test_a_gpu_without_memory_for_all_chunks_has_fewer_and_says_so() -> None:
+    driver = started(FakeGpu(3 * SMALL_CHUNK_BYTES))
+    chunks = Chunks(driver, ChunkTable(5 * SMALL_CHUNK_BYTES), 0)
+    sent: list[messages.Chunks] = []
+    kept: list[int] = []
+
+    def send(message: Message, fds: Sequence[int]) -> None:
+        assert isinstance(message, messages.Chunks)
+        sent.append(message)
+        kept.extend(os.dup(fd) for fd in fds)
+
+    make_chunks(chunks, send)
+    assert [(message.first, message.count, len(message.fds)) for message in sent] == [(0, 3, 3)]
+    assert chunks.is_complete
+    assert CudaArena(chunks).nbytes == 3 * SMALL_CHUNK_BYTES
+    for fd in kept:
+        os.close(fd)
+    chunks.close()
+
+
+def test_a_gpu_without_memory_for_one_chunk_is_an_error() -> None:
+    chunks = Chunks(started(FakeGpu(0)), ChunkTable(5 * SMALL_CHUNK_BYTES), 0)
+    with pytest.raises(DriverError, match="OUT_OF_MEMORY"):
+        make_chunks(chunks, lambda message, fds: None)
+
+
+def test_who_waits_for_chunks_that_never_come_is_told() -> None:
+    chunks = Chunks(started(FakeGpu()), ChunkTable(5 * SMALL_CHUNK_BYTES), 0)
+    made = Chunks(started(FakeGpu()), ChunkTable(5 * SMALL_CHUNK_BYTES), 0)
+    answers: list[int] = []
+    come: list[tuple[Message, dict[str, int]]] = [
+        (messages.Chunks(first=0, fds=("chunk0",)), {"chunk0": made.make()}),
+        (messages.Chunks(first=1, count=1), {}),
+    ]
+
+    def send(message: Message, fds: Sequence[int]) -> None:
+        assert isinstance(message, messages.ChunksTaken)
+        answers.append(message.count)
+
+    assert take_chunks(chunks, 5, lambda: come.pop(0), send)
+    assert (len(chunks), chunks.limit, answers) == (1, 1, [1])
+    chunks.close()
+    made.close()
