@@ -101,11 +101,21 @@ def _prepare_hugging_face(job: Pack, source: sources.Source) -> Prepared:
     program = hugging_face.describe(config, tensors, where)
     with hugging_face.as_loaded(program, where):
         module = torch_module.build(program)
-    checkpoint.fill(module, tensors, where)
+    try:
+        checkpoint.fill(module, tensors, where)
+    except RepositoryError as error:
+        # Names that the architecture had in another release; nearly all of the hub's are as they were.
+        try:
+            tensors = hugging_face.read_by_itself(program, job.folder)
+        except RepositoryError as other:
+            log.info("%s: %s", where, other.message)
+            raise error from other
+        checkpoint.fill(module, tensors, where)
+    inputs = hugging_face.inputs_of(module)
     return Prepared(
         module=module,
         call=torch_module.Call(module),
-        known=trials.Known(hugging_face.inputs_of(module)),
+        known=trials.Known(inputs, hugging_face.sizes_of(inputs)),
         program=program,
         key=lambda facts: _key(program, facts),
     )

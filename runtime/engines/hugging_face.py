@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from overcommit.runtime import trials
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import ImageError, RepositoryError
 
@@ -131,6 +132,30 @@ def as_loaded(program: Mapping[str, str], where: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def read_by_itself(program: Mapping[str, str], folder: str) -> dict[str, torch.Tensor]:
+    """Have transformers read a checkpoint whose names are of an older one: it knows what became of them.
+
+    Only safetensors and config.json of the folder are read.  Raises RepositoryError.
+    """
+    cls: Any = getattr(importlib.import_module(program["module"]), program["class"])
+    try:
+        module, info = cls.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            dtype=getattr(torch, json.loads(program["config"])["dtype"]),
+            **json.loads(program["arguments"]),
+        )
+    except Exception as error:  # transformers raises anything
+        raise RepositoryError(f"transformers cannot read it: {error}") from error
+    if info["missing_keys"]:
+        raise RepositoryError(f"transformers misses {sorted(info['missing_keys'])[:5]}")
+    tensors: dict[str, torch.Tensor] = module.state_dict()
+    return tensors
+
+
 # --- inputs -------------------------------------------------------------------------------------
 def inputs_of(module: nn.Module) -> tuple[TensorSpec, ...]:
     """Guess the inputs from the model's `main_input_name` and its configuration."""
@@ -141,7 +166,14 @@ def inputs_of(module: nn.Module) -> tuple[TensorSpec, ...]:
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(config, "num_channels", 3)
         shape = (-1, channels, height, width)
-        return (TensorSpec(name=main, datatype="FP32", shape=shape, axes=("batch", *[None] * 3)),)
+        return (_fixed(main, shape[1:]),)
+    if main == "input_values" and hasattr(config, "num_mel_bins"):
+        return (_fixed(main, (config.max_length, config.num_mel_bins)),)
+    if main == "input_features" and hasattr(config, "max_source_positions"):
+        specs = [_fixed(main, (config.num_mel_bins, 2 * config.max_source_positions))]
+        if "decoder_input_ids" in inspect.signature(module.forward).parameters:
+            specs.append(_tokens("decoder_input_ids", "decoder_sequence", False))
+        return tuple(specs)
     if main == "input_values":
         axes = ("batch", "sequence")
         return (TensorSpec(name=main, datatype="FP32", shape=(-1, -1), axes=axes),)
@@ -155,6 +187,18 @@ def inputs_of(module: nn.Module) -> tuple[TensorSpec, ...]:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         specs.append(_tokens("decoder_input_ids", "decoder_sequence", False))
     return tuple(specs)
+
+
+def sizes_of(inputs: tuple[TensorSpec, ...]) -> trials.Sizes:
+    """Choose sizes to try: a second of sound has thousands of samples, a text has a few tokens."""
+    if any(spec.name == "input_values" and spec.shape == (-1, -1) for spec in inputs):
+        return ({"batch": 1, "sequence": 3200}, {"batch": 3, "sequence": 4800})
+    return trials.SIZES
+
+
+def _fixed(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    axes = ("batch", *[None] * len(shape))
+    return TensorSpec(name=name, datatype="FP32", shape=(-1, *shape), axes=axes)
 
 
 def _tokens(name: str, axis: str, is_masked: bool, *, optional: bool = False) -> TensorSpec:
