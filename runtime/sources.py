@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ _TREES: Final = {
 }
 # What a folder for another engine may hold as well: only where the model says so is it a model.
 _AMBIGUOUS: Final = frozenset({".txt", ".json", ".pkl"})
-ENGINES: Final = ("torch", "torch_export", "onnx", "python", *_TREES)
+ENGINES: Final = ("torch", "torch_export", "onnx", "python", "torchscript", *_TREES)
 _NO_WEIGHTS: Final = frozenset({"model.toml", "model-settings.json", "settings.json"})
 _HASH_BYTES: Final = 1 << 22
 
@@ -41,7 +42,7 @@ _HASH_BYTES: Final = 1 << 22
 class Source:
     """A model version's files; `main` is what decides about its program."""
 
-    kind: Literal["hugging_face", "user", "export", "onnx", "python", "trees"]
+    kind: Literal["hugging_face", "user", "export", "onnx", "python", "torchscript", "trees"]
     engine: str
     main: Path
     weights: tuple[Path, ...] = ()
@@ -65,6 +66,12 @@ def find(job: Pack) -> Source:
         trees = _trees(where, names, config)
         if trees is not None:
             return Source("trees", trees[0], folder / trees[1])
+    if config.engine in (None, "torchscript") and (
+        config.engine or not ({"model.py", "config.json"} & {*names})
+    ):
+        script = _script(where, folder, names, config)
+        if script is not None:
+            return script
     if config.engine == "python":
         return _python(where, folder, names, config.entry)
     programs = [folder / name for name in names if name.endswith(".pt2")]
@@ -119,6 +126,27 @@ def _trees(where: str, names: Sequence[str], config: ModelConfig) -> tuple[str, 
         if config.engine is not None:
             raise RepositoryError(f"{where}: its folder holds none of {', '.join(suffixes)}")
     return None
+
+
+def _script(where: str, folder: Path, names: Sequence[str], config: ModelConfig) -> Source | None:
+    kinds = (".pt", ".jit", ".pth", ".ts")
+    found = [name for name in names if name.endswith(kinds) and config.entry in (None, name)]
+    if len(found) > 1:
+        raise RepositoryError(f"{where} holds {found[:5]}; name one with entry in its model.toml")
+    if found and (config.engine is not None or is_torchscript(folder / found[0])):
+        return Source("torchscript", "torchscript", folder / found[0])
+    if config.engine is not None:
+        raise RepositoryError(f"{where}: {folder} holds no {', '.join(kinds)}")
+    return None
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of torch.jit, not a state dict."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _python(where: str, folder: Path, names: Sequence[str], entry: str | None) -> Source:

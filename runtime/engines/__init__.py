@@ -32,6 +32,7 @@ ENGINES: Final = {
     "torch": (f"{_HERE}.torch_module", "TorchProgram"),
     "torch_export": (f"{_HERE}.torch_export", "ExportProgram"),
     "onnx": (f"{_HERE}.onnx_session", "OnnxProgram"),
+    "torchscript": (f"{_HERE}.torchscript", "ScriptProgram"),
     "python": (f"{_HERE}.python_model", "PythonProgram"),
     **dict.fromkeys(("lightgbm", "xgboost", "sklearn"), (f"{_HERE}.trees", "TreesProgram")),
 }
