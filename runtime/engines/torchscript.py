@@ -75,7 +75,8 @@ def load(source: Path | bytes) -> Any:
         warnings.simplefilter("ignore")  # torch.jit says that it is old whenever it is used
         try:
             file: Any = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-            return torch.jit.load(file, map_location="cpu").eval()
+            jit: Any = torch.jit  # its functions have no types
+            return jit.load(file, map_location="cpu").eval()
         except Exception as error:  # torch raises anything
             raise RepositoryError(f"torch.jit cannot load it: {str(error)[:1000]}") from error
 
