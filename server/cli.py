@@ -1,4 +1,4 @@
-"""The command line: `overcommit serve | check | pack | models | infer | demo`.
+"""The command line: `overcommit serve | pull | check | pack | models | infer | demo`.
 
 Every command imports what it needs when it runs: `serve` must not import torch, and no command must
 wait for another one's imports.
@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from overcommit import __version__
-from overcommit.runtime.errors import BadRequest, OvercommitError
+from overcommit.runtime.errors import BadRequest, ConfigurationError, OvercommitError
 from overcommit.server import flags
 from overcommit.server.client import DEFAULT_URL
 
@@ -119,7 +119,7 @@ def serve(
     given: dict[str, object] = dict(locals())
     from overcommit.server.settings import load_settings
 
-    settings = load_settings(given)
+    settings = load_settings(given, _pull)
     from overcommit.runtime import supervisor
 
     raise typer.Exit(supervisor.run(settings))
@@ -137,7 +137,7 @@ def pack(
     from overcommit.server.settings import load_settings
 
     given: dict[str, object] = {"cache_dir": cache_dir, "allow_code": allow_code}
-    settings = load_settings({"repositories": tuple(repositories), **given})
+    settings = load_settings({"repositories": tuple(repositories), **given}, _pull)
     console = Console()
     with console.status("importing torch"):
         from overcommit.runtime.packer import pack as make_image
@@ -147,6 +147,32 @@ def pack(
             settings.repositories, settings.cache_dir, settings.allow_code, console, make_image
         )
     )
+
+
+@app.command()
+def pull(
+    urls: Annotated[list[str], typer.Argument(metavar="URL...")],
+    cache_dir: flags.CacheDir = None,
+) -> None:
+    """Bring repositories from elsewhere up to date: s3://, gs://, hf://, http(s):// and others.
+
+    `serve`, `check` and `pack` do this first for URLs that they are given.  A server that runs meanwhile
+    notices what has changed.
+    """
+    from rich.console import Console
+
+    from overcommit.server.pull_command import pull_repositories
+
+    raise typer.Exit(pull_repositories(urls, cache_dir, Console()))
+
+
+def _pull(urls: list[str], cache_dir: str) -> None:
+    """Fetch in a process of its own: a server need not carry what that imports."""
+    import subprocess
+
+    command = [sys.executable, "-m", "overcommit", "pull", *urls, "--cache-dir", cache_dir]
+    if subprocess.run(command, check=False).returncode:
+        raise ConfigurationError("a repository could not be fetched; see above")
 
 
 @app.command()
@@ -165,7 +191,7 @@ def check(
     from overcommit.server.settings import load_settings
 
     given: dict[str, object] = {"cache_dir": cache_dir, "allow_code": allow_code}
-    settings = load_settings({"repositories": tuple(repositories), **given})
+    settings = load_settings({"repositories": tuple(repositories), **given}, _pull)
     with Console(stderr=True).status("importing torch"):
         from overcommit.server.check_command import check_repositories
     raise typer.Exit(

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 Repositories = Annotated[
     list[str] | None,
-    Argument(metavar="REPOSITORY...", help="Folders with one folder per model."),
+    Argument(metavar="REPOSITORY...", help="Folders with one folder per model, or URLs of such."),
 ]
 Host = Annotated[str | None, Option(metavar="ADDRESS", help="Address to listen on (127.0.0.1).")]
 Port = Annotated[str | None, Option(metavar="N", help="Port; 0 takes a free one (8000).")]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -38,6 +39,9 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.device_choice import read_devices
 from overcommit.runtime.errors import ConfigurationError
+from overcommit.server.fetching import folder_of, is_url
+
+Fetch = Callable[[list[str], str], None]  # URLs, the cache folder
 
 ENV_PREFIX: Final = "OVERCOMMIT_"
 GRPC_PORT: Final = 8001  # where the HTTP port has no next one
@@ -66,9 +70,10 @@ def parse_size(text: str | int) -> int:
 
 
 def _split_paths(value: object) -> object:
-    return (
-        tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
-    )
+    """Read /a:/b, where the colon of a URL parts nothing."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part for part in re.split(rf"{os.pathsep}(?!//)", value) if part)
 
 
 def _check_policy(name: str) -> str:
@@ -130,8 +135,10 @@ class ServeSettings(BaseSettings):
     log_level: LogLevel = "info"
 
 
-def load_settings(flags: dict[str, object]) -> Settings:
+def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Settings:
     """Join flags (None: not given) with the environment, and check the whole.
+
+    Repositories elsewhere are brought here by `fetch`, and are its folders from then on.
 
     Raises ConfigurationError.
     """
@@ -143,7 +150,7 @@ def load_settings(flags: dict[str, object]) -> Settings:
         chosen = ServeSettings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigurationError("; ".join(_complaints(error, given))) from error
-    repositories = _check_repositories(chosen.repositories)
+    repositories = _check_repositories(_bring(chosen, fetch))
     return Settings(
         repositories=repositories,
         cache_dir=check_cache_dir(chosen.cache_dir, repositories),
@@ -213,6 +220,16 @@ def _complaints(error: ValidationError, given: dict[str, object]) -> list[str]:
         text = problem["msg"].removeprefix("Value error, ")
         lines.append(f"{source} is {problem['input']!r}: {text[:1].lower()}{text[1:]}")
     return lines
+
+
+def _bring(chosen: ServeSettings, fetch: Fetch | None) -> tuple[str, ...]:
+    """Replace URLs by the folders here that hold what they hold."""
+    cache_dir = os.path.abspath(os.path.expanduser(chosen.cache_dir))
+    urls = [path for path in chosen.repositories if is_url(path)]
+    away = [url for url in urls if not url.startswith("file://")]
+    if away and fetch is not None:
+        fetch(away, cache_dir)
+    return tuple(folder_of(p, cache_dir) if p in urls else p for p in chosen.repositories)
 
 
 def _check_repositories(paths: tuple[str, ...]) -> tuple[str, ...]:
