@@ -27,6 +27,7 @@ from overcommit.runtime.cuda_arena import CudaArena, CudaRanges
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import Attribute, Driver, DriverError
 from overcommit.runtime.loading import Base
+from overcommit.runtime.numa import move_near
 
 _NEEDED = (
     (Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "no virtual memory management"),
@@ -99,6 +100,7 @@ def open_for_mover(
     Raises DriverError; then this process has to end, and its successor finds what it made.
     """
     _enter(driver, device)
+    move_near(driver.device_bus_id(device))
     chunks = Chunks(driver, ChunkTable(nbytes), device)
     chunks.limit = count
     if not take_chunks(chunks, held, receive, send):

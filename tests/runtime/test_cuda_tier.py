@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,6 +175,39 @@ def movers() -> Iterator[Movers]:
     made = Movers()
     yield made
     made.close()
+
+
+def test_a_child_whose_socket_has_a_high_number_serves() -> None:
+    # As a supervisor that holds thousands of chunks makes it; `select` takes none over 1023.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    ours, theirs = socket_pair()
+    high = fcntl.fcntl(theirs, fcntl.F_DUPFD, 2000)
+    os.close(theirs)
+    host = Memory("host", HOST_BYTES)
+    command = [sys.executable, "-P", "-m", "overcommit.runtime.child", "mover", str(high)]
+    with subprocess.Popen([*command, str(os.getpid())], pass_fds=(high,)) as process:
+        os.close(high)
+        control = ControlSocket(ours)
+        device = Memory("device", HOST_BYTES)
+        start = Start(
+            kind="mover",
+            seat=0,
+            epoch=1,
+            settings=Settings(),
+            device_bytes=HOST_BYTES,
+            host_bytes=HOST_BYTES,
+            fds=("device", "host"),
+        )
+        control.send(start, [device.arena.fd, host.arena.fd])
+        while not isinstance((control.receive(WATCHDOG_S) or (None,))[0], Populated):
+            pass  # by then it waits for messages
+        control.send(Stop())
+        assert process.wait(WATCHDOG_S) == 0
+        control.close()
+    device.close()
+    host.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def worker_sees(movers: Movers, extents: Extents, nbytes: int) -> bytes:
