@@ -14,7 +14,7 @@ as far as these go without one.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overcommit.runtime.driver import (
     Attribute,
@@ -25,6 +25,9 @@ from overcommit.runtime.driver import (
     Result,
     Stream,
 )
+
+if TYPE_CHECKING:
+    from overcommit.runtime.engines.device_runner import Backend
 
 _BUS_ID_BYTES = 32
 _KNOWN = {result.value: result for result in Result}
@@ -95,6 +98,11 @@ class CudaDriver:
 
     def torch_device(self, device: int) -> str:
         return f"cuda:{device}"
+
+    def torch_backend(self, device: int) -> Backend:
+        from overcommit.runtime.engines.cuda_backend import CudaBackend
+
+        return CudaBackend(self.torch_device(device))
 
     def primary_context_retain(self, device: int) -> Context:
         return Context(int(self._call("cuDevicePrimaryCtxRetain", self._device(device))))

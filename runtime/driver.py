@@ -19,9 +19,12 @@ Rules of the driver that callers must keep, and that the fake enforces
 from __future__ import annotations
 
 import enum
-from typing import Final, NewType, Protocol
+from typing import TYPE_CHECKING, Final, NewType, Protocol
 
 from overcommit.runtime.errors import OvercommitError
+
+if TYPE_CHECKING:  # torch is imported by the process that computes
+    from overcommit.runtime.engines.device_runner import Backend
 
 Context = NewType("Context", int)
 MemoryHandle = NewType("MemoryHandle", int)
@@ -108,6 +111,10 @@ class Driver(Protocol):
 
     def torch_device(self, device: int) -> str:
         """Return what torch calls this device; no call of the driver."""
+        ...
+
+    def torch_backend(self, device: int) -> Backend:
+        """Return what runs torch there; imports torch, for workers only."""
         ...
 
     def primary_context_retain(self, device: int) -> Context:

@@ -376,7 +376,7 @@ def main(control_fd: int) -> None:
     memory = open_memory(control, start, fds)
     if memory is None:
         return
-    engines.set_up(_threads(start), memory.place)
+    engines.set_up(_threads(start), memory.place, memory.backend)
 
     code_is_allowed = start.settings.allow_code
 

@@ -5,7 +5,7 @@ Called by a worker before it is ready.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from overcommit.runtime.arena import MemfdRanges, Ranges
 from overcommit.runtime.control import ControlSocket, Received
@@ -13,12 +13,16 @@ from overcommit.runtime.cuda_tier import open_for_worker
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.messages import Start
 
+if TYPE_CHECKING:
+    from overcommit.runtime.engines.device_runner import Backend
+
 
 class WorkerMemory(NamedTuple):
-    """What opens mappings, and where torch says that they lie."""
+    """What opens mappings, where torch says that they lie, and what runs torch there."""
 
     ranges: Ranges
     place: str
+    backend: Backend | None = None
 
 
 def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> WorkerMemory | None:
@@ -35,4 +39,6 @@ def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> Wo
     ranges = open_for_worker(
         driver, device, start.device_bytes, start.chunks_count, receive, control.send
     )
-    return None if ranges is None else WorkerMemory(ranges, driver.torch_device(device))
+    if ranges is None:
+        return None
+    return WorkerMemory(ranges, driver.torch_device(device), driver.torch_backend(device))

@@ -21,6 +21,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import MIB
@@ -33,6 +34,9 @@ from overcommit.runtime.driver import (
     Result,
     Stream,
 )
+
+if TYPE_CHECKING:
+    from fake_backend import FakeBackend
 
 GRANULARITY = 2 * MIB
 OPEN_COPIES_MAX = 1000  # a stream's queue; a copy beyond would block
@@ -256,6 +260,11 @@ class FakeDriver:
 
     def torch_device(self, device: int) -> str:
         return "cpu"  # its memory is host memory, so torch for the CPU computes on it
+
+    def torch_backend(self, device: int) -> FakeBackend:
+        from fake_backend import FakeBackend
+
+        return FakeBackend()
 
     def primary_context_retain(self, device: int) -> Context:
         self._enter("cuDevicePrimaryCtxRetain")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import OrderedDict
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from overcommit.runtime.device_bytes import Memory
 from overcommit.runtime.errors import Forbidden, ImageError, OvercommitError
 from overcommit.runtime.image import ImageHeader
 from overcommit.runtime.mixing import Mixable
+
+if TYPE_CHECKING:
+    from overcommit.runtime.engines.device_runner import Backend
 
 PROGRAMS_KEPT: Final = 128
 # Names, not imports: what an engine needs is imported by the process that loads a program of it.
@@ -130,7 +133,7 @@ def _load(header: ImageHeader) -> Program:
 _batch_threads = 1
 
 
-def set_up(threads: int, place: str = "cpu") -> None:
+def set_up(threads: int, place: str = "cpu", backend: Backend | None = None) -> None:
     """Prepare a worker process: threads of one batch, where torch computes, and its heap."""
     import torch
 
@@ -141,7 +144,7 @@ def set_up(threads: int, place: str = "cpu") -> None:
     heap.keep()
     torch.set_num_threads(_batch_threads)
     torch.set_grad_enabled(False)
-    places.choose(place)
+    places.choose(place, backend)
 
 
 def batch_threads() -> int:

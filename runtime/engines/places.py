@@ -17,7 +17,7 @@ import torch
 from overcommit.runtime.device_bytes import DeviceBytes
 
 if TYPE_CHECKING:
-    from overcommit.runtime.engines.device_runner import DeviceRunner
+    from overcommit.runtime.engines.device_runner import Backend, DeviceRunner
 
 
 class _Choice:
@@ -27,13 +27,12 @@ class _Choice:
     runner: DeviceRunner | None = None
 
 
-def choose(place: str) -> None:
-    """Compute here from now on: "cpu", or what torch calls a GPU."""
-    from overcommit.runtime.engines.cuda_backend import CudaBackend
+def choose(place: str, backend: Backend | None = None) -> None:
+    """Compute here from now on: "cpu", or what torch calls a GPU, by its backend."""
     from overcommit.runtime.engines.device_runner import DeviceRunner
 
     _Choice.place = place
-    _Choice.runner = None if place == "cpu" else DeviceRunner(CudaBackend(place))
+    _Choice.runner = None if backend is None else DeviceRunner(backend)
 
 
 def chosen() -> str:

@@ -39,6 +39,8 @@ class Bindings:
             "cuDeviceGetCount": (2,),
             "cuDeviceGet": (7,),
             "cuDeviceGetAttribute": (1,),
+            "cuDeviceGetUuid": (self.real.CUuuid(),),
+            "cuDeviceGetPCIBusId": (b"0000:65:00.0\0\0",),
             "cuDevicePrimaryCtxRetain": (self.real.CUcontext(77),),
             "cuMemGetInfo": (3, 4),
             "cuMemGetAllocationGranularity": (2 * MIB,),
@@ -76,6 +78,9 @@ def test_every_call_gets_what_the_driver_wants(bindings: Bindings) -> None:
     cu = bindings.real
     driver.init()
     assert driver.device_count() == 2
+    assert driver.device_uuid(0) == "GPU-00000000-0000-0000-0000-000000000000"
+    assert driver.device_bus_id(0) == "0000:65:00.0"
+    assert driver.torch_device(1) == "cuda:1"
     assert driver.device_attribute(Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, 0) == 1
     context = driver.primary_context_retain(0)
     assert context == 77

@@ -109,9 +109,12 @@ def kill_all(server: Server, kind: str) -> None:
 
 
 def test_right_answers_while_models_push_each_other_out(server: Server, want: Want) -> None:
-    check_all(server, want, rounds=6)
+    check_all(server, want, rounds=4)
     totals = server.status()["totals"]
     assert totals["evictions_device"] > LARGE
+    gpu = server.status()["gpu"]
+    if gpu is None or gpu["name"] == "Fake GPU":
+        assert any("fake backend: captured" in line for line in server.log), "no graph was used"
     assert any("DEVICE is made: 5 chunks of GPU memory" in line for line in server.log)
 
 
@@ -144,7 +147,7 @@ def test_weights_outlive_the_mover_and_the_workers(server: Server, want: Want) -
 
 def test_no_request_is_lost_when_the_mover_dies_in_the_middle(server: Server, want: Want) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(check_all, server, want, 8)
+        asking = pool.submit(check_all, server, want, 5)
         for _ in range(3):
             kill_all(server, "mover")
         asking.result()
@@ -170,7 +173,7 @@ def test_device_gives_memory_back_when_the_gpu_runs_short(server: Server, want: 
     changed.write_text(json.dumps({"memory": [4 << 30, (4 << 30) - (1 << 20)]}))
     changed.rename(values)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(check_all, server, want, 4)
+        asking = pool.submit(check_all, server, want, 3)
         server.wait_until(lambda: server.status()["device"]["capacity"] == 4 << 20)
         asking.result()
     pids = [server.process.pid, *server.pids("mover"), *server.pids("worker")]

@@ -206,8 +206,9 @@ import numpy as np, torch
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.engines import places
 from overcommit.runtime.engines.bound_module import BoundModule
+from overcommit.runtime.engines.cuda_backend import CudaBackend
 from overcommit.runtime.errors import DeviceLost, ModelError
-places.choose("cuda:0")
+places.choose("cuda:0", CudaBackend("cuda:0"))
 fields = {"datatype": "FP32", "shape": (-1, 2), "axes": ("batch", None)}
 config = ModelConfig(
     inputs=(TensorSpec(name="x", **fields),), outputs=(TensorSpec(name="y", **fields),)
