@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -39,11 +40,7 @@ def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Conso
         for url in urls:
             task = bars.add_task(escape(url), total=None)
             try:
-                fetcher = Fetcher(
-                    url,
-                    folder,
-                    lambda done, total, task=task: bars.update(task, completed=done, total=total),
-                )
+                fetcher = Fetcher(url, folder, _to_bar(bars, task))
                 came = fetcher.fetch()
             except OvercommitError as error:
                 failed += 1
@@ -58,3 +55,7 @@ def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Conso
                 f"{text}, in {escape(str(fetcher.models))}", highlight=False, soft_wrap=True
             )
     return 1 if failed else 0
+
+
+def _to_bar(bars: Progress, task: TaskID) -> Callable[[int, int], None]:
+    return lambda done, total: bars.update(task, completed=done, total=total)
