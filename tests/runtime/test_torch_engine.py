@@ -186,12 +186,23 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pickled_checkpoint_is_not_read(tmp_path: Path) -> None:
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_of_a_pickled_checkpoint_tensors_alone_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    torch.save({}, folder / "pytorch_model.bin")
-    assert "supported are" in refused(folder, tmp_path / "cache")
+    torch.save({"x": Touch(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refused(folder, tmp_path / "cache")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_image_that_names_another_module_is_not_obeyed() -> None:
