@@ -13,8 +13,8 @@ Called by the catalogue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
 
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import encoded_bytes
@@ -25,35 +25,38 @@ from overcommit.runtime.registry import Entry, to_route
 SAY_NS: Final = 100_000_000
 
 
+_Item = TypeVar("_Item", Route, ModelNames)
+
+
+def _parts(
+    items: Iterable[_Item], message_of: Callable[[tuple[_Item, ...]], Routes]
+) -> list[tuple[_Item, ...]]:
+    """Cut a list into parts whose messages fit a datagram; only the last one may be empty."""
+    parts: list[tuple[_Item, ...]] = []
+    part: list[_Item] = []
+    nbytes = 0
+    for item in items:
+        size = encoded_bytes(message_of((item,)))
+        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
+            parts.append(tuple(part))
+            part, nbytes = [], 0
+        part.append(item)
+        nbytes += size
+    parts.append(tuple(part))
+    return parts
+
+
 def name_messages(names: Iterable[ModelNames]) -> list[Routes]:
     """Tell what names mean, in messages that fit a datagram."""
-    messages: list[Routes] = []
-    part: list[ModelNames] = []
-    nbytes = 0
-    for each in names:
-        size = encoded_bytes(Routes(names=(each,)))
-        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
-            messages.append(Routes(names=tuple(part), complete=False))
-            part, nbytes = [], 0
-        part.append(each)
-        nbytes += size
-    return [*messages, Routes(names=tuple(part), complete=False)] if part else messages
+    parts = _parts(names, lambda part: Routes(names=part))
+    return [Routes(names=part, complete=False) for part in parts if part]
 
 
 def route_messages(routes: Iterable[Route], removed: Iterable[int] = ()) -> list[Routes]:
     """Split a table into messages that fit a datagram; the last one is `complete`."""
-    messages: list[Routes] = []
-    part: list[Route] = []
-    nbytes = 0
-    for route in routes:
-        size = encoded_bytes(Routes(upsert=(route,)))
-        if part and nbytes + size > CONTROL_MESSAGE_BYTES_MAX // 2:
-            messages.append(Routes(upsert=tuple(part), complete=False))
-            part, nbytes = [], 0
-        part.append(route)
-        nbytes += size
-    messages.append(Routes(upsert=tuple(part), removed=tuple(removed), complete=True))
-    return messages
+    *parts, last = _parts(routes, lambda part: Routes(upsert=part))
+    messages = [Routes(upsert=part, complete=False) for part in parts]
+    return [*messages, Routes(upsert=last, removed=tuple(removed), complete=True)]
 
 
 class Announcer:

@@ -47,13 +47,11 @@ def _metadata(route: Route, versions: list[str]) -> dict[str, Any]:
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(OvercommitError)
     async def refused(request: Request, error: OvercommitError) -> Response:
-        headers = {}
-        if error.retry_after_s is not None:
-            headers = dict(retry_headers(error.retry_after_s))
+        headers = dict(retry_headers(error.retry_after_s))
         return error_response(error.http_status, error.message, headers)
 
     @app.exception_handler(HTTPException)
-    async def httperror_response(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404 and path.startswith("/v2/models/"):
             name = path.removeprefix("/v2/models/").split("/")[0]
@@ -207,9 +205,7 @@ def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
         try:
             body = await texts.answer(await request.body())
         except OvercommitError as error:
-            headers = {}
-            if error.retry_after_s is not None:
-                headers = dict(retry_headers(error.retry_after_s))
+            headers = dict(retry_headers(error.retry_after_s))
             text = embeddings.error_body(error)
             return Response(text, error.http_status, headers, "application/json")
         return Response(body, media_type="application/json")

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from overcommit import __version__
 from overcommit.runtime.errors import BadRequest, ConfigurationError, OvercommitError
 from overcommit.server import flags
-from overcommit.server.client import DEFAULT_URL
+from overcommit.server.urls import DEFAULT_URL
 
 INPUT_BYTES_MAX = 1 << 30
 INTERRUPTED = 130

@@ -9,13 +9,13 @@ from __future__ import annotations
 import http.client
 import json
 from typing import Any, Final, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from overcommit.runtime.errors import BadRequest, OvercommitError, Unavailable
+from overcommit.runtime.errors import OvercommitError, Unavailable
+from overcommit.server.urls import place_of
 
 TIMEOUT_S: Final = 120.0
 ANSWER_BYTES_MAX: Final = 1 << 30
-DEFAULT_URL: Final = "http://127.0.0.1:8000"
 
 
 class ServerError(OvercommitError):
@@ -70,12 +70,6 @@ def _call(url: str, method: str, path: str, body: bytes | None = None) -> dict[s
 
 
 def _connect(url: str) -> tuple[http.client.HTTPConnection, str]:
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise BadRequest(f"'{url}' is no URL: {error}") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise BadRequest(f"'{url}' is no URL: give it as {DEFAULT_URL}")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return kind(host, port, timeout=TIMEOUT_S), parts.path.rstrip("/")
+    place = place_of(url)
+    kind = http.client.HTTPSConnection if place.is_https else http.client.HTTPConnection
+    return kind(place.host, place.port, timeout=TIMEOUT_S), place.path

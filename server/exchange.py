@@ -67,11 +67,13 @@ def error_body(message: str) -> bytes:
     return msgspec.json.encode({"error": message})
 
 
-def retry_headers(retry_after_s: float) -> tuple[tuple[str, str], ...]:
+def retry_headers(retry_after_s: float | None) -> tuple[tuple[str, str], ...]:
     """When to come back: in whole seconds, as HTTP has it, and as it is meant, in milliseconds.
 
-    Both are rounded up: who comes back earlier would be refused again.
+    Both are rounded up: who comes back earlier would be refused again.  None: nobody was told.
     """
+    if retry_after_s is None:
+        return ()
     wait_ms = max(1, math.ceil(retry_after_s * 1000))
     return ("retry-after", str(-(-wait_ms // 1000))), ("retry-after-ms", str(wait_ms))
 
@@ -263,8 +265,7 @@ class Exchange:
         self.pending = None
         body = error_body(error.message)
         lines = [STATUS_LINES[error.http_status], "content-type: application/json"]
-        if error.retry_after_s is not None:
-            lines += [f"{name}: {value}" for name, value in retry_headers(error.retry_after_s)]
+        lines += [f"{name}: {value}" for name, value in retry_headers(error.retry_after_s)]
         lines.append(f"content-length: {len(body)}\r\n")
         self._finish(["\r\n".join(lines).encode() + self._close_header() + b"\r\n" + body])
 

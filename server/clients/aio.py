@@ -25,7 +25,6 @@ from overcommit.runtime.errors import (
 )
 from overcommit.server.clients import exchange
 from overcommit.server.clients.exchange import (
-    DEFAULT_URL,
     ModelInfo,
     ModelState,
     Received,
@@ -35,6 +34,7 @@ from overcommit.server.clients.exchange import (
 )
 from overcommit.server.clients.sync import TIMEOUT_S
 from overcommit.server.clients.tensors import Array
+from overcommit.server.urls import DEFAULT_URL, place_of
 
 CONNECTIONS_MAX = 256
 
@@ -50,9 +50,10 @@ class AsyncClient:
 
     def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
         self.url = url
-        scheme, host, port, prefix = exchange.base_of(url)
-        host = f"[{host}]" if ":" in host else host
-        self._base = f"{scheme}://{host}:{port}{prefix}"
+        place = place_of(url)
+        host = f"[{place.host}]" if ":" in place.host else place.host
+        scheme = "https" if place.is_https else "http"
+        self._base = f"{scheme}://{host}:{place.port}{place.path}"
         self._timeout_s = timeout_s
         self._session: Any = None
         self._infos: dict[tuple[str, str | None], ModelInfo] = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 import numpy as np
@@ -23,7 +23,6 @@ from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.server.clients import tensors
 from overcommit.server.clients.tensors import Array
 
-DEFAULT_URL: Final = "http://127.0.0.1:8000"
 RETRIES: Final = 2  # of a request that was refused with a time to come back after
 _JSON_LENGTH: Final = "inference-header-content-length"
 
@@ -109,23 +108,6 @@ class Received:
     status: int
     headers: Mapping[str, str]
     body: bytes
-
-
-def base_of(url: str) -> tuple[str, str, int, str]:
-    """Cut a URL into scheme, host, port and the path in front of all others.  Raises BadRequest."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise BadRequest(f"'{url}' is no URL: {error}") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise BadRequest(f"'{url}' is no URL: give it as {DEFAULT_URL}")
-    return (
-        parts.scheme,
-        host,
-        port or (443 if parts.scheme == "https" else 80),
-        parts.path.rstrip("/"),
-    )
 
 
 def model_path(model: str, version: str | None, what: str = "") -> str:

@@ -29,7 +29,6 @@ from overcommit.runtime.errors import (
 )
 from overcommit.server.clients import exchange
 from overcommit.server.clients.exchange import (
-    DEFAULT_URL,
     ModelInfo,
     ModelState,
     Received,
@@ -38,6 +37,7 @@ from overcommit.server.clients.exchange import (
     ServerError,
 )
 from overcommit.server.clients.tensors import Array
+from overcommit.server.urls import DEFAULT_URL, place_of
 
 TIMEOUT_S: Final = 120.0
 IDLE_MAX: Final = 64  # connections that are kept
@@ -58,7 +58,7 @@ class Client:
 
     def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
         self.url = url
-        self._scheme, self._host, self._port, self._prefix = exchange.base_of(url)
+        self._place = place_of(url)
         self._timeout_s = timeout_s
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
@@ -174,13 +174,13 @@ class Client:
         while True:
             connection, was_idle = self._take(timeout_s)
             try:
-                connection.request(sent.method, self._prefix + sent.path, sent.body, sent.headers)
+                connection.request(
+                    sent.method, self._place.path + sent.path, sent.body, sent.headers
+                )
                 response = connection.getresponse()
             except TimeoutError as error:
                 connection.close()
-                raise DeadlineExceeded(
-                    f"{self.url}{sent.path}: no answer within {timeout_s:.1f} s"
-                ) from error
+                raise self._too_late(sent, timeout_s) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 if was_idle:
@@ -201,9 +201,7 @@ class Client:
             body = response.read()
         except TimeoutError as error:
             connection.close()
-            raise DeadlineExceeded(
-                f"{self.url}{sent.path}: no answer within {timeout_s:.1f} s"
-            ) from error
+            raise self._too_late(sent, timeout_s) from error
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise ServerError(f"{self.url}{sent.path}: the answer broke off: {error}") from error
@@ -216,12 +214,15 @@ class Client:
         connection.close()
         return Received(response.status, headers, body)
 
+    def _too_late(self, sent: Sent, timeout_s: float) -> DeadlineExceeded:
+        return DeadlineExceeded(f"{self.url}{sent.path}: no answer within {timeout_s:.1f} s")
+
     def _take(self, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         if connection is not None and connection.sock is not None:
             connection.sock.settimeout(timeout_s)
             return connection, True
-        is_https = self._scheme == "https"
-        kind = http.client.HTTPSConnection if is_https else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=timeout_s), False
+        place = self._place
+        kind = http.client.HTTPSConnection if place.is_https else http.client.HTTPConnection
+        return kind(place.host, place.port, timeout=timeout_s), False

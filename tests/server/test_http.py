@@ -8,58 +8,23 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import model_rig
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 from serving import WATCHDOG_S, Server
 
-CODE = """
-import torch
-class Echo(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.zero = torch.nn.Parameter(torch.zeros(1))
-    def forward(self, x):
-        return {"y": x}
-"""
-CHOOSY = """
-import torch
-class Choosy(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.zero = torch.nn.Parameter(torch.zeros(1))
-    def forward(self, x):
-        if (x > 100).any():
-            raise ValueError("too hot")
-        return {"y": x * 2}
-"""
-DATATYPES = ["FP16", "FP32", "FP64", "BF16", "BOOL", "BYTES"]
-DATATYPES += [f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)]
-
-
-def user_model(root: Path, name: str, code: str, datatype: str, shape: str = "[-1, -1]") -> None:
-    import torch
-
-    folder = root / name
-    folder.mkdir(parents=True)
-    (folder / "model.py").write_text(code)
-    save_file({"zero": torch.zeros(1)}, folder / "model.safetensors")
-    (folder / "model.toml").write_text(
-        f'allow_code = true\n[[input]]\nname = "x"\ndatatype = "{datatype}"\nshape = {shape}\n'
-        f"[batching]\nmax_batch_size = 8\n"
-    )
+DATATYPES = [*model_rig.DATATYPES, "BYTES"]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("models")
     for datatype in DATATYPES:
-        user_model(root, f"echo-{datatype.lower()}", CODE, datatype)
-    user_model(root, "choosy", CHOOSY, "FP32")
-    user_model(root, "fixed", CODE, "FP32", "[-1, 4]")
+        model_rig.add_model(root, f"echo-{datatype.lower()}", model_rig.ECHO, {"x": datatype})
+    model_rig.add_model(root, "choosy", model_rig.FAULTY, {"x": "FP32"})
+    model_rig.add_model(root, "fixed", model_rig.ECHO, {"x": "FP32"}, columns=4)
     flags = ("--allow-code", "--max-body", "1MiB", "--request-timeout", "20")
     with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
         running.wait_until(
