@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from overcommit.runtime.config import ModelConfig
+from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound
 from overcommit.runtime.house import House
 from overcommit.runtime.labels import with_labels
 from overcommit.runtime.ledger import FIELDS, BatchRow
 from overcommit.runtime.messages import Admin
-from overcommit.runtime.registry import Entry, State
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from overcommit.runtime.config import NEVER_NS, SUSPECTS_KEPT, ModelConfig, Settings
+from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.messages import (
@@ -44,7 +45,7 @@ from overcommit.runtime.messages import (
 )
 from overcommit.runtime.parts import path_of
 from overcommit.runtime.quarantine import Quarantine
-from overcommit.runtime.registry import Entry, Registry, State, to_info
+from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import (
     Action,
     Publish,

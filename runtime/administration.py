@@ -24,6 +24,7 @@ from overcommit.runtime.accounts import Accounts
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.client_books import ClientBooks
 from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
+from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
@@ -32,7 +33,6 @@ from overcommit.runtime.gpu_watch import describe
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.messages import BATCH_UNIT, Admin, AdminReply, Counters
-from overcommit.runtime.registry import Entry, State
 
 MODELS_PAGE_MAX = 1000
 _TOTALS = ("requests", "errors", "in_flight", "blocks_used", "late_completions", "retries")

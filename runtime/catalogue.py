@@ -26,6 +26,7 @@ from pathlib import Path
 
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
+from overcommit.runtime.entries import Entry, State, to_route
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.house import House
@@ -34,7 +35,6 @@ from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
 from overcommit.runtime.process import ForkServer, Process
-from overcommit.runtime.registry import Entry, State, to_route
 from overcommit.runtime.rehearsal import Rehearsals
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout

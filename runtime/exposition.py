@@ -20,9 +20,9 @@ from overcommit.runtime.messages import BATCH_UNIT, Counters
 from overcommit.runtime.views import Tier
 
 if TYPE_CHECKING:
+    from overcommit.runtime.entries import Entry
     from overcommit.runtime.house import House
     from overcommit.runtime.prefetching import Prefetching
-    from overcommit.runtime.registry import Entry
 
 OTHER: Final = "_other"
 _TEXTS: Final = {

@@ -27,12 +27,13 @@ from typing import Final
 
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.config import PREFETCH_INTERVAL_S, PREFETCH_LOOKS, Settings
+from overcommit.runtime.entries import State
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.memories import Memories
 from overcommit.runtime.prefetch import Candidate, Prefetcher, PrefetchWish
 from overcommit.runtime.prefetch_books import PrefetchBooks
-from overcommit.runtime.registry import Registry, State
+from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Action, Residency, StartLoad
 from overcommit.runtime.residents import CancelStarted, PromoteStarted, Source, Version
 from overcommit.runtime.residents import State as Residence

@@ -1,10 +1,10 @@
 """The registry: every version that the server knows, and what can be done with it.
 
-A version has a slot, the small number that names it in shared memory and on the rings.
+It decides which entry (`entries`) is current, waits to take over, or leaves; each has a slot
+(`slots`) until nothing uses it any more.
 
 Invariants
- 1. At most one entry is current for a (name, version).  A slot belongs to one entry until
-    `release`; a freed slot is used again last, so that late messages do not meet another version.
+ 1. At most one entry is current for a (name, version); a slot is one entry's until `release`.
  2. A version that changed on disk gets a new entry in a new slot.  The old entry stays current
     until the new one is READY; if the new files are broken, it stays and carries the reason.
  3. A broken version is listed with its reason and changes nothing else.
@@ -25,79 +25,30 @@ Called by the supervisor, from its one thread, and by `overcommit pack`.
 
 from __future__ import annotations
 
-import collections
-import enum
 import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Final
 
 from overcommit.runtime import ensemble
-from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, imaged
+from overcommit.runtime.config import VERSIONS_MAX, imaged
+from overcommit.runtime.entries import (
+    Entry,
+    RegistryChanges,
+    State,
+    facts_of,
+    is_renamed,
+    new_entry,
+    order,
+    take_facts,
+)
 from overcommit.runtime.errors import NotFound, RepositoryError
-from overcommit.runtime.labels import label_files
-from overcommit.runtime.messages import PackDone, Route, VersionInfo
+from overcommit.runtime.messages import PackDone
 from overcommit.runtime.pack_index import PackIndex
-from overcommit.runtime.parts import PartInfo
-from overcommit.runtime.repository import CONTENT_DIGITS, VersionSource
+from overcommit.runtime.repository import VersionSource
+from overcommit.runtime.slots import Slots
 
 log = logging.getLogger("overcommit.registry")
-
-# Slots that always lie idle, so that even a full registry never uses a freed slot at once.
-IDLE_SLOTS: Final = 64
-_BROKEN_CONFIG: Final = ModelConfig()
-
-
-class State(enum.Enum):
-    """What a version is good for; the values are those of `messages.Route.state`."""
-
-    PACKING = "packing"
-    READY = "ready"
-    UNAVAILABLE = "unavailable"
-    UNLOADED = "unloaded"
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One version.  `config` has inputs and outputs filled in once the version is packed."""
-
-    slot: int
-    name: str
-    version: str
-    folder: str
-    fingerprint: str
-    config: ModelConfig
-    state: State
-    reason: str = ""
-    image_path: str = ""
-    nbytes: int = 0
-    parts: tuple[PartInfo, ...] = ()
-    engine: str = ""
-    program_key: str = ""
-    retired: bool = False
-    source_config: ModelConfig | None = None  # as in model.toml; None: broken on disk
-    on_trial: bool = False  # only who names it gets it, while an older version serves
-    seen: VersionSource | None = None  # by the last scan; may be what a successor is made from
-
-
-@dataclass(slots=True)
-class RegistryChanges:
-    """Slots that a scan touched.
-
-    `added` and `changed` are to be announced (a changed version's new slot, once it is current),
-    `removed` leaves when nothing uses it, `to_pack` needs an image; of `renamed` only what names mean
-    has changed.  Of `lacking` models no version that their policy chooses works.
-    """
-
-    added: list[int] = field(default_factory=list)
-    changed: list[int] = field(default_factory=list)
-    removed: list[int] = field(default_factory=list)
-    to_pack: list[int] = field(default_factory=list)
-    renamed: list[int] = field(default_factory=list)
-    on_trial: list[int] = field(default_factory=list)  # successors that have an image
-    lacking: list[str] = field(default_factory=list)
 
 
 class Registry:
@@ -105,9 +56,7 @@ class Registry:
 
     def __init__(self, cache_dir: str | os.PathLike[str], slots_max: int = VERSIONS_MAX) -> None:
         self.index = PackIndex(cache_dir)
-        self._slots_max = slots_max
-        self._fresh = 0
-        self._free: collections.deque[int] = collections.deque()
+        self._numbers = Slots(slots_max)
         self._leaving: set[int] = set()
         self._slots: dict[int, Entry] = {}
         self._current: dict[tuple[str, str], Entry] = {}
@@ -169,7 +118,7 @@ class Registry:
 
     def _by_name(self) -> dict[str, tuple[Entry, ...]]:
         if self._names is None:
-            self._ordered = sorted(self._current.values(), key=_order)
+            self._ordered = sorted(self._current.values(), key=order)
             groups = itertools.groupby(self._ordered, key=lambda entry: entry.name)
             self._names = {name: tuple(entries) for name, entries in groups}
         return self._names
@@ -257,7 +206,7 @@ class Registry:
         entry = self._make(source)
         if entry is None:
             return
-        if self.rehearses and serving is not None and _order(serving) < _order(entry):
+        if self.rehearses and serving is not None and order(serving) < order(entry):
             entry.on_trial = True
         self._current[source.name, source.version] = entry
         changes.added.append(entry.slot)
@@ -276,13 +225,13 @@ class Registry:
                 entry.reason = f"serving the version from before its last change: {source.error}"
                 log.warning("%s version %s: %s", entry.name, entry.version, entry.reason)
                 return
-            if source.config is not None and _is_renamed(entry, source):
+            if source.config is not None and is_renamed(entry, source):
                 entry.fingerprint, entry.source_config = source.fingerprint, source.config
                 entry.reason = ""
                 changes.renamed.append(entry.slot)
                 if entry.image_path:
                     config = imaged(source.config)
-                    self.index.add(source.folder, source.fingerprint, config, _facts_of(entry))
+                    self.index.add(source.folder, source.fingerprint, config, facts_of(entry))
                 return
         successor = self._make(source)
         if successor is None:
@@ -307,24 +256,14 @@ class Registry:
 
     def _make(self, source: VersionSource) -> Entry | None:
         """Give a source a slot and the state that it can have now."""
-        slot = self._take_slot()
+        slot = self._numbers.take()
         if slot is None:
             log.error(
                 "%s version %s is left out: the limit of %d versions is reached",
-                *(source.name, source.version, self._slots_max - IDLE_SLOTS),
+                *(source.name, source.version, self._numbers.versions_max),
             )
             return None
-        entry = Entry(
-            slot=slot,
-            name=source.name,
-            version=source.version,
-            folder=source.folder,
-            fingerprint=source.fingerprint,
-            config=source.config or _BROKEN_CONFIG,
-            state=State.PACKING,
-            source_config=source.config,
-            seen=source,
-        )
+        entry = new_entry(slot, source)
         self._slots[slot] = entry
         if source.config is None:
             entry.state, entry.reason = State.UNAVAILABLE, source.error or "its folder is broken"
@@ -334,7 +273,7 @@ class Registry:
         else:
             known = self.index.take(source.folder, source.fingerprint, imaged(source.config))
             if known is not None:
-                _take_facts(entry, known)
+                take_facts(entry, known)
                 entry.state = State.READY
         if source.name in self._unloaded:
             entry.state = State.UNLOADED
@@ -348,7 +287,7 @@ class Registry:
             return []
         if done.ok:
             source = (entry.folder, entry.fingerprint, imaged(entry.source_config))
-            _take_facts(entry, self.index.add(*source, done))
+            take_facts(entry, self.index.add(*source, done))
         current = self._current.get((entry.name, entry.version))
         if current is None or entry.retired:
             return []
@@ -386,7 +325,7 @@ class Registry:
             del self._successors[old.slot]
             old.reason = f"serving the version from before its last change: {done.message}"
             del self._slots[entry.slot]
-            self._free.append(entry.slot)  # nobody has heard of it
+            self._numbers.give_back(entry.slot)  # nobody has heard of it
             return []
         if self.rehearses and old.state is State.READY:
             entry.state = State.READY
@@ -441,7 +380,7 @@ class Registry:
         assert slot in self._leaving, f"slot {slot} is released but was not removed"
         self._leaving.remove(slot)
         self._slots.pop(slot, None)
-        self._free.append(slot)
+        self._numbers.give_back(slot)
 
     def _retire(self, entry: Entry) -> None:
         entry.retired = True
@@ -452,81 +391,10 @@ class Registry:
         elif entry.source_config is not None:
             # Its files may come back, as when somebody moves a folder away and regrets it.
             source = (entry.folder, entry.fingerprint, imaged(entry.source_config))
-            self.index.put_back(*source, _facts_of(entry))
+            self.index.put_back(*source, facts_of(entry))
 
     def _retire_successor(self, entry: Entry, changes: RegistryChanges) -> None:
         successor = self._successors.pop(entry.slot, None)
         if successor is not None:
             self._retire(successor)
             changes.removed.append(successor.slot)
-
-    def _take_slot(self) -> int | None:
-        if self._fresh < self._slots_max:
-            self._fresh += 1
-            return self._fresh - 1
-        return self._free.popleft() if len(self._free) > IDLE_SLOTS else None
-
-
-def _is_renamed(entry: Entry, source: VersionSource) -> bool:
-    """Whether nothing has changed but what names mean."""
-    old, new = entry.source_config, source.config
-    same = entry.fingerprint[:CONTENT_DIGITS] == source.fingerprint[:CONTENT_DIGITS]
-    return same and old is not None and new is not None and imaged(old) == imaged(new)
-
-
-def _order(entry: Entry) -> tuple[str, int, str]:
-    number = int(entry.version) if entry.version.isdecimal() and len(entry.version) < 20 else -1
-    return entry.name, number, entry.version
-
-
-def _take_facts(entry: Entry, done: PackDone) -> None:
-    entry.config = done.config
-    entry.image_path = done.image_path
-    entry.nbytes = done.nbytes
-    entry.parts = done.parts
-    entry.engine = done.engine
-    entry.program_key = done.program_key
-
-
-def _facts_of(entry: Entry) -> PackDone:
-    return PackDone(
-        job=0,
-        ok=True,
-        config=entry.config,
-        image_path=entry.image_path,
-        nbytes=entry.nbytes,
-        parts=entry.parts,
-        engine=entry.engine,
-        program_key=entry.program_key,
-    )
-
-
-def to_route(entry: Entry) -> Route:
-    """Return what a front end must know."""
-    config = entry.config
-    return Route(
-        slot=entry.slot,
-        name=entry.name,
-        version=entry.version,
-        state=entry.state.value,
-        reason=entry.reason,
-        platform=entry.engine,
-        labels=label_files(entry.folder, config, entry.source_config),
-        inputs=config.inputs,
-        outputs=config.outputs,
-        max_batch_size=config.batching.max_batch_size,
-        timeout_ms=config.timeout_ms,
-        steps=config.steps,
-    )
-
-
-def to_info(entry: Entry) -> VersionInfo:
-    """Return what a worker must know."""
-    return VersionInfo(
-        slot=entry.slot,
-        name=entry.name,
-        version=entry.version,
-        image_path=entry.image_path,
-        nbytes=entry.nbytes,
-        config=entry.config,
-    )

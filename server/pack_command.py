@@ -21,9 +21,10 @@ from rich.progress import (
 
 from overcommit.runtime import repository
 from overcommit.runtime.config import imaged
+from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.messages import Pack, PackDone
-from overcommit.runtime.registry import Entry, Registry, State
+from overcommit.runtime.registry import Registry
 from overcommit.server.tables import PackRow, pack_table
 
 PackOne = Callable[[Pack, Callable[[int, int], None]], PackDone]

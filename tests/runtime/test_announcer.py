@@ -8,8 +8,8 @@ from typing import Any, cast
 from overcommit.runtime.announcer import SAY_NS, Announcer, route_messages
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX, ModelConfig
 from overcommit.runtime.control import encoded_bytes
+from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.messages import Route, Routes
-from overcommit.runtime.registry import Entry, State
 
 
 class Front:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from overcommit.runtime.config import ModelConfig
+from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import NotFound, RepositoryError
 from overcommit.runtime.messages import PackDone
-from overcommit.runtime.registry import Entry, Registry, State
+from overcommit.runtime.registry import Registry
 from overcommit.runtime.repository import VersionSource
 
 FAILED = PackDone(job=1, ok=False, message="no engine can run it")

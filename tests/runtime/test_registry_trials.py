@@ -9,7 +9,8 @@ import pytest
 from tests.runtime.test_registry import FAILED, make_ready, packed, source
 
 from overcommit.runtime.config import ModelConfig, Naming
-from overcommit.runtime.registry import Registry, State
+from overcommit.runtime.entries import State
+from overcommit.runtime.registry import Registry
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout
 
