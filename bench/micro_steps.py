@@ -18,8 +18,8 @@ from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import MIB, NEVER_NS, TensorSpec
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.lanes import Job, Limits
-from overcommit.runtime.messages import Route
 from overcommit.runtime.payload import decode, encode, plan
 from overcommit.runtime.policy import make_policy
 from overcommit.runtime.residency import Residency, StartLoad, Terms, Usage

@@ -16,10 +16,10 @@ import msgspec
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound
+from overcommit.runtime.front_end_messages import Admin
 from overcommit.runtime.house import House
 from overcommit.runtime.labels import with_labels
 from overcommit.runtime.ledger import FIELDS, BatchRow
-from overcommit.runtime.messages import Admin
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -26,22 +26,14 @@ from overcommit.runtime.config import NEVER_NS, SUSPECTS_KEPT, ModelConfig, Sett
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
-from overcommit.runtime.messages import (
+from overcommit.runtime.messages import Message
+from overcommit.runtime.mover_messages import (
     CANCELLED,
-    Activate,
-    ActivationFailed,
-    Attaches,
     CancelLoad,
-    Coming,
-    Expected,
-    Forget,
     Load,
     LoadDone,
     LoadProgress,
-    Message,
-    Placed,
     PromoteLoad,
-    Withdrawn,
 )
 from overcommit.runtime.parts import path_of
 from overcommit.runtime.quarantine import Quarantine
@@ -57,6 +49,16 @@ from overcommit.runtime.residency import (
 )
 from overcommit.runtime.residents import CancelStarted, PromoteStarted
 from overcommit.runtime.timings import Timings
+from overcommit.runtime.worker_messages import (
+    Activate,
+    ActivationFailed,
+    Attaches,
+    Coming,
+    Expected,
+    Forget,
+    Placed,
+    Withdrawn,
+)
 
 log = logging.getLogger("overcommit.activation")
 

@@ -28,11 +28,11 @@ from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
+from overcommit.runtime.front_end_messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.gathering import Gathering
 from overcommit.runtime.gpu_watch import describe
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
-from overcommit.runtime.messages import BATCH_UNIT, Admin, AdminReply, Counters
 
 MODELS_PAGE_MAX = 1000
 _TOTALS = ("requests", "errors", "in_flight", "blocks_used", "late_completions", "retries")

@@ -20,7 +20,7 @@ from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.entries import Entry, to_route
 from overcommit.runtime.fleet import Child, Fleet
-from overcommit.runtime.messages import ModelNames, Route, Routes
+from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
 
 SAY_NS: Final = 100_000_000
 

@@ -37,9 +37,9 @@ from overcommit.runtime.arena import Ranges, WeightsMapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
-from overcommit.runtime.messages import Coming, Placed, VersionInfo
 from overcommit.runtime.mixing import Families, Family
 from overcommit.runtime.signature import Signature, signature_of
+from overcommit.runtime.worker_messages import Coming, Placed, VersionInfo
 
 if TYPE_CHECKING:  # engines are imported by the process that runs them
     from overcommit.runtime.engines import BoundModel, Program

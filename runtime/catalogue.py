@@ -31,7 +31,7 @@ from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.house import House
 from overcommit.runtime.image import read_header
-from overcommit.runtime.messages import Pack, PackDone
+from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
 from overcommit.runtime.process import ForkServer, Process

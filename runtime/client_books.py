@@ -23,8 +23,8 @@ import msgspec
 from overcommit.runtime.config import REGIONS_MAX
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.fleet import Child
+from overcommit.runtime.front_end_messages import Admin, LogLevel, Region, RegionsChanged
 from overcommit.runtime.house import House
-from overcommit.runtime.messages import Admin, LogLevel, Region, RegionsChanged
 from overcommit.runtime.wire_settings import LogSettings, TraceSettings
 
 log = logging.getLogger("overcommit")

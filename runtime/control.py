@@ -1,7 +1,7 @@
 """The control socket: typed messages with file descriptors over AF_UNIX SEQPACKET.
 
 SEQPACKET keeps message boundaries in the kernel, so there is no framing to get wrong.  One
-datagram is one MessagePack message of `messages.py`; descriptors ride along as SCM_RIGHTS.
+datagram is one MessagePack message (`messages.py`); descriptors ride along as SCM_RIGHTS.
 
 Invariants
  1. A message arrives whole, once, in order, with all of its descriptors, or not at all.
@@ -31,7 +31,13 @@ from overcommit.runtime.config import (
     CONTROL_MESSAGE_BYTES_MAX,
 )
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.messages import AnyMessage, Message
+from overcommit.runtime.front_end_messages import FrontEndMessage
+from overcommit.runtime.messages import Message, ProcessMessage
+from overcommit.runtime.mover_messages import MoverMessage
+from overcommit.runtime.packer_messages import PackerMessage
+from overcommit.runtime.worker_messages import WorkerMessage
+
+AnyMessage = ProcessMessage | WorkerMessage | FrontEndMessage | MoverMessage | PackerMessage
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from overcommit.runtime import _shm
 from overcommit.runtime.image_file import Span
-from overcommit.runtime.messages import Urgency
+from overcommit.runtime.mover_messages import Urgency
 
 
 class Copier(Protocol):

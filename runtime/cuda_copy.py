@@ -41,7 +41,7 @@ from overcommit.runtime.copier import pairs
 from overcommit.runtime.driver import Driver, DriverError, Event
 from overcommit.runtime.image_file import Span
 from overcommit.runtime.memory import create_memfd
-from overcommit.runtime.messages import Urgency
+from overcommit.runtime.mover_messages import Urgency
 
 log = logging.getLogger("overcommit.mover")
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from overcommit.runtime.config import ModelConfig, imaged
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.labels import label_files
-from overcommit.runtime.messages import PackDone, Route, VersionInfo
+from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.parts import PartInfo
 from overcommit.runtime.repository import CONTENT_DIGITS, VersionSource
+from overcommit.runtime.worker_messages import VersionInfo
 
 _BROKEN_CONFIG: Final = ModelConfig()
 

@@ -6,7 +6,7 @@ import json
 from typing import Final
 
 from overcommit.runtime.config import TensorSpec
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 
 _SIZE: Final = 4  # of an axis that varies; the batch axis gets 1
 _ELEMENTS_MAX: Final = 64  # a longer example is no use on a command line

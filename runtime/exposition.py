@@ -14,9 +14,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from overcommit.runtime.front_end_messages import BATCH_UNIT, Counters
 from overcommit.runtime.gpu_watch import GpuReading
 from overcommit.runtime.ledger import FIELDS
-from overcommit.runtime.messages import BATCH_UNIT, Counters
 from overcommit.runtime.views import Tier
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from overcommit.runtime import _shm
 from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.config import VERSIONS_MAX, Settings
 from overcommit.runtime.errors import ProtocolError
+from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
-from overcommit.runtime.messages import Chunks, Counters, Kind, LinkDown, LinkUp, Message, Start
+from overcommit.runtime.messages import Chunks, Kind, LinkDown, LinkUp, Message, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 

@@ -40,7 +40,7 @@ from overcommit.runtime.image import (
     lay_out,
     layout_hash,
 )
-from overcommit.runtime.messages import Pack
+from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.sources import Source
 
 log = logging.getLogger("overcommit.packer")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.fleet import Child
-from overcommit.runtime.messages import TellCounts
+from overcommit.runtime.front_end_messages import TellCounts
 
 GATHER_NS: Final = 1_000_000_000
 _Key = tuple[int, int]

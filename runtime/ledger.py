@@ -20,7 +20,7 @@ import heapq
 from collections.abc import Iterable
 from typing import Final
 
-from overcommit.runtime.messages import BatchCounters, ModelCounters
+from overcommit.runtime.front_end_messages import BatchCounters, ModelCounters
 
 FIELDS: Final = ModelCounters.__struct_fields__[1:]
 # Of the batches of one size: how many, and the time in which they were gathered, computed and split.

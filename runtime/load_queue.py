@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from overcommit.runtime.loading import LoadState, Outcome, Step
-from overcommit.runtime.messages import Urgency
+from overcommit.runtime.mover_messages import Urgency
 
 Taken = tuple[LoadState, Step]
 _URGENCIES: Final[tuple[Urgency, ...]] = ("foreground", "prefetch")

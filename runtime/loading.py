@@ -52,14 +52,8 @@ from overcommit.runtime.config import (
 from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
-from overcommit.runtime.messages import (
-    CANCELLED,
-    Extents,
-    Load,
-    LoadDone,
-    LoadProgress,
-    Urgency,
-)
+from overcommit.runtime.messages import Extents
+from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, LoadProgress, Urgency
 from overcommit.runtime.wall import Wall
 
 # Where DEVICE is host memory; more threads than cores copy no faster.

@@ -49,18 +49,8 @@ from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
-from overcommit.runtime.messages import (
-    CancelLoad,
-    Chunks,
-    Load,
-    LoadDone,
-    Message,
-    Populated,
-    PromoteLoad,
-    Ready,
-    Start,
-    Stop,
-)
+from overcommit.runtime.messages import Chunks, Message, Ready, Start, Stop
+from overcommit.runtime.mover_messages import CancelLoad, Load, LoadDone, Populated, PromoteLoad
 
 log = logging.getLogger("overcommit.mover")
 

@@ -35,7 +35,7 @@ import msgspec
 
 from overcommit.runtime.config import MIB, VERSIONS_MAX, ModelConfig
 from overcommit.runtime.image import made_by
-from overcommit.runtime.messages import PackDone
+from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.parts import PartInfo, path_of, private_bytes
 
 log = logging.getLogger("overcommit.pack_index")

@@ -66,7 +66,8 @@ from overcommit.runtime.image import (
     read_header,
     write_image,
 )
-from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Start, Stop
+from overcommit.runtime.messages import Ready, Start, Stop
+from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 
 log = logging.getLogger("overcommit.packer")
 

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Final
 
 from overcommit.runtime.config import PACK_TRIES_MAX, PACKER_IDLE_S, Settings
-from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Start, Stop
+from overcommit.runtime.messages import Ready, Start, Stop
+from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.process import Process
 
 log = logging.getLogger("overcommit.packing")

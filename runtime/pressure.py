@@ -21,8 +21,8 @@ from overcommit.runtime.activation import Activations
 from overcommit.runtime.config import Settings
 from overcommit.runtime.displacement import Demand
 from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.front_end_messages import Pressure as Message
 from overcommit.runtime.gate import SharedGate
-from overcommit.runtime.messages import Pressure as Message
 from overcommit.runtime.refusals import mib
 from overcommit.runtime.residency import Residency
 from overcommit.runtime.thrashing import Load, Look, Reading, Thrashing

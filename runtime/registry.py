@@ -43,8 +43,8 @@ from overcommit.runtime.entries import (
     take_facts,
 )
 from overcommit.runtime.errors import NotFound, RepositoryError
-from overcommit.runtime.messages import PackDone
 from overcommit.runtime.pack_index import PackIndex
+from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.slots import Slots
 

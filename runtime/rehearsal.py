@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.fleet import Child, Fleet
-from overcommit.runtime.messages import Rehearse, Rehearsed, Route
+from overcommit.runtime.front_end_messages import Rehearse, Rehearsed, Route
 
 TRIES_MAX: Final = 10
 RETRY_NS: Final = 1_000_000_000

@@ -85,7 +85,7 @@ from overcommit.runtime.displacement import Demand, Displacement
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
-from overcommit.runtime.messages import CANCELLED
+from overcommit.runtime.mover_messages import CANCELLED
 from overcommit.runtime.parts import PartInfo, PartTable
 from overcommit.runtime.pins import Pins
 from overcommit.runtime.placement import STARVING_NS, Judge

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Final, Literal, Protocol
 
 from overcommit.runtime.allocator import Extent
-from overcommit.runtime.messages import Urgency
+from overcommit.runtime.mover_messages import Urgency
 from overcommit.runtime.parts import Part
 
 Extents = tuple[Extent, ...]

@@ -23,7 +23,7 @@ from msgspec import Meta
 
 from overcommit.runtime.config import ALIASES_MAX, NAME_CHARS_MAX, Naming
 from overcommit.runtime.errors import BadRequest
-from overcommit.runtime.messages import ModelNames
+from overcommit.runtime.front_end_messages import ModelNames
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.repository import name_error
 

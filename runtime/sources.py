@@ -23,7 +23,7 @@ from overcommit.runtime import checkpoint
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.image import made_by
-from overcommit.runtime.messages import Pack
+from overcommit.runtime.packer_messages import Pack
 
 # Suffixes by engine; a library that reads its own files.
 _TREES: Final = {

@@ -35,26 +35,14 @@ from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.config import BATCH_TIMEOUT_S, STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
 from overcommit.runtime.fleet import Child
+from overcommit.runtime.front_end_messages import Admin, Counters, Rehearsed
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen
-from overcommit.runtime.messages import (
-    Activate,
-    Admin,
-    Attaches,
-    BindFailed,
-    Chunks,
-    ChunksTaken,
-    Counters,
-    Drain,
-    LoadDone,
-    LoadProgress,
-    Populated,
-    Ready,
-    Rehearsed,
-    Stop,
-)
+from overcommit.runtime.messages import Chunks, ChunksTaken, Drain, Ready, Stop
+from overcommit.runtime.mover_messages import LoadDone, LoadProgress, Populated
 from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
+from overcommit.runtime.worker_messages import Activate, Attaches, BindFailed
 
 log = logging.getLogger("overcommit")
 

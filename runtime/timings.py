@@ -25,8 +25,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from overcommit.runtime.config import ACTIVATIONS_KEPT, ATTACHES_KEPT, EXTENTS_SHOWN_MAX
-from overcommit.runtime.messages import Attach, Extents, Load, LoadDone
+from overcommit.runtime.messages import Extents
+from overcommit.runtime.mover_messages import Load, LoadDone
 from overcommit.runtime.wall import Wall
+from overcommit.runtime.worker_messages import Attach
 
 
 @dataclass(slots=True, frozen=True)

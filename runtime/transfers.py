@@ -34,7 +34,7 @@ from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX
 from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
-from overcommit.runtime.messages import Urgency
+from overcommit.runtime.mover_messages import Urgency
 from overcommit.runtime.parts import Part
 from overcommit.runtime.placement import Judge
 from overcommit.runtime.residents import (

@@ -35,7 +35,8 @@ from overcommit.runtime.driver import DriverError
 from overcommit.runtime.errors import Unavailable
 from overcommit.runtime.lanes import Job, limits_of
 from overcommit.runtime.links import Links
-from overcommit.runtime.messages import (
+from overcommit.runtime.runner import Runner
+from overcommit.runtime.worker_messages import (
     Activate,
     ActivationFailed,
     Attach,
@@ -46,7 +47,6 @@ from overcommit.runtime.messages import (
     Placed,
     VersionInfo,
 )
-from overcommit.runtime.runner import Runner
 
 log = logging.getLogger("overcommit.worker")
 

@@ -45,25 +45,20 @@ from overcommit.runtime.garbage import Garbage
 from overcommit.runtime.heap import Heap
 from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
-from overcommit.runtime.messages import (
-    ActivationFailed,
-    Chunks,
-    Coming,
-    Expected,
-    Forget,
-    LinkDown,
-    LinkUp,
-    Placed,
-    Ready,
-    Start,
-    Stop,
-    VersionInfo,
-    Withdrawn,
-)
+from overcommit.runtime.messages import Chunks, LinkDown, LinkUp, Ready, Start, Stop
 from overcommit.runtime.mixing import Families
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
 from overcommit.runtime.worker_memory import open_memory
+from overcommit.runtime.worker_messages import (
+    ActivationFailed,
+    Coming,
+    Expected,
+    Forget,
+    Placed,
+    VersionInfo,
+    Withdrawn,
+)
 
 log = logging.getLogger("overcommit.worker")
 

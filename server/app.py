@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server import app_extensions, embeddings, openapi
 from overcommit.server.app_extensions import EXTENSIONS
 from overcommit.server.bodies import error_response, field, json_response, read_object

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from fastapi import FastAPI, Request, Response
 
 from overcommit.runtime.errors import BadRequest, NotFound, NotOffered
-from overcommit.runtime.messages import Region
+from overcommit.runtime.front_end_messages import Region
 from overcommit.server import openapi
 from overcommit.server.bodies import Object, field, json_response, read_object
 from overcommit.server.model_config import model_config

@@ -24,7 +24,7 @@ import msgspec
 
 from overcommit.runtime import payload
 from overcommit.runtime.errors import OvercommitError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server import codec
 from overcommit.server.inference import Prepared, prepare_decoded
 

@@ -19,10 +19,10 @@ from overcommit.runtime import ensemble, model_files, sources
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec, imaged
 from overcommit.runtime.errors import ConfigurationError, OvercommitError
 from overcommit.runtime.known_configs import KnownConfigs
-from overcommit.runtime.messages import Pack
 from overcommit.runtime.mlserver_config import SERVER_FILE_NAME
 from overcommit.runtime.model_toml import read_file
 from overcommit.runtime.pack_index import PackIndex
+from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
 
 Progress = Callable[[int, int], None]

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from overcommit.runtime.errors import BadRequest, RepositoryError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.limits import LABEL_FILES_MAX, LABELS_BYTES_MAX
 
 _NUMPY: Final[dict[str, Any]] = {

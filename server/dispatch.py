@@ -33,8 +33,9 @@ from overcommit.runtime.errors import (
     ProtocolError,
     WorkerLost,
 )
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.lanes import RUN_ALONE
-from overcommit.runtime.messages import LinkUp, Route
+from overcommit.runtime.messages import LinkUp
 from overcommit.runtime.router import Router, short_queue
 from overcommit.server.failures import error_of
 from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX, WAKE_REQUESTS

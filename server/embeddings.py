@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.ensembles import ask_any
 from overcommit.server.limits import (
     EMBEDDINGS_IN_FLIGHT,

@@ -31,24 +31,19 @@ from fastapi import Response
 from overcommit.runtime import _shm
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.errors import DeadlineExceeded, Overloaded
-from overcommit.runtime.messages import (
+from overcommit.runtime.front_end_messages import (
     Admin,
     AdminReply,
     Counters,
-    Drain,
-    LinkDown,
-    LinkUp,
     LogLevel,
     Pressure,
-    Ready,
     RegionsChanged,
     Rehearse,
     Route,
     Routes,
-    Start,
-    Stop,
     TellCounts,
 )
+from overcommit.runtime.messages import Drain, LinkDown, LinkUp, Ready, Start, Stop
 from overcommit.server.app import make_app
 from overcommit.server.dispatch import Dispatch
 from overcommit.server.heads import Heads

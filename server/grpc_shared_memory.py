@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from overcommit.runtime.errors import BadRequest, NotFound
-from overcommit.runtime.messages import Region
+from overcommit.runtime.front_end_messages import Region
 from overcommit.server.grpc_handler import Handler, handler
 from overcommit.server.proto import messages
 from overcommit.server.regions import register, unregister

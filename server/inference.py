@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from overcommit.runtime.config import ID_CHARS_MAX, TENSORS_MAX
 from overcommit.runtime.errors import BadRequest, OvercommitError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.server import binary, codec
 from overcommit.server.classification import Classes

@@ -23,7 +23,7 @@ from overcommit.runtime import repository
 from overcommit.runtime.config import imaged
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import ConfigurationError
-from overcommit.runtime.messages import Pack, PackDone
+from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.runtime.registry import Registry
 from overcommit.server.tables import PackRow, pack_table
 

@@ -22,7 +22,7 @@ from typing import Protocol
 from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, NEVER_NS
 from overcommit.runtime.errors import OvercommitError, Overloaded, PayloadTooLarge
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.limits import IDLE_BLOCKS_MAX
 from overcommit.server.plans import InputPlan
 from overcommit.server.worker_link import WorkerLink

@@ -27,7 +27,7 @@ import msgspec
 from overcommit.runtime import payload
 from overcommit.runtime.config import RANK_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, ProtocolError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES, TensorPlace
 from overcommit.server import classification, codec
 from overcommit.server.classification import Classes, Labels

@@ -29,7 +29,7 @@ import msgspec
 
 from overcommit.runtime.config import BLOCK_BYTES_MAX, NAME_CHARS_MAX
 from overcommit.runtime.errors import BadRequest, Forbidden, NotFound, PayloadTooLarge
-from overcommit.runtime.messages import Region, RegionsChanged
+from overcommit.runtime.front_end_messages import Region, RegionsChanged
 from overcommit.server.codec import Parameters, whole
 from overcommit.server.questions import ask_value
 

@@ -17,7 +17,7 @@ from overcommit.runtime.errors import (
     Unavailable,
     WorkerLost,
 )
-from overcommit.runtime.messages import Rehearsed, Route
+from overcommit.runtime.front_end_messages import Rehearsed, Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.server.asking import Tensor, ask
 from overcommit.server.plans import RoutePlans

@@ -20,7 +20,7 @@ import msgspec
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, Unavailable
-from overcommit.runtime.messages import ModelNames, Route, Routes
+from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
 
 # Asked for by a header, in a version's place.
 CANARY: Final = "@canary"

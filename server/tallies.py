@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 from overcommit.runtime import stages
-from overcommit.runtime.messages import BATCH_UNIT, BatchCounters, ModelCounters
+from overcommit.runtime.front_end_messages import BATCH_UNIT, BatchCounters, ModelCounters
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from overcommit.runtime.errors import BadRequest, ModelError, Unavailable
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.asking import Tensor
 from overcommit.server.text_recipe import IDS, Recipe, recipe_of
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from overcommit.runtime.errors import BadRequest
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.limits import TOKENS_MAX
 
 IDS: Final = "input_ids"

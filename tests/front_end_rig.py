@@ -18,8 +18,9 @@ from uvicorn.server import ServerState
 
 from overcommit.runtime import _shm, payload
 from overcommit.runtime.config import Settings, TensorSpec
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.memory import create_memfd
-from overcommit.runtime.messages import LinkUp, Route
+from overcommit.runtime.messages import LinkUp
 from overcommit.server.dispatch import Dispatch
 from overcommit.server.heads import Heads
 from overcommit.server.inference import Prepared

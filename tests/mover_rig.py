@@ -15,16 +15,8 @@ from overcommit.runtime.arena import Arena
 from overcommit.runtime.config import PAGE_BYTES, Settings
 from overcommit.runtime.container import Stored, read_stored, write_container
 from overcommit.runtime.control import ControlSocket, socket_pair
-from overcommit.runtime.messages import (
-    Extents,
-    Load,
-    LoadDone,
-    Message,
-    Populated,
-    Ready,
-    Start,
-    Stop,
-)
+from overcommit.runtime.messages import Extents, Message, Ready, Start, Stop
+from overcommit.runtime.mover_messages import Load, LoadDone, Populated
 
 WATCHDOG_S = 60.0
 LAUNCH = "import sys; from overcommit.runtime.mover import main; main(int(sys.argv[1]))"

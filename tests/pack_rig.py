@@ -10,8 +10,8 @@ from overcommit.runtime import engines
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.engines.bound_module import BoundModule
 from overcommit.runtime.image import ImageHeader, read_payload
-from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.packer import pack
+from overcommit.runtime.packer_messages import Pack, PackDone
 
 
 def try_pack(folder: Path, cache: Path, *, server_allows: bool = False, **config: Any) -> PackDone:

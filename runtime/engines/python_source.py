@@ -18,7 +18,7 @@ from overcommit.runtime.engines.python_child import Hosted
 from overcommit.runtime.engines.store import save_once
 from overcommit.runtime.foreign import Candidate, Foreign
 from overcommit.runtime.image import TensorFacts
-from overcommit.runtime.messages import Pack
+from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.sources import Source
 
 

@@ -17,7 +17,7 @@ from overcommit.runtime.engines.store import save_once
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.foreign import Candidate, Foreign
 from overcommit.runtime.image import TensorFacts
-from overcommit.runtime.messages import Pack
+from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.sources import Source
 
 

@@ -18,8 +18,8 @@ from overcommit.runtime import payload, repository
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.container import FORMAT_VERSION
 from overcommit.runtime.errors import OvercommitError
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.image import ImageHeader, lay_out, layout_hash, read_header, write_image
-from overcommit.runtime.messages import Route
 from overcommit.runtime.signature import Signature
 from overcommit.server import binary, hpack, inference, msgpack_body
 from overcommit.server.clients.exchange import Received, infer_result

@@ -9,7 +9,7 @@ from overcommit.runtime.announcer import SAY_NS, Announcer, route_messages
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX, ModelConfig
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.entries import Entry, State
-from overcommit.runtime.messages import Route, Routes
+from overcommit.runtime.front_end_messages import Route, Routes
 
 
 class Front:

@@ -14,8 +14,8 @@ from overcommit.runtime.bound import Loader, Opened, Versions
 from overcommit.runtime.config import LOAD_BACKOFF_S, PAGE_BYTES
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.memory import create_memfd
-from overcommit.runtime.messages import VersionInfo
 from overcommit.runtime.mixing import Families
+from overcommit.runtime.worker_messages import VersionInfo
 
 
 class Opener:

@@ -11,7 +11,8 @@ import pytest
 from overcommit.runtime.config import CONTROL_BACKLOG_MAX, CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.messages import AdminReply, Drain, LinkUp, Ready, Route, Routes
+from overcommit.runtime.front_end_messages import AdminReply, Route, Routes
+from overcommit.runtime.messages import Drain, LinkUp, Ready
 
 
 @pytest.fixture

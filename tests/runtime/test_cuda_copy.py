@@ -29,7 +29,8 @@ from overcommit.runtime.cuda_arena import CudaArena
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import DriverError
 from overcommit.runtime.loading import Base, LoadState
-from overcommit.runtime.messages import Extents, Load, LoadDone, Urgency
+from overcommit.runtime.messages import Extents
+from overcommit.runtime.mover_messages import Load, LoadDone, Urgency
 
 WATCHDOG_S = 60.0
 HOST_BYTES = 24 * MIB

@@ -21,17 +21,8 @@ from overcommit.runtime.config import LARGE_CHUNK_BYTES, MIB, SMALL_CHUNK_BYTES,
 from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.cuda_tier import open_for_worker, probe
 from overcommit.runtime.driver import Result
-from overcommit.runtime.messages import (
-    ChunksTaken,
-    Extents,
-    Load,
-    LoadDone,
-    Message,
-    Populated,
-    Ready,
-    Start,
-    Stop,
-)
+from overcommit.runtime.messages import ChunksTaken, Extents, Message, Ready, Start, Stop
+from overcommit.runtime.mover_messages import Load, LoadDone, Populated
 from overcommit.runtime.vault import Vault
 
 CAPACITY = 3 * LARGE_CHUNK_BYTES

@@ -12,7 +12,7 @@ from worker_rig import Rig, X, info, ready
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.lanes import RUN_ALONE, Job, Limits
-from overcommit.runtime.messages import Activate, Expected, Withdrawn
+from overcommit.runtime.worker_messages import Activate, Expected, Withdrawn
 
 SECOND: Final = 1_000_000_000
 MS: Final = 1_000_000

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from overcommit.runtime.front_end_messages import TellCounts
 from overcommit.runtime.gathering import GATHER_NS, Gathering
-from overcommit.runtime.messages import TellCounts
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
+from overcommit.runtime.front_end_messages import ModelCounters
 from overcommit.runtime.ledger import FIELDS, Ledger
-from overcommit.runtime.messages import ModelCounters
 
 
 def more(slot: int, success: int = 1, failure: int = 0) -> ModelCounters:

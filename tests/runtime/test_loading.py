@@ -28,16 +28,9 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.loading import Base, LoadState, Outcome, Places, State, Step, Work
-from overcommit.runtime.messages import (
-    CANCELLED,
-    Extents,
-    Load,
-    LoadDone,
-    Message,
-    Populated,
-    Urgency,
-)
+from overcommit.runtime.messages import Extents, Message
 from overcommit.runtime.mover import Mover
+from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Populated, Urgency
 
 ARENA_BYTES = 32 * MIB
 

@@ -11,15 +11,14 @@ import pytest
 from mover_rig import LAUNCH, WATCHDOG_S, Memory, MoverProcess, flip_byte, make_image
 
 from overcommit.runtime.config import MIB, PAGE_BYTES, READ_BYTES, SMALL_CHUNK_BYTES
-from overcommit.runtime.messages import (
+from overcommit.runtime.messages import Extents, Stop
+from overcommit.runtime.mover_messages import (
     CANCELLED,
     CancelLoad,
-    Extents,
     Load,
     LoadDone,
     LoadProgress,
     PromoteLoad,
-    Stop,
 )
 
 ARENA_BYTES = 144 * MIB

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from overcommit.runtime.config import ModelConfig
-from overcommit.runtime.messages import PackDone
 from overcommit.runtime.pack_index import FILE_NAME, PackIndex
+from overcommit.runtime.packer_messages import PackDone
 
 
 def packed(tmp_path: Path) -> PackDone:

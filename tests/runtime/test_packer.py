@@ -18,8 +18,8 @@ from overcommit.runtime import engines
 from overcommit.runtime.config import Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import Forbidden
 from overcommit.runtime.image import read_header, read_payload
-from overcommit.runtime.messages import Pack, PackDone
 from overcommit.runtime.packer import pack
+from overcommit.runtime.packer_messages import Pack, PackDone
 
 IDS = np.array([[5, 17, 3, 99], [7, 8, 9, 10]])
 

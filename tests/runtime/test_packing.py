@@ -8,7 +8,8 @@ import pytest
 
 from overcommit.runtime.config import PACKER_IDLE_S, ModelConfig, Settings
 from overcommit.runtime.control import ControlSocket, socket_pair
-from overcommit.runtime.messages import Pack, PackDone, PackProgress, Ready, Start, Stop
+from overcommit.runtime.messages import Ready, Start, Stop
+from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.process import Process
 

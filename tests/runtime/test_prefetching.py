@@ -18,7 +18,7 @@ from overcommit.runtime.activation import Running
 from overcommit.runtime.config import ModelConfig, Settings
 from overcommit.runtime.entries import Entry
 from overcommit.runtime.entries import State as Ready
-from overcommit.runtime.messages import CANCELLED, Load
+from overcommit.runtime.mover_messages import CANCELLED, Load
 from overcommit.runtime.prefetching import INTERVAL_NS, Prefetching
 from overcommit.runtime.residency import Action, StartLoad
 from overcommit.runtime.residents import State

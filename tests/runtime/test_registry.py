@@ -10,7 +10,7 @@ import pytest
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.entries import RegistryChanges, State, to_info, to_route
 from overcommit.runtime.errors import NotFound, RepositoryError
-from overcommit.runtime.messages import PackDone
+from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.slots import IDLE_SLOTS

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import NotFound, RepositoryError
-from overcommit.runtime.messages import PackDone
+from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.repository import VersionSource
 

@@ -6,7 +6,7 @@ import pytest
 from residency_world import SECOND, World
 
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
-from overcommit.runtime.messages import CANCELLED
+from overcommit.runtime.mover_messages import CANCELLED
 from overcommit.runtime.parts import PartInfo
 from overcommit.runtime.residents import NOBODY, State
 from overcommit.runtime.views import Tier

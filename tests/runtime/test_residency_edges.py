@@ -9,7 +9,7 @@ import pytest
 from residency_world import World
 
 from overcommit.runtime import residency as module
-from overcommit.runtime.messages import CANCELLED
+from overcommit.runtime.mover_messages import CANCELLED
 from overcommit.runtime.residents import State
 from overcommit.runtime.views import Tier
 

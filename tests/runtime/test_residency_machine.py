@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import RESIDENT
-from overcommit.runtime.messages import CANCELLED
+from overcommit.runtime.mover_messages import CANCELLED
 from overcommit.runtime.parts import PartInfo, private_bytes
 from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse, Withdraw
 from overcommit.runtime.residents import NOBODY, Foretold, State

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from overcommit.runtime.config import EXTENTS_SHOWN_MAX, PAGE_BYTES
-from overcommit.runtime.messages import Extents, Load, LoadDone
+from overcommit.runtime.messages import Extents
+from overcommit.runtime.mover_messages import Load, LoadDone
 from overcommit.runtime.timings import Timings
 
 HERE: Extents = ((0, PAGE_BYTES),)

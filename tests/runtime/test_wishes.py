@@ -14,7 +14,7 @@ from overcommit.runtime.arena import Mapping
 from overcommit.runtime.bound import Version
 from overcommit.runtime.config import PAGE_BYTES, ModelConfig
 from overcommit.runtime.errors import Forbidden
-from overcommit.runtime.messages import (
+from overcommit.runtime.worker_messages import (
     Activate,
     ActivationFailed,
     BindFailed,

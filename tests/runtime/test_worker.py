@@ -12,7 +12,8 @@ from worker_rig import FakeModel, Programs, Rig, X, info, ready, vector_config
 
 from overcommit.runtime import _shm
 from overcommit.runtime.lanes import RUN_ALONE
-from overcommit.runtime.messages import Forget, Stop
+from overcommit.runtime.messages import Stop
+from overcommit.runtime.worker_messages import Forget
 
 
 # --- the way of a request -----------------------------------------------------------------------

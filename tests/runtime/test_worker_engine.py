@@ -15,8 +15,10 @@ from worker_rig import Rig
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PAGE_BYTES, ModelConfig
 from overcommit.runtime.image import read_payload
-from overcommit.runtime.messages import Activate, Pack, Placed, Stop, VersionInfo
+from overcommit.runtime.messages import Stop
 from overcommit.runtime.packer import pack
+from overcommit.runtime.packer_messages import Pack
+from overcommit.runtime.worker_messages import Activate, Placed, VersionInfo
 
 COMMAND = [sys.executable, "-P", "-m", "overcommit.runtime.child", "worker"]
 

@@ -21,7 +21,7 @@ from overcommit.runtime.engines.mixed import MixedProgram, MixedPrograms
 from overcommit.runtime.engines.torch_module import Call
 from overcommit.runtime.image import ImageHeader, TensorEntry
 from overcommit.runtime.lanes import RUN_ALONE
-from overcommit.runtime.messages import Activate, Forget, VersionInfo
+from overcommit.runtime.worker_messages import Activate, Forget, VersionInfo
 
 SLOTS = range(1, 9)
 CONFIG = vector_config(max_batch_size=16)

@@ -13,7 +13,8 @@ from front_rig import WATCHDOG_S
 from worker_rig import FAKE_COMMAND, Rig, X, info
 
 from overcommit.runtime import _shm
-from overcommit.runtime.messages import Activate, Stop
+from overcommit.runtime.messages import Stop
+from overcommit.runtime.worker_messages import Activate
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import given
 
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.errors import BadRequest, RepositoryError
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.labels import label_files, with_labels
-from overcommit.runtime.messages import Route
 from overcommit.server.classification import Labels, classify, shape_of
 
 

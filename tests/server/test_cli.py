@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from overcommit.runtime.errors import ConfigurationError
-from overcommit.runtime.messages import Pack, PackDone
+from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.server import cli
 
 PAGE = {

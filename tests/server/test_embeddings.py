@@ -14,7 +14,7 @@ from serving import Answer, Server
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, ModelError
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.asking import Tensor
 from overcommit.server.embeddings import decode, inputs_of
 from overcommit.server.limits import EMBEDDINGS_INPUTS_MAX

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from overcommit.runtime import payload
 from overcommit.runtime.config import TensorSpec
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server import codec, inference
 from overcommit.server.plans import SHORT_NUMBERS_MIN, RoutePlans
 

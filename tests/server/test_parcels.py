@@ -9,7 +9,7 @@ import pytest
 
 from overcommit.runtime.config import BLOCK_BYTES_MAX, BLOCK_BYTES_MIN
 from overcommit.runtime.errors import Overloaded, PayloadTooLarge
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server.parcels import Parcels, Pending
 from overcommit.server.plans import InputPlan
 

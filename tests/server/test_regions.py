@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 
 from overcommit.runtime.errors import BadRequest, Forbidden, NotFound, OvercommitError
-from overcommit.runtime.messages import Region, RegionsChanged
+from overcommit.runtime.front_end_messages import Region, RegionsChanged
 from overcommit.server.regions import Regions, Window, window_of
 
 

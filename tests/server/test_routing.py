@@ -9,7 +9,7 @@ import pytest
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound
-from overcommit.runtime.messages import ModelNames, Route, Routes
+from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
 from overcommit.server.routing import CANARY, STABLE, RouteTable
 
 

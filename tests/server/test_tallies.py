@@ -5,7 +5,7 @@ from __future__ import annotations
 from overcommit.runtime import stages
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import encoded_bytes
-from overcommit.runtime.messages import BATCH_UNIT, BatchCounters, Counters, ModelCounters
+from overcommit.runtime.front_end_messages import BATCH_UNIT, BatchCounters, Counters, ModelCounters
 from overcommit.server.limits import COUNTERS_MODELS_MAX
 from overcommit.server.tallies import Tallies
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from overcommit.runtime import payload
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest
-from overcommit.runtime.messages import Route
+from overcommit.runtime.front_end_messages import Route
 from overcommit.server import inference
 from overcommit.server.limits import TEMPLATES_MAX
 from overcommit.server.plans import InputPlan, Plans, RoutePlans

@@ -1,0 +1,45 @@
+"""Control messages between the supervisor and the packer: each Pack is answered by one PackDone."""
+
+from __future__ import annotations
+
+from overcommit.runtime.config import ModelConfig
+from overcommit.runtime.messages import Message
+from overcommit.runtime.parts import PartInfo
+
+
+class Pack(Message, frozen=True):
+    """Packer: make the image of one model version."""
+
+    job: int
+    name: str
+    version: str
+    folder: str
+    config: ModelConfig
+    cache_dir: str
+    allow_code: bool
+
+
+class PackProgress(Message, frozen=True):
+    """How far the job is, in bytes of image."""
+
+    job: int
+    done: int
+    total: int
+
+
+class PackDone(Message, frozen=True):
+    """The image exists, or why it does not."""
+
+    job: int
+    ok: bool
+    message: str = ""
+    image_path: str = ""
+    content_key: str = ""
+    program_key: str = ""
+    nbytes: int = 0
+    parts: tuple[PartInfo, ...] = ()  # of these bytes, what other images may share
+    engine: str = ""
+    config: ModelConfig = ModelConfig()
+
+
+PackerMessage = Pack | PackProgress | PackDone
