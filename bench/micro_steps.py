@@ -22,7 +22,8 @@ from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.lanes import Job, Limits
 from overcommit.runtime.payload import decode, encode, plan
 from overcommit.runtime.policy import make_policy
-from overcommit.runtime.residency import Residency, StartLoad, Terms, Usage
+from overcommit.runtime.residency import Residency
+from overcommit.runtime.residents import StartLoad, Terms, Usage
 from overcommit.server import inference
 from overcommit.server.plans import RoutePlans
 

@@ -38,16 +38,17 @@ from overcommit.runtime.mover_messages import (
 from overcommit.runtime.parts import path_of
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Registry
-from overcommit.runtime.residency import (
+from overcommit.runtime.residency import Residency
+from overcommit.runtime.residents import (
     Action,
+    CancelStarted,
+    PromoteStarted,
     Publish,
     Refuse,
-    Residency,
     StartLoad,
     Terms,
     Withdraw,
 )
-from overcommit.runtime.residents import CancelStarted, PromoteStarted
 from overcommit.runtime.timings import Timings
 from overcommit.runtime.worker_messages import (
     Activate,

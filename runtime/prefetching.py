@@ -34,8 +34,15 @@ from overcommit.runtime.memories import Memories
 from overcommit.runtime.prefetch import Candidate, Prefetcher, PrefetchWish
 from overcommit.runtime.prefetch_books import PrefetchBooks
 from overcommit.runtime.registry import Registry
-from overcommit.runtime.residency import Action, Residency, StartLoad
-from overcommit.runtime.residents import CancelStarted, PromoteStarted, Source, Version
+from overcommit.runtime.residency import Residency
+from overcommit.runtime.residents import (
+    Action,
+    CancelStarted,
+    PromoteStarted,
+    Source,
+    StartLoad,
+    Version,
+)
 from overcommit.runtime.residents import State as Residence
 from overcommit.runtime.views import Tier
 

@@ -11,22 +11,20 @@ from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import MIB, NEVER_NS
 from overcommit.runtime.parts import PartInfo, round_up
 from overcommit.runtime.policy import make_policy
-from overcommit.runtime.residency import (
-    Action,
-    Publish,
-    Refuse,
-    Residency,
-    StartLoad,
-    Usage,
-    Withdraw,
-)
+from overcommit.runtime.residency import Residency
 from overcommit.runtime.residents import (
     NOBODY,
+    Action,
     CancelStarted,
     PromoteStarted,
+    Publish,
+    Refuse,
+    StartLoad,
     State,
     Terms,
+    Usage,
     Version,
+    Withdraw,
 )
 from overcommit.runtime.views import Tier
 
@@ -208,7 +206,7 @@ _WORDS = {
 
 def check(residency: Residency, port: FakePort) -> None:
     """Assert the invariants of `residency` and `placement` that hold between events."""
-    leaving = residency._leaving
+    leaving = residency._pump.leaving
     everybody = [*residency._versions.values(), *leaving.values()]
     assert all(version.is_leaving for version in leaving.values())
     loading = residency._transfers.loading
@@ -270,4 +268,4 @@ def check(residency: Residency, port: FakePort) -> None:
             host = residency._on_host.holdings.places[part]
             assert load.host == host.extents, "a load lost its bytes on HOST"
             assert host.is_filled == (load.source == "host")
-    assert port.is_hungry == residency._is_hungry
+    assert port.is_hungry == residency._pump.is_hungry

@@ -11,8 +11,7 @@ from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.parts import Part
 from overcommit.runtime.policy import Lru
-from overcommit.runtime.residency import StartLoad
-from overcommit.runtime.residents import State, Terms, Totals, Version
+from overcommit.runtime.residents import StartLoad, State, Terms, Totals, Version
 from overcommit.runtime.views import Tier
 
 

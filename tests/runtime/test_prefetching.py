@@ -20,8 +20,7 @@ from overcommit.runtime.entries import Entry
 from overcommit.runtime.entries import State as Ready
 from overcommit.runtime.mover_messages import CANCELLED, Load
 from overcommit.runtime.prefetching import INTERVAL_NS, Prefetching
-from overcommit.runtime.residency import Action, StartLoad
-from overcommit.runtime.residents import State
+from overcommit.runtime.residents import Action, StartLoad, State
 from overcommit.runtime.views import Tier
 
 DAY = 86_400

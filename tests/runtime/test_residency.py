@@ -7,8 +7,8 @@ from residency_world import MS, SECOND, World
 
 from overcommit.runtime._shm import ABSENT, LOADING, RESIDENT
 from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX, MIB
-from overcommit.runtime.residency import RETRY_NS, WISH_WAIT_S, Publish, Refuse, StartLoad
-from overcommit.runtime.residents import State
+from overcommit.runtime.pump import RETRY_NS, WISH_WAIT_S
+from overcommit.runtime.residents import Publish, Refuse, StartLoad, State
 
 
 def test_a_wish_for_an_absent_version_starts_one_load_and_is_published_when_it_is_done() -> None:

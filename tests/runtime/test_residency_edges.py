@@ -91,14 +91,14 @@ def _removed_while_leased() -> World:
     world = _on_device()
     world.port.leases[1] = 1
     world.remove(1)
-    assert 1 in world.residency._leaving
+    assert 1 in world.residency._pump.leaving
     return world
 
 
 def _removed_while_loading() -> World:
     world = _disk_to_loading()
     world.remove(1)
-    assert 1 in world.residency._leaving
+    assert 1 in world.residency._pump.leaving
     return world
 
 
@@ -108,7 +108,7 @@ def _left() -> World:
         while world.loads:
             world.finish()
         world.tick()
-        assert not world.residency._leaving
+        assert not world.residency._pump.leaving
     return world
 
 
@@ -150,7 +150,7 @@ EDGES: dict[str, tuple[Callable[[], World], State | None]] = {
     "DEVICE -> (none) [remove]": (_removed(_on_device), None),
     "DEVICE -> leaving [remove]": (_removed_while_leased, None),
     "LOADING -> leaving [remove]": (_removed_while_loading, None),
-    "leaving -> (none) [_try_leave]": (_left, None),
+    "leaving -> (none) [Pump.run]": (_left, None),
 }
 
 

@@ -7,8 +7,7 @@ from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.config import LOAD_BACKOFF_S
-from overcommit.runtime.residency import Publish, Refuse, StartLoad
-from overcommit.runtime.residents import NOBODY, State
+from overcommit.runtime.residents import NOBODY, Publish, Refuse, StartLoad, State
 
 
 # --- failures -----------------------------------------------------------------------------------

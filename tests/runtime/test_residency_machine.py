@@ -20,8 +20,8 @@ from residency_world import CHUNK, MS, SECOND, World
 from overcommit.runtime._shm import RESIDENT
 from overcommit.runtime.mover_messages import CANCELLED
 from overcommit.runtime.parts import PartInfo, private_bytes
-from overcommit.runtime.residency import WISH_WAIT_S, Action, Publish, Refuse, Withdraw
-from overcommit.runtime.residents import NOBODY, Foretold, State
+from overcommit.runtime.pump import WISH_WAIT_S
+from overcommit.runtime.residents import NOBODY, Action, Foretold, Publish, Refuse, State, Withdraw
 from overcommit.runtime.views import Tier
 
 SLOTS = st.integers(0, 6)
@@ -118,7 +118,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def prefetch(self, slot: int, tier: Tier, spared: set[int]) -> None:
         port = self.world.port
         port.evicted.clear()
-        before = set(self.world.residency._leaving)
+        before = set(self.world.residency._pump.leaving)
         self._settle_ahead(self.world.prefetch(slot, tier, lambda v: v.slot not in spared))
         for victim in self.ahead_evicted:
             assert victim in before or (victim not in spared and not port.waiting[victim])
@@ -245,7 +245,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 # A pinned version may have starved on its own behalf.
                 assert not port.waiting[slot] or starving or any(self.known.values())
         port.evicted.clear()
-        self.leaving = set(self.world.residency._leaving)
+        self.leaving = set(self.world.residency._pump.leaving)
 
     @invariant()
     def everybody_who_waits_is_known_to_residency(self) -> None:
@@ -290,7 +290,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             residency = self.world.residency
             for slot, leases in self.world.port.leases.items():
                 if leases:
-                    version = residency._leaving.get(slot) or residency._versions[slot]
+                    version = residency._pump.leaving.get(slot) or residency._versions[slot]
                     assert version.state is State.DEVICE
 
 

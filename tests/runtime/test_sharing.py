@@ -6,8 +6,7 @@ from residency_world import CHUNK, SECOND, World
 
 from overcommit.runtime.config import PAGE_BYTES
 from overcommit.runtime.parts import PartInfo
-from overcommit.runtime.residency import Publish, Refuse, StartLoad
-from overcommit.runtime.residents import State
+from overcommit.runtime.residents import Publish, Refuse, StartLoad, State
 from overcommit.runtime.views import Tier
 
 TRUNK = PartInfo("trunk", 4 * CHUNK)

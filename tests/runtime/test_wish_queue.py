@@ -14,8 +14,7 @@ from overcommit.runtime.admission import Forecast
 from overcommit.runtime.config import LOADS_IN_FLIGHT_MAX, MIB, NEVER_NS
 from overcommit.runtime.pace import Pace
 from overcommit.runtime.parts import PartInfo
-from overcommit.runtime.residency import Action, Refuse, Withdraw
-from overcommit.runtime.residents import State, Terms, Version, Wish
+from overcommit.runtime.residents import Action, Refuse, State, Terms, Version, Wish, Withdraw
 from overcommit.runtime.wish_queue import FAIR_WAIT_NS, RESERVED_NS, WishQueue
 
 NOW: Final = 100 * SECOND
