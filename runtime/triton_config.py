@@ -1,8 +1,7 @@
 """Triton's `config.pbtxt`: what of it is served, in the words of `model.toml`.
 
-The messages are those of Triton's public `model_config.proto`, as far as we read them.  What has no meaning
-here is ignored with a note; what would change answers if it were ignored makes the model one that cannot be
-served, with the reason.
+The messages are in `triton_model`.  What has no meaning here is ignored with a note; what would change
+answers if it were ignored makes the model one that cannot be served, with the reason.
 
 Invariants
  1. Every field of the file is read, noted, or refused.
@@ -15,14 +14,20 @@ Pure.  Called by `model_files`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal
-
-import msgspec
-from msgspec import Meta
+from typing import Any, Final
 
 from overcommit.runtime.config import BATCH_SIZE_LIMIT
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.text_format import parse
+from overcommit.runtime.triton_model import (
+    QueuePolicy,
+    Sequence,
+    Step,
+    Tensor,
+    TritonModel,
+    VersionPolicy,
+    Warmup,
+)
 
 FILE_NAME: Final = "config.pbtxt"
 
@@ -39,186 +44,8 @@ _PLATFORMS: Final[dict[str, str | None]] = {
     "torch_aoti": "aoti",
     "ensemble": "ensemble",
 }
-_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-DataType = Literal[
-    "TYPE_INVALID",
-    "TYPE_BOOL",
-    "TYPE_UINT8",
-    "TYPE_UINT16",
-    "TYPE_UINT32",
-    "TYPE_UINT64",
-    "TYPE_INT8",
-    "TYPE_INT16",
-    "TYPE_INT32",
-    "TYPE_INT64",
-    "TYPE_FP16",
-    "TYPE_FP32",
-    "TYPE_FP64",
-    "TYPE_STRING",
-    "TYPE_BF16",
-]
 
 
-# --- messages -----------------------------------------------------------------------------------
-class _Reshape(msgspec.Struct):
-    shape: tuple[int, ...] = ()
-
-
-class _Tensor(msgspec.Struct):
-    """ModelInput and ModelOutput."""
-
-    name: str = ""
-    data_type: DataType = "TYPE_INVALID"
-    format: Literal["FORMAT_NONE", "FORMAT_NHWC", "FORMAT_NCHW"] = "FORMAT_NONE"
-    dims: tuple[int, ...] = ()
-    reshape: _Reshape | None = None
-    is_shape_tensor: bool = False
-    allow_ragged_batch: bool = False
-    optional: bool = False
-    is_non_linear_format_io: bool = False
-    label_filename: str = ""
-
-
-class _Anything(msgspec.Struct):
-    """A message of which only that it is there counts."""
-
-
-class _QueuePolicy(msgspec.Struct):
-    timeout_action: Literal["REJECT", "DELAY"] = "REJECT"
-    default_timeout_microseconds: _Count = 0
-    allow_timeout_override: bool = False
-    max_queue_size: _Count = 0
-
-
-class _DynamicBatching(msgspec.Struct):
-    preferred_batch_size: tuple[int, ...] = ()
-    max_queue_delay_microseconds: _Count = 0
-    preserve_ordering: bool = False
-    priority_levels: _Count = 0
-    default_priority_level: _Count = 0
-    default_queue_policy: _QueuePolicy | None = None
-    priority_queue_policy: tuple[_Anything, ...] = ()
-
-
-class _Latest(msgspec.Struct):
-    num_versions: int = 0
-
-
-class _Specific(msgspec.Struct):
-    versions: tuple[int, ...] = ()
-
-
-class _VersionPolicy(msgspec.Struct):
-    latest: _Latest | None = None
-    all: _Anything | None = None
-    specific: _Specific | None = None
-
-
-class _InstanceGroup(msgspec.Struct):
-    name: str = ""
-    kind: Literal["KIND_AUTO", "KIND_GPU", "KIND_CPU", "KIND_MODEL"] = "KIND_AUTO"
-    count: int = 1
-    gpus: tuple[int, ...] = ()
-
-
-class _WarmupInput(msgspec.Struct):
-    data_type: DataType = "TYPE_INVALID"
-    dims: tuple[int, ...] = ()
-    zero_data: bool = False
-    random_data: bool = False
-    input_data_file: str = ""
-
-
-class _Warmup(msgspec.Struct):
-    name: str = ""
-    batch_size: int = 0
-    inputs: dict[str, _WarmupInput] = {}
-    count: int = 0
-
-
-class _Control(msgspec.Struct):
-    kind: Literal[
-        "CONTROL_SEQUENCE_START",
-        "CONTROL_SEQUENCE_READY",
-        "CONTROL_SEQUENCE_END",
-        "CONTROL_SEQUENCE_CORRID",
-    ] = "CONTROL_SEQUENCE_START"
-    int32_false_true: tuple[int, ...] = ()
-    fp32_false_true: tuple[float, ...] = ()
-    bool_false_true: tuple[bool, ...] = ()
-    data_type: DataType = "TYPE_INVALID"
-
-
-class _ControlInput(msgspec.Struct):
-    name: str = ""
-    control: tuple[_Control, ...] = ()
-
-
-class _Sequence(msgspec.Struct):
-    direct: _Anything | None = None
-    oldest: _Anything | None = None
-    max_sequence_idle_microseconds: _Count = 0
-    control_input: tuple[_ControlInput, ...] = ()
-    state: tuple[_Anything, ...] = ()
-    iterative_sequence: bool = False
-
-
-class _Step(msgspec.Struct):
-    model_name: str = ""
-    model_version: int = -1
-    input_map: dict[str, str] = {}
-    output_map: dict[str, str] = {}
-    model_namespace: str = ""
-
-
-class _Ensemble(msgspec.Struct):
-    step: tuple[_Step, ...] = ()
-    max_inflight_requests: _Count = 0
-
-
-class _Parameter(msgspec.Struct):
-    string_value: str = ""
-
-
-class _Transactions(msgspec.Struct):
-    decoupled: bool = False
-
-
-class _Cache(msgspec.Struct):
-    enable: bool = False
-
-
-class TritonModel(msgspec.Struct):
-    """ModelConfig."""
-
-    name: str = ""
-    platform: str = ""
-    backend: str = ""
-    runtime: str = ""
-    version_policy: _VersionPolicy | None = None
-    max_batch_size: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
-    input: tuple[_Tensor, ...] = ()
-    output: tuple[_Tensor, ...] = ()
-    batch_input: tuple[_Anything, ...] = ()
-    batch_output: tuple[_Anything, ...] = ()
-    optimization: _Anything | None = None
-    dynamic_batching: _DynamicBatching | None = None
-    sequence_batching: _Sequence | None = None
-    ensemble_scheduling: _Ensemble | None = None
-    instance_group: tuple[_InstanceGroup, ...] = ()
-    default_model_filename: str = ""
-    cc_model_filenames: dict[str, str] = {}
-    metric_tags: dict[str, str] = {}
-    parameters: dict[str, _Parameter] = {}
-    model_warmup: tuple[_Warmup, ...] = ()
-    model_operations: _Anything | None = None
-    model_transaction_policy: _Transactions | None = None
-    model_repository_agents: _Anything | None = None
-    response_cache: _Cache | None = None
-    model_metrics: _Anything | None = None
-
-
-# --- reading ------------------------------------------------------------------------------------
 def read(content: bytes) -> tuple[dict[str, Any], list[str]]:
     """Return a table as `model.toml` has it, and what is ignored.
 
@@ -344,7 +171,7 @@ def _batching(model: TritonModel, table: dict[str, Any], notes: list[str]) -> bo
     return bool(size)
 
 
-def _queue_policy(policy: _QueuePolicy, batching: dict[str, Any], notes: list[str]) -> None:
+def _queue_policy(policy: QueuePolicy, batching: dict[str, Any], notes: list[str]) -> None:
     where = "dynamic_batching.default_queue_policy"
     if policy.max_queue_size:
         batching["max_queue_size"] = min(policy.max_queue_size, 1_000_000)
@@ -362,7 +189,7 @@ def _datatype(name: str, data_type: str) -> str:
     return "BYTES" if data_type == "TYPE_STRING" else data_type.removeprefix("TYPE_")
 
 
-def _tensor(kind: str, tensor: _Tensor, batches: bool, notes: list[str]) -> dict[str, Any]:
+def _tensor(kind: str, tensor: Tensor, batches: bool, notes: list[str]) -> dict[str, Any]:
     if not tensor.dims:
         raise RepositoryError(f"{FILE_NAME}: {kind} '{tensor.name}' has no dims")
     row: dict[str, Any] = {
@@ -381,7 +208,7 @@ def _tensor(kind: str, tensor: _Tensor, batches: bool, notes: list[str]) -> dict
     return row
 
 
-def _versions(policy: _VersionPolicy | None) -> dict[str, Any]:
+def _versions(policy: VersionPolicy | None) -> dict[str, Any]:
     if policy is None:
         return {"latest": 1}
     given = [name for name in ("latest", "all", "specific") if getattr(policy, name) is not None]
@@ -396,7 +223,7 @@ def _versions(policy: _VersionPolicy | None) -> dict[str, Any]:
     )
 
 
-def _warmup(warmup: _Warmup) -> dict[str, Any]:
+def _warmup(warmup: Warmup) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name, given in warmup.inputs.items():
         row: dict[str, Any] = {
@@ -416,7 +243,7 @@ def _warmup(warmup: _Warmup) -> dict[str, Any]:
     }
 
 
-def _sequence(sequence: _Sequence) -> dict[str, Any]:
+def _sequence(sequence: Sequence) -> dict[str, Any]:
     controls = []
     for given in sequence.control_input:
         for control in given.control:
@@ -440,7 +267,7 @@ def _sequence(sequence: _Sequence) -> dict[str, Any]:
     return table
 
 
-def _step(step: _Step) -> dict[str, Any]:
+def _step(step: Step) -> dict[str, Any]:
     return {
         "model": step.model_name,
         "version": "" if step.model_version < 0 else str(step.model_version),

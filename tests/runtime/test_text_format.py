@@ -14,7 +14,7 @@ from tritonclient.grpc import model_config_pb2
 
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.text_format import DEPTH_MAX, parse
-from overcommit.runtime.triton_config import TritonModel
+from overcommit.runtime.triton_model import TritonModel
 
 
 class Innermost(msgspec.Struct):
