@@ -25,7 +25,7 @@ from overcommit.runtime import _shm
 # Names, not imports: the fork server must not import uvicorn, nor a front end torch.
 MODULE_OF_KIND: Final = {
     "front_end": "overcommit.server.frontend",
-    "worker": "overcommit.runtime.worker",
+    "worker": "overcommit.runtime.worker_process",
     "mover": "overcommit.runtime.mover",
     "packer": "overcommit.runtime.packer",
     "fork_server": "overcommit.runtime.forkserver",

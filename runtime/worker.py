@@ -20,7 +20,7 @@ Invariants
  2. What one front end or one model does costs others nothing but compute time: a broken link is
     dropped alone, a version that cannot run holds up no other.
 
-Started as a child by the supervisor, see `child.py`.
+Run by `worker_process`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from typing import Final
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import MemfdRanges, Ranges
 from overcommit.runtime.batcher import Batch, Batcher
-from overcommit.runtime.bound import Loader, Opened, Opener, Version, Versions
-from overcommit.runtime.config import HEARTBEAT_NS, START_TIMEOUT_S, VERSIONS_MAX
+from overcommit.runtime.bound import Loader, Opener, Version, Versions
+from overcommit.runtime.config import HEARTBEAT_NS, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, ProtocolError
@@ -49,7 +49,6 @@ from overcommit.runtime.messages import Chunks, LinkDown, LinkUp, Ready, Start, 
 from overcommit.runtime.mixing import Families
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
-from overcommit.runtime.worker_memory import open_memory
 from overcommit.runtime.worker_messages import (
     ActivationFailed,
     Coming,
@@ -66,8 +65,6 @@ CONTROL_PERIOD_NS: Final = 200_000  # how often a busy worker looks at its contr
 # Batches of one turn.  A bell costs as much as a small batch: answers share it.
 BATCHES_MAX: Final = 8
 BATCHES_NS: Final = 100_000
-# The helper thread imports code for seconds; with CPython's 5 ms it would delay each batch by that.
-SWITCH_INTERVAL_S: Final = 0.0005
 
 
 class Worker:
@@ -356,49 +353,3 @@ class Worker:
         if self._heap.trim_if_due(self.batcher.finished, now_ns):
             return True
         return self.garbage.look_if_due(now_ns, self.versions.released, is_idle=True)
-
-
-def main(control_fd: int) -> None:
-    """Be a worker on this control socket until Stop or until the supervisor is gone."""
-    control = ControlSocket(control_fd)
-    start, fds = control.receive(START_TIMEOUT_S) or (None, {})
-    if not isinstance(start, Start):
-        raise ProtocolError("a worker's first message must be Start")
-    # Engines import torch: only now, and in a worker only.
-    from overcommit.runtime import engines
-    from overcommit.runtime.image import read_header
-
-    memory = open_memory(control, start, fds)
-    if memory is None:
-        return
-    engines.set_up(_threads(start), memory.place, memory.backend)
-
-    code_is_allowed = start.settings.allow_code
-
-    def open_program(info: VersionInfo) -> Opened:
-        header, _ = read_header(info.image_path)
-        allow_code = code_is_allowed and info.config.allow_code
-        return header, engines.load_program(header, allow_code=allow_code)
-
-    serve(control, start, fds, open_program, memory.ranges)
-
-
-def serve(
-    control: ControlSocket,
-    start: Start,
-    fds: dict[str, int],
-    open_program: Opener,
-    ranges: Ranges | None = None,
-) -> None:
-    """Run a worker in this process, which is its own."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    worker = Worker(control, start, fds, open_program, ranges)
-    worker.garbage.take_over()
-    worker.run()
-
-
-def _threads(start: Start) -> int:
-    threads = start.settings.worker_threads
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) // start.settings.workers
-    return max(1, threads)

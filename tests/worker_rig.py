@@ -34,8 +34,9 @@ from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import LinkDown, LinkUp, Message, Start
-from overcommit.runtime.worker import Worker, serve
+from overcommit.runtime.worker import Worker
 from overcommit.runtime.worker_messages import Activate, Placed, VersionInfo
+from overcommit.runtime.worker_process import serve
 
 ARENA_BYTES = 1024 * PAGE_BYTES
 # This file as a child process: a real worker but for its engine.
