@@ -1,7 +1,7 @@
 """What a front end asks on behalf of a client and only the supervisor knows.
 
 Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`, `rollout`; those of
-`accounts.py` and `client_books.py`.  Every reply is bytes that the front end passes on.
+`accounts.py`, `client_books.py` and `client_loads.py`.  Every reply is bytes that the front end passes on.
 
 Invariants
  1. One `AdminReply` (in parts, if long) for each `Admin`; an unknown operation or a wrong argument
@@ -23,7 +23,9 @@ import msgspec
 from overcommit.runtime.accounts import Accounts
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.client_books import ClientBooks
+from overcommit.runtime.client_loads import ClientLoads
 from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
+from overcommit.runtime.dependents import brought_along, taken_along
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of
@@ -66,6 +68,8 @@ class Administration:
         self._past = Counters()
         self.books = ClientBooks(house)
         self.gathering = Gathering()
+        self.loads = ClientLoads(catalogue, self._reply)
+        self._explicit: set[str] = set()  # models that clients have loaded by name
         self._operations: dict[str, Callable[[Admin], bytes]] = {
             "index": self._index,
             "load": self._load,
@@ -91,6 +95,8 @@ class Administration:
     def _answer(self, front: Child, request: Admin) -> None:
         status = 200
         try:
+            if self._is_answered_later(front, request):
+                return
             operation = self._operations.get(request.operation)
             if operation is None:
                 raise BadRequest(f"unknown operation '{request.operation}'")
@@ -98,6 +104,17 @@ class Administration:
         except OvercommitError as error:
             status = error.http_status
             body = msgspec.json.encode({"error": error.message})
+        self._reply(front, request, status, body)
+
+    def _is_answered_later(self, front: Child, request: Admin) -> bool:
+        now_ns = time.monotonic_ns()
+        if request.operation in self.loads.operations:
+            self.loads.on_admin(front, request, now_ns)
+            return True
+        name = request.arguments.get("name")
+        return request.operation == "load" and self.loads.leave(front, request, str(name), now_ns)
+
+    def _reply(self, front: Child, request: Admin, status: int, body: bytes) -> None:
         for start in range(0, max(len(body), 1), ADMIN_REPLY_PART_BYTES):
             part = body[start : start + ADMIN_REPLY_PART_BYTES]
             more = start + ADMIN_REPLY_PART_BYTES < len(body)
@@ -115,6 +132,7 @@ class Administration:
         """A front end died; its totals stay."""
         self._past = add_counters(self._past, front.counters)
         self.gathering.on_gone(front)
+        self.loads.on_front_end_gone(front)
 
     def totals(self) -> Counters:
         """Sum over the living and the dead front ends."""
@@ -156,28 +174,29 @@ class Administration:
                 f"failed to load '{name}', failed to poll from model repository: there is no such "
                 f"model"
             )
-        affected = self.house.registry.set_loaded(name)
-        self.catalogue.look_at(name)
+        self._explicit.add(name)
         now_ns = time.monotonic_ns()
-        for entry in affected:
-            if entry.state is State.READY:
-                self.house.activations.add(entry, now_ns)
-            elif entry.state is State.PACKING:
-                self.catalogue.packing.add(entry.slot)
-        self.catalogue.announce_routes(affected, [], now_ns)
-        self.catalogue.try_again(name, now_ns)
+        registry = self.house.registry
+        for each in brought_along(registry, name):
+            if registry.has(each) and registry.find(each).state is State.UNLOADED:
+                self.catalogue.take_in(each, now_ns)
+        self.catalogue.take_in(name, now_ns)
         return b"{}"
 
     def _unload(self, request: Admin) -> bytes:
         name = _text(request, "name")
-        if not self.house.registry.has(name):
+        registry = self.house.registry
+        if not registry.has(name):
             return b"{}"  # it is not loaded, which is what was asked for
-        affected = self.house.registry.set_unloaded(name)
+        names = [name]
+        if request.arguments.get("unload_dependents"):
+            names += taken_along(registry, name, self._explicit - {name})
         now_ns = time.monotonic_ns()
-        self.catalogue.announce_routes(affected, [], now_ns)
-        for entry in affected:
-            self.catalogue.packing.drop(entry.slot)
-            self.house.activations.remove(entry.slot, now_ns)
+        for each in names:
+            if registry.has(each):
+                self._explicit.discard(each)
+                self.catalogue.take_out(each, now_ns)
+                self.loads.unload(each, now_ns)
         return b"{}"
 
     def _rollout(self, request: Admin) -> bytes:

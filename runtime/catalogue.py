@@ -31,6 +31,7 @@ from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.house import House
 from overcommit.runtime.image import read_header
+from overcommit.runtime.overrides import Overrides
 from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.preload import modules_of
@@ -66,6 +67,8 @@ class Catalogue:
         self.registry.rehearses = True
         self.rehearsals = Rehearsals(house.fleet, self._on_rehearsed)
         self.rollout = Rollout(settings.cache_dir, self.registry)
+        self.overrides = Overrides(settings.cache_dir, settings.repositories)
+        self._sources: list[VersionSource] = []
         self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False
         self._is_serving = False
@@ -89,6 +92,7 @@ class Catalogue:
         if self._thread is not None:
             self._thread.join()
         os.close(self.scanner_fd)
+        self.overrides.close()
 
     def _scan_forever(self) -> None:
         scanner = self._scanner
@@ -118,32 +122,52 @@ class Catalogue:
         """Apply what the scanner saw."""
         os.eventfd_read(self.scanner_fd)
         while not self._results.empty():
-            changes = self.registry.apply_scan(self._results.get())
-            for slot in changes.to_pack:
-                self.packing.add(slot)
-            upsert: list[Entry] = []
-            for slot in (*changes.added, *changes.changed):
-                entry = self.registry.by_slot(slot)
-                if entry is None:
-                    continue
-                if entry.state is State.READY:
-                    self._on_usable(entry, now_ns)
-                upsert.append(entry)
-            for slot in changes.on_trial:
-                entry = self.registry.by_slot(slot)
-                if entry is not None:
-                    self._on_usable(entry, now_ns)
-            for name in changes.lacking:
-                self._fill_in(name, now_ns)
-            touched = (*changes.added, *changes.changed, *changes.renamed, *changes.removed)
-            self._names_changed(filter(None, map(self.registry.by_slot, touched)))
-            self.announce_routes(upsert, changes.removed, now_ns)
-            log.info(
-                "repository: %d versions, %d added, %d changed, %d removed, %d to pack",
-                *(len(self.registry), len(changes.added), len(changes.changed)),
-                *(len(changes.removed), len(changes.to_pack)),
-            )
+            self._sources = self._results.get()
+            self.apply(now_ns)
         self._is_scanned = True
+
+    def apply(self, now_ns: int) -> None:
+        """Take over what the last scan saw, as clients have changed it."""
+        changes = self.registry.apply_scan(self.overrides.laid_over(self._sources))
+        for slot in changes.to_pack:
+            self.packing.add(slot)
+        upsert: list[Entry] = []
+        for slot in (*changes.added, *changes.changed):
+            entry = self.registry.by_slot(slot)
+            if entry is None:
+                continue
+            if entry.state is State.READY:
+                self._on_usable(entry, now_ns)
+            upsert.append(entry)
+        for slot in changes.on_trial:
+            entry = self.registry.by_slot(slot)
+            if entry is not None:
+                self._on_usable(entry, now_ns)
+        for name in changes.lacking:
+            self._fill_in(name, now_ns)
+        touched = (*changes.added, *changes.changed, *changes.renamed, *changes.removed)
+        self._names_changed(filter(None, map(self.registry.by_slot, touched)))
+        self.announce_routes(upsert, changes.removed, now_ns)
+        log.info(
+            "repository: %d versions, %d added, %d changed, %d removed, %d to pack",
+            *(len(self.registry), len(changes.added), len(changes.changed)),
+            *(len(changes.removed), len(changes.to_pack)),
+        )
+
+    def is_scanned(self, name: str) -> bool:
+        """Whether the repository itself holds a model of this name."""
+        return any(source.name == name for source in self._sources)
+
+    def is_settled(self, name: str) -> bool:
+        """Whether every version of a model is what it will be: nothing is packed, nor on trial."""
+        if not self.registry.has(name):
+            return True
+        return not any(
+            entry.state is State.PACKING
+            or self.registry.successor_slot(entry) != entry.slot
+            or entry.slot in self.rehearsals
+            for entry in self.registry.versions(name)
+        )
 
     # --- packing --------------------------------------------------------------------------------
     def _start_packer(self) -> Process | None:
@@ -237,6 +261,26 @@ class Catalogue:
             self.packing.add(entry.slot)
         self._announcer.say([entry], (), now_ns)
 
+    def take_in(self, name: str, now_ns: int) -> None:
+        """Put a model into service.  Raises NotFound and RepositoryError."""
+        affected = self.registry.set_loaded(name)
+        self.look_at(name)
+        for entry in affected:
+            if entry.state is State.READY:
+                self.house.activations.add(entry, now_ns)
+            elif entry.state is State.PACKING:
+                self.packing.add(entry.slot)
+        self.announce_routes(affected, [], now_ns)
+        self.try_again(name, now_ns)
+
+    def take_out(self, name: str, now_ns: int) -> None:
+        """Take a model out of service.  Raises NotFound."""
+        affected = self.registry.set_unloaded(name)
+        self.announce_routes(affected, [], now_ns)
+        for entry in affected:
+            self.packing.drop(entry.slot)
+            self.house.activations.remove(entry.slot, now_ns)
+
     def try_again(self, name: str, now_ns: int) -> None:
         """Somebody loads a model: its versions on trial get another one.  Raises NotFound."""
         for entry in self.registry.versions(name):
@@ -322,6 +366,8 @@ class Catalogue:
                 self.house.ledger.forget(slot)
                 self.house.activations.quarantine.forget(slot)
                 self.registry.release(slot)
+        if not self._retiring and not self.overrides.is_clear:
+            self.overrides.clear(self.registry.folders())
 
     def announce(self, age_s: str) -> None:
         """Say that the server serves, and show a request to try."""

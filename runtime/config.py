@@ -131,6 +131,9 @@ STEPS_MAX: Final = 64  # of one ensemble
 WARMUPS_MAX: Final = 64  # requests of one model, and ...
 WARMUP_RUNS_MAX: Final = 1000  # ... how often one of them runs
 REGIONS_MAX: Final = 1024  # shared memory that clients have registered, for all front ends
+OVERRIDES_MAX: Final = 256  # models that clients have loaded with a configuration or files ...
+OVERRIDES_BYTES_MAX: Final = 4 * GIB  # ... and what their files may take, of all of them
+OVERRIDE_CONFIG_BYTES_MAX: Final = 64 * KIB  # as JSON; it crosses in one control message
 TRACED_MODELS_MAX: Final = 1024  # models with trace settings of their own
 HEADER_BYTES_MAX: Final = 64 * KIB
 JSON_BYTES_MAX: Final = 64 * MIB
@@ -192,6 +195,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     verify: Literal["first", "always", "never"] = "first"
     payload_bytes: int = PAYLOAD_BYTES
     body_bytes_max: int = BODY_BYTES_MAX
+    load_overrides: bool = (
+        False  # clients may load models with a configuration or files of their own
+    )
     client_shared_memory: bool = False  # clients may name pieces of /dev/shm in place of tensors
     ring_slots: int = RING_SLOTS
     spin_ns: int | None = None

@@ -111,6 +111,8 @@ def _prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
 
 def _try_out(job: Pack, foreign: Foreign) -> trials.Outcome:
     where = f"model '{job.name}'"
+    if foreign.outputs:
+        _check_inputs(where, job.config.inputs, foreign.known.inputs)
     try:
         return trials.complete(where, job.config, foreign.known, foreign.run)
     except ModelError as error:
@@ -132,6 +134,18 @@ def _try_out(job: Pack, foreign: Foreign) -> trials.Outcome:
             log.debug("%s: %s", where, error.message)
     log.warning("%s takes none of the values that were tried: its answers were not compared", where)
     return trials.Outcome(config, {}, {})
+
+
+def _check_inputs(where: str, given: Sequence[TensorSpec], known: Sequence[TensorSpec]) -> None:
+    """Raise RepositoryError where a configuration names other inputs than the program has."""
+    types = {spec.name: spec.datatype for spec in known}
+    for spec in given:
+        if types.get(spec.name) != spec.datatype:
+            has = ", ".join(f"'{each.name}' ({each.datatype})" for each in known)
+            raise RepositoryError(
+                f"{where} has no input '{spec.name}' ({spec.datatype}), which its configuration "
+                f"lists; it takes {has}"
+            )
 
 
 def _guesses(inputs: Sequence[TensorSpec]) -> Iterator[trials.Arrays]:

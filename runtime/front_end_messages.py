@@ -81,7 +81,8 @@ class Admin(Message, frozen=True):
     """Front end: an operation that only the supervisor can do.
 
     operations: index, load, unload, models, model, metrics, ensure (pack this slot now), status,
-    statistics, rollout, config, region_add, region_remove, trace, log
+    statistics, rollout, config, region_add, region_remove, trace, log, load_begin (a folder for a client's
+    files), load_override, load_end (nothing comes of that folder)
     """
 
     id: int

@@ -1,7 +1,7 @@
 """The registry: every version that the server knows, and what can be done with it.
 
 It decides which entry (`entries`) is current, waits to take over, or leaves; each has a slot
-(`slots`) until nothing uses it any more.
+(`slots`) until nothing uses it any more.  Where entries are found is `shelf`.
 
 Invariants
  1. At most one entry is current for a (name, version); a slot is one entry's until `release`.
@@ -25,10 +25,9 @@ Called by the supervisor, from its one thread, and by `overcommit pack`.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from overcommit.runtime import ensemble
 from overcommit.runtime.config import VERSIONS_MAX, imaged
@@ -42,86 +41,28 @@ from overcommit.runtime.entries import (
     order,
     take_facts,
 )
-from overcommit.runtime.errors import NotFound, RepositoryError
+from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.pack_index import PackIndex
 from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.repository import VersionSource
+from overcommit.runtime.shelf import Shelf
 from overcommit.runtime.slots import Slots
 
 log = logging.getLogger("overcommit.registry")
 
 
-class Registry:
-    """All entries, by slot and by name."""
+class Registry(Shelf):
+    """All entries, and what becomes of them."""
 
     def __init__(self, cache_dir: str | os.PathLike[str], slots_max: int = VERSIONS_MAX) -> None:
+        super().__init__()
         self.index = PackIndex(cache_dir)
         self._numbers = Slots(slots_max)
         self._leaving: set[int] = set()
-        self._slots: dict[int, Entry] = {}
-        self._current: dict[tuple[str, str], Entry] = {}
         self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves
         self.rehearses = False  # whether new versions show that they work before they take over
         self._spares: dict[str, list[VersionSource]] = {}  # left out by version policies
         self._unloaded: set[str] = set()
-        self._names: dict[str, tuple[Entry, ...]] | None = None
-        self._ordered: list[Entry] = []
-
-    # --- looking up -----------------------------------------------------------------------------
-    def __len__(self) -> int:
-        return len(self._current)
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield what is current, by name and numeric version."""
-        self._by_name()
-        return iter(self._ordered)
-
-    def page(self, offset: int, limit: int) -> list[Entry]:
-        """Return one page of `entries`."""
-        self._by_name()
-        return self._ordered[offset : offset + limit]
-
-    def by_slot(self, slot: int) -> Entry | None:
-        """Return the entry of a slot: current, a successor, or retired but still in use."""
-        return self._slots.get(slot)
-
-    def find(self, name: str, version: str | None = None) -> Entry:
-        """Return a version; without a version, the newest that can be used, else the newest.
-
-        Raises NotFound.
-        """
-        versions = self._by_name().get(name)
-        if not versions:
-            raise NotFound(f"Request for unknown model: '{name}' is not found")
-        if version:
-            entry = self._current.get((name, version))
-            if entry is None:
-                known = ", ".join(entry.version for entry in versions[:20])
-                raise NotFound(
-                    f"Request for unknown model: '{name}' version {version} is not found; there "
-                    f"is {known}"
-                )
-            return entry
-        for entry in reversed(versions):
-            if entry.state in (State.READY, State.PACKING):
-                return entry
-        return versions[-1]
-
-    def has(self, name: str) -> bool:
-        """Whether there is a model of this name, in whatever state."""
-        return name in self._by_name()
-
-    def versions(self, name: str) -> tuple[Entry, ...]:
-        """Return every version of a model, in numeric order.  Raises NotFound."""
-        self.find(name)
-        return self._by_name()[name]
-
-    def _by_name(self) -> dict[str, tuple[Entry, ...]]:
-        if self._names is None:
-            self._ordered = sorted(self._current.values(), key=order)
-            groups = itertools.groupby(self._ordered, key=lambda entry: entry.name)
-            self._names = {name: tuple(entries) for name, entries in groups}
-        return self._names
 
     # --- what the disk says ---------------------------------------------------------------------
     def apply_scan(self, sources: Iterable[VersionSource]) -> RegistryChanges:
@@ -298,6 +239,10 @@ class Registry:
         entry.reason = "" if done.ok else done.message
         return []
 
+    def successor_slot(self, entry: Entry) -> int:
+        """Return the slot of the entry that waits to take its place; its own where none does."""
+        return self._successors.get(entry.slot, entry).slot
+
     def is_successor(self, entry: Entry) -> bool:
         """Whether it waits to take the place of an entry of its name and version."""
         return any(successor is entry for successor in self._successors.values())
@@ -351,6 +296,12 @@ class Registry:
         for entry in affected:
             entry.state = State.UNLOADED
         return affected
+
+    def want(self, name: str) -> bool:
+        """What comes of this model from now on is loaded; return whether it was unloaded."""
+        was_unloaded = name in self._unloaded
+        self._unloaded.discard(name)
+        return was_unloaded
 
     def set_loaded(self, name: str) -> list[Entry]:
         """Put a model into service, or try a failed one again; return the entries that changed.

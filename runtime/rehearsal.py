@@ -49,6 +49,9 @@ class Rehearsals:
     def __len__(self) -> int:
         return len(self._trials)
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._trials
+
     def add(self, route: Route, now_ns: int) -> None:
         """Try this version out."""
         self._trials[route.slot] = _Trial(route, now_ns)

@@ -35,9 +35,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from overcommit.runtime import ensemble, model_files
-from overcommit.runtime.config import NAME_CHARS_MAX, VERSIONS_MAX, ModelConfig, Naming
+from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, Naming
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.known_configs import KnownConfigs
+from overcommit.runtime.model_names import name_error, printable
 from overcommit.runtime.model_toml import read_file
 
 CONTENT_DIGITS: Final = 16
@@ -46,7 +47,6 @@ FILES_MAX: Final = 10_000  # of one version
 DEPTH_MAX: Final = 8  # folders inside a version
 ENTRIES_MAX: Final = 1_000_000  # of one root or model folder
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 _SKIPPED: Final = frozenset({"__pycache__", "lost+found"})
 
@@ -93,18 +93,6 @@ class _Files:
 
 class _Vanished(Exception):
     """A folder or file went away between two looks at it."""
-
-
-def name_error(name: str) -> str | None:
-    """Say what is wrong with a model's name; None when nothing is."""
-    if len(name) > NAME_CHARS_MAX:
-        return f"the name is longer than {NAME_CHARS_MAX} characters; rename the folder"
-    if not _NAME.fullmatch(name) or ".." in name:
-        return (
-            f"'{_printable(name)}' is no model name: names consist of A-Z, a-z, 0-9, '.', '_' and "
-            f"'-', start with a letter or digit and hold no '..'; rename the folder"
-        )
-    return None
 
 
 def scan(roots: Iterable[str | os.PathLike[str]], *, is_first: bool = True) -> list[VersionSource]:
@@ -178,6 +166,17 @@ def with_policy(versions: list[VersionSource]) -> list[VersionSource]:
     ]
 
 
+def configured(
+    source: VersionSource, root: str, fingerprint: str, config: ModelConfig
+) -> VersionSource:
+    """Return a version with another configuration, or why it cannot be served with that."""
+    try:
+        config = _complete(root, source.name, source.folder, config)
+    except (OSError, RepositoryError) as error:
+        return replace(source, fingerprint=fingerprint, config=None, error=_reason(error))
+    return replace(source, fingerprint=fingerprint, config=config, error=None, spare=False)
+
+
 def _versions(
     root: str,
     model: Folder,
@@ -188,7 +187,7 @@ def _versions(
     name, path, is_link = model
     problem = name_error(name)
     if problem is not None:
-        yield VersionSource(_printable(name), "1", path, "", None, problem)
+        yield VersionSource(printable(name), "1", path, "", None, problem)
         return
     try:
         if is_link:
@@ -315,7 +314,7 @@ def _find(root: str, name: str, folder: str, file: str) -> str:
         if os.path.isfile(path) and not os.path.isabs(file):
             _refuse_outside(os.path.realpath(os.path.join(root, name)), path)
             return os.path.realpath(path)
-    raise RepositoryError(f"its warm-up needs the file '{_printable(file)}', which is not there")
+    raise RepositoryError(f"its warm-up needs the file '{printable(file)}', which is not there")
 
 
 def _walk(
@@ -362,7 +361,7 @@ def _refuse_outside(root: str, path: str) -> None:
     target = os.path.realpath(path)
     if target != root and not target.startswith(root.rstrip(os.sep) + os.sep):
         raise RepositoryError(
-            f"'{_printable(os.path.basename(path))}' is a symlink that leaves the repository; "
+            f"'{printable(os.path.basename(path))}' is a symlink that leaves the repository; "
             f"copy what it points to into the folder"
         )
 
@@ -382,10 +381,3 @@ def _reason(error: OSError | RepositoryError) -> str:
     if isinstance(error, RepositoryError):
         return error.message
     return f"its folder cannot be read: {error.strerror or error}"
-
-
-def _printable(name: str) -> str:
-    """A name that JSON and a terminal can show, whatever bytes the file system holds."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text[:NAME_CHARS_MAX]

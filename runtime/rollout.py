@@ -24,8 +24,8 @@ from msgspec import Meta
 from overcommit.runtime.config import ALIASES_MAX, NAME_CHARS_MAX, Naming
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.front_end_messages import ModelNames
+from overcommit.runtime.model_names import name_error
 from overcommit.runtime.registry import Registry
-from overcommit.runtime.repository import name_error
 
 log = logging.getLogger("overcommit.rollout")
 

@@ -156,6 +156,7 @@ class Supervisor:
         self.administration.books.tell_new()
         self.administration.gathering.step(now_ns)
         self.catalogue.step(now_ns)
+        self.administration.loads.step(now_ns)
         if self.catalogue.packing.process is not None:
             self._watch(self.catalogue.packing.process, None)
         if house.fleet.is_broken() and not self._broken_seen:

@@ -11,7 +11,8 @@ Invariants
  2. Unknown fields are skipped whole, and each is named once.
  3. Depth and length are bounded: no input makes it recurse or run on.
 
-Pure.  Source: protobuf.dev/reference/protobuf/textformat-spec.  Called by `triton_config`.
+Pure.  Source: protobuf.dev/reference/protobuf/textformat-spec.  Called by `triton_config`
+and, for what messages may hold, by `triton_json`.
 """
 
 from __future__ import annotations
@@ -49,55 +50,63 @@ _BOOLS: Final = {
     **dict.fromkeys(("false", "False", "f", "0"), False),
 }
 
+Fields = dict[str, "Field"]
 _Token = tuple[str, str, int]  # kind, text, offset
 _S = TypeVar("_S", bound=msgspec.Struct)
 
 
 @dataclass(slots=True, frozen=True)
-class _Field:
+class Field:
     """What follows a field's name."""
 
     kind: str  # "message", "text", "integer", "float", "bool" or "enum"
     is_repeated: bool = False
     is_map: bool = False
-    message: _Message | None = None
+    message: Message | None = None
 
 
 @dataclass(slots=True, frozen=True)
-class _Message:
-    fields: dict[str, _Field]
+class Message:
+    """The fields that a message may hold, by name."""
+
+    fields: Fields
 
 
 @functools.cache
-def _message_of(struct: type[msgspec.Struct]) -> _Message:
+def _message_of(struct: type[msgspec.Struct]) -> Message:
     info = inspect.type_info(struct)
     assert isinstance(info, inspect.StructType)
-    return _Message({each.encode_name: _field_of(each.type) for each in info.fields})
+    return Message({each.encode_name: _field_of(each.type) for each in info.fields})
 
 
-def _field_of(kind: inspect.Type) -> _Field:
+def _field_of(kind: inspect.Type) -> Field:
     match kind:
         case inspect.UnionType(types=types):
             return _field_of(next(t for t in types if not isinstance(t, inspect.NoneType)))
         case inspect.VarTupleType(item_type=item):
             inner = _field_of(item)
-            return _Field(inner.kind, is_repeated=True, message=inner.message)
+            return Field(inner.kind, is_repeated=True, message=inner.message)
         case inspect.DictType(value_type=value):
-            entry = _Message({"key": _Field("text"), "value": _field_of(value)})
-            return _Field("message", is_map=True, message=entry)
+            entry = Message({"key": Field("text"), "value": _field_of(value)})
+            return Field("message", is_map=True, message=entry)
         case inspect.StructType(cls=cls):
-            return _Field("message", message=_message_of(cls))
+            return Field("message", message=_message_of(cls))
         case inspect.StrType():
-            return _Field("text")
+            return Field("text")
         case inspect.IntType():
-            return _Field("integer")
+            return Field("integer")
         case inspect.FloatType():
-            return _Field("float")
+            return Field("float")
         case inspect.BoolType():
-            return _Field("bool")
+            return Field("bool")
         case inspect.LiteralType():
-            return _Field("enum")
+            return Field("enum")
     raise AssertionError(f"no field of a message: {kind}")
+
+
+def fields_of(struct: type[msgspec.Struct]) -> Fields:
+    """Return the fields that a struct declares."""
+    return _message_of(struct).fields
 
 
 def parse(content: bytes, struct: type[_S], file_name: str) -> tuple[_S, list[str]]:
@@ -157,7 +166,7 @@ class _Reader:
         return False
 
     # --- messages -------------------------------------------------------------------------------
-    def message(self, known: _Message | None, path: str, closing: str, depth: int) -> Any:
+    def message(self, known: Message | None, path: str, closing: str, depth: int) -> Any:
         """Read fields up to the closing mark ("": the end of the file); known None: skip them."""
         if depth > DEPTH_MAX:
             self._fail(self.tokens[self.at][2], f"messages are nested more than {DEPTH_MAX} deep")
@@ -180,7 +189,7 @@ class _Reader:
             self._has(";", ",")
 
     def _put(
-        self, tree: dict[str, Any], name: str, spec: _Field, values: list[Any], offset: int
+        self, tree: dict[str, Any], name: str, spec: Field, values: list[Any], offset: int
     ) -> None:
         if spec.is_map:
             entries = tree.setdefault(name, {})
@@ -194,7 +203,7 @@ class _Reader:
             tree[name] = values[0]
 
     def _values(
-        self, spec: _Field | None, skips: bool, where: str, has_colon: bool, depth: int
+        self, spec: Field | None, skips: bool, where: str, has_colon: bool, depth: int
     ) -> list[Any]:
         offset = self.tokens[self.at][2]
         if self._has("["):
@@ -212,7 +221,7 @@ class _Reader:
         return [self._value(spec, skips, where, has_colon, depth)]
 
     def _value(
-        self, spec: _Field | None, skips: bool, where: str, has_colon: bool, depth: int
+        self, spec: Field | None, skips: bool, where: str, has_colon: bool, depth: int
     ) -> Any:
         kind, text, offset = self.tokens[self.at]
         is_message = kind == "mark" and text in _CLOSING

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from overcommit.runtime import triton_json
 from overcommit.runtime.config import BATCH_SIZE_LIMIT
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.text_format import parse
@@ -51,7 +52,15 @@ def read(content: bytes) -> tuple[dict[str, Any], list[str]]:
 
     Raises RepositoryError when the file is broken, or asks for what cannot be served.
     """
-    model, unknown = parse(content, TritonModel, FILE_NAME)
+    return _read(*parse(content, TritonModel, FILE_NAME))
+
+
+def read_json(content: bytes) -> tuple[dict[str, Any], list[str]]:
+    """Return what a configuration says that a client gives with a load, as `read` does."""
+    return _read(*triton_json.parse(content, TritonModel, "the configuration"))
+
+
+def _read(model: TritonModel, unknown: list[str]) -> tuple[dict[str, Any], list[str]]:
     outer = [name for name in unknown if not name.startswith(("optimization.", *_OPAQUE))]
     notes = [f"unknown field '{name}'" for name in outer]
     for problem in _unsupported(model):

@@ -18,7 +18,7 @@ import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.front_end_messages import Route
-from overcommit.server import app_extensions, embeddings, openapi
+from overcommit.server import app_extensions, embeddings, load_overrides, openapi
 from overcommit.server.app_extensions import EXTENSIONS
 from overcommit.server.bodies import error_response, field, json_response, read_object
 from overcommit.server.exchange import retry_headers
@@ -148,13 +148,12 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
     @app.post(
         "/v2/repository/models/{name}/load",
         tags=["repository"],
-        responses=answers(404, 501),
+        responses=answers(403, 404, 500, 507),
         openapi_extra=openapi.LOAD,
     )
     async def load(name: str, request: Request) -> Response:
         body = await read_object(request)
-        app_extensions.check_load(name, field(body, "parameters", dict, {}))
-        return await front.ask("load", name=name)
+        return await load_overrides.load(front, name, field(body, "parameters", dict, {}))
 
     @app.post(
         "/v2/repository/models/{name}/unload",
@@ -164,8 +163,8 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
     )
     async def unload(name: str, request: Request) -> Response:
         parameters = field(await read_object(request), "parameters", dict, {})
-        field(parameters, "unload_dependents", bool, False)
-        return await front.ask("unload", name=name)
+        along = field(parameters, "unload_dependents", bool, False)
+        return await front.ask("unload", name=name, unload_dependents=along)
 
     @app.get("/metrics", tags=["operations"], responses=answers(404))
     async def metrics(model: str = "") -> Response:

@@ -213,17 +213,3 @@ def add_not_offered(app: FastAPI, front: FrontEnd) -> None:
         )
         async def generate_version(name: str, version: str) -> Response:
             return refuse(name, version)
-
-
-def check_load(name: str, parameters: Object) -> None:
-    """Check what a client gives with a load.  Raises BadRequest, NotOffered."""
-    for key, value in parameters.items():
-        if key != "config" and not key.startswith("file:"):
-            raise BadRequest(f"unknown parameter '{key}'; known are config and file:<path>")
-        if not isinstance(value, str):
-            raise BadRequest(f"parameter '{key}' must be a string")
-    if parameters:
-        raise NotOffered(
-            f"model '{name}': this server loads what is in the repository and takes no other "
-            f"configuration or files over the network; change them there, and load"
-        )

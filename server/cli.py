@@ -105,6 +105,7 @@ def serve(
     payload_memory: flags.PayloadMemory = None,
     max_body: flags.MaxBody = None,
     client_shared_memory: flags.ClientSharedMemory = None,
+    load_overrides: flags.LoadOverrides = None,
     request_timeout: flags.RequestTimeout = None,
     drain_timeout: flags.DrainTimeout = None,
     scan_interval: flags.ScanInterval = None,

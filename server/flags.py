@@ -122,6 +122,13 @@ ClientSharedMemory = Annotated[
         help="Let clients on this machine name pieces of /dev/shm in place of tensors (no).",
     ),
 ]
+LoadOverrides = Annotated[
+    bool | None,
+    Option(
+        "--load-overrides/--no-load-overrides",
+        help="Let clients load models with a configuration or files of their own (no).",
+    ),
+]
 RequestTimeout = Annotated[
     str | None, Option(metavar="SECONDS", help="Longest that a request may take (60).")
 ]

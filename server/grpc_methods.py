@@ -8,17 +8,18 @@ Called by the calls.
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from fastapi import Response
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import NotFound, Unavailable
-from overcommit.server.app_extensions import EXTENSIONS, check_load
+from overcommit.server import load_overrides
+from overcommit.server.app_extensions import EXTENSIONS
 from overcommit.server.grpc_handler import Handler, handler
 from overcommit.server.grpc_shared_memory import SharedMemory
 from overcommit.server.grpc_wire import CallFailed, Status
@@ -157,8 +158,9 @@ class Methods:
     async def load(self, request: messages.RepositoryModelLoadRequest) -> Message:
         """Load a model; KServe's clients name it where Triton's name a repository."""
         name = request.model_name or request.repository_name
-        check_load(name, {key: _given(value) for key, value in request.parameters.items()})
-        await self._ask("load", Status.INTERNAL, name=name)
+        given = {key: _given(value) for key, value in request.parameters.items()}
+        answer = await load_overrides.load(self._front, name, given)
+        _value(answer, Status.INTERNAL)
         if request.model_name:
             return messages.RepositoryModelLoadResponse()
         return messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
@@ -166,7 +168,9 @@ class Methods:
     async def unload(self, request: messages.RepositoryModelUnloadRequest) -> Message:
         """Unload a model."""
         name = request.model_name or request.repository_name
-        await self._ask("unload", Status.INTERNAL, name=name)
+        along = request.parameters["unload_dependents"] if request.parameters else None
+        arguments = {"unload_dependents": along is not None and along.bool_param}
+        await self._ask("unload", Status.INTERNAL, name=name, **arguments)
         if request.model_name:
             return messages.RepositoryModelUnloadResponse()
         return messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
@@ -175,12 +179,16 @@ class Methods:
         self, operation: str, otherwise: Status | None = None, **arguments: str | int | bool
     ) -> Any:
         """Have the supervisor answer; `otherwise`: the status of whatever it refuses."""
-        answer = await self._front.ask(operation, **arguments)
-        value = msgspec.json.decode(answer.body)
-        if answer.status_code >= 400:
-            status = otherwise or _STATUS.get(answer.status_code, Status.INTERNAL)
-            raise CallFailed(status, value["error"])
-        return value
+        return _value(await self._front.ask(operation, **arguments), otherwise)
+
+
+def _value(answer: Response, otherwise: Status | None = None) -> Any:
+    """What an answer says.  Raises CallFailed."""
+    value = msgspec.json.decode(answer.body)
+    if answer.status_code >= 400:
+        status = otherwise or _STATUS.get(answer.status_code, Status.INTERNAL)
+        raise CallFailed(status, value["error"])
+    return value
 
 
 def _simple(changes: dict[str, list[str] | None]) -> dict[str, Any]:
@@ -192,10 +200,9 @@ def _simple(changes: dict[str, list[str] | None]) -> dict[str, Any]:
 
 
 def _given(value: messages.ModelRepositoryParameter) -> Any:
-    """A parameter of a load as it would stand in JSON: bytes in base64."""
+    """A parameter of a load; a file's content is bytes here."""
     choice = value.WhichOneof("parameter_choice")
-    given = None if choice is None else getattr(value, choice)
-    return base64.b64encode(given).decode() if isinstance(given, bytes) else given
+    return None if choice is None else getattr(value, choice)
 
 
 def _tensor(spec: TensorSpec) -> messages.ModelMetadataResponse.TensorMetadata:

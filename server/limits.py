@@ -36,6 +36,8 @@ LABELS_BYTES_MAX: Final = 1 * MIB  # ... up to this long
 COMPRESS_BYTES_MIN: Final = 1 * KIB  # shorter answers are not compressed
 COMPRESS_HERE_BYTES: Final = 32 * KIB  # longer ones are compressed by another thread
 
+OVERRIDE_FILES_MAX: Final = 1024  # that come with one load
+
 # --- gRPC: HTTP/2 connections and calls ----------------------------------------------------------
 H2_STREAMS_MAX: Final = 1024  # calls of one connection at a time
 H2_FRAME_BYTES_MAX: Final = 1 * MIB  # that we take; a client cuts its messages into such pieces

@@ -24,6 +24,7 @@ _TEXTS: Final = {
     501: "Not offered",
     503: "Not now; Retry-After says when",
     504: "The request's time was over",
+    507: "There is no room",
 }
 
 
@@ -92,7 +93,17 @@ INFER: Final = body_of(
     is_required=True,
 )
 INDEX: Final = body_of(object_of({"ready": {"type": "boolean"}}))
-LOAD: Final = body_of(object_of({"parameters": _PARAMETERS}))
+LOAD: Final = body_of(
+    object_of(
+        {
+            "parameters": {
+                "type": "object",
+                "properties": {"config": _TEXT},
+                "patternProperties": {"^file:": {"type": "string", "contentEncoding": "base64"}},
+            }
+        }
+    )
+)
 UNLOAD: Final = body_of(
     object_of({"parameters": object_of({"unload_dependents": {"type": "boolean"}})})
 )

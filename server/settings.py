@@ -128,6 +128,7 @@ class ServeSettings(BaseSettings):
     payload_memory: Annotated[Size, Field(ge=MIB)] = PAYLOAD_BYTES
     max_body: Annotated[Size, Field(ge=1)] = BODY_BYTES_MAX
     client_shared_memory: bool = False
+    load_overrides: bool = False
     request_timeout: Annotated[float, Field(gt=0, le=86_400)] = REQUEST_TIMEOUT_MS / 1000
     drain_timeout: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     scan_interval: Annotated[float, Field(ge=0.05, le=86_400)] = 2.0
@@ -179,6 +180,7 @@ def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Setti
         payload_bytes=chosen.payload_memory,
         body_bytes_max=chosen.max_body,
         client_shared_memory=chosen.client_shared_memory,
+        load_overrides=chosen.load_overrides,
         spin_ns=None if chosen.spin_us is None else int(chosen.spin_us * 1000),
         scan_interval_s=chosen.scan_interval,
         request_timeout_ms=max(1, round(chosen.request_timeout * 1000)),

@@ -270,7 +270,7 @@ def test_what_is_not_offered_says_so(extended: Server) -> None:
         answer = extended.post(f"/v2/models/add/{last}", {"text_input": "a"})
         assert (answer.status, "not offered" in answer.json()["error"]) == (501, True)
     override = {"parameters": {"config": "{}"}}
-    assert extended.post("/v2/repository/models/add/load", override).status == 501
+    assert extended.post("/v2/repository/models/add/load", override).status == 403
 
 
 # --- compression --------------------------------------------------------------------------------

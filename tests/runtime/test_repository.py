@@ -10,8 +10,9 @@ import pytest
 
 from overcommit.runtime.config import NAME_CHARS_MAX, Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.model_names import name_error
 from overcommit.runtime.model_toml import merge, to_config
-from overcommit.runtime.repository import SETTLE_NS, VersionSource, name_error, scan
+from overcommit.runtime.repository import SETTLE_NS, VersionSource, scan
 
 
 def make_model(root: Path, path: str, toml: str | None = None, age_s: float = 60) -> Path:
