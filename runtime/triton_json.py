@@ -50,7 +50,7 @@ def _message(value: Any, known: Fields, path: str, unknown: list[str]) -> Any:
     for key, given in value.items():
         name = key if key in known else _CAPITAL.sub(r"_\1", key).lower()
         spec = known.get(name)
-        where = f"{path}.{key}" if path else key
+        where = f"{path}.{name}" if path else name
         if spec is None:
             if len(unknown) < UNKNOWN_MAX:
                 unknown.append(where)

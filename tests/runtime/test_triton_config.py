@@ -221,3 +221,40 @@ def test_a_warm_up_file_is_found_beside_the_versions_and_nowhere_else(tmp_path: 
     make_model(tmp_path, "other/1")
     add(folder, "model.toml", toml % "../other/1/model.safetensors")
     assert "symlink" in (scan([tmp_path])[0].error or "")
+
+
+# --- the same as JSON -----------------------------------------------------------------------------
+RICH = (
+    CONFIG
+    + "version_policy { specific { versions: [ 1, 3 ] } }\n"
+    + 'model_warmup { name: "w" batch_size: 2 inputs { key: "inputIds" value { data_type: TYPE_FP32 '
+    + "dims: [ 3 ] random_data: true } } }\n"
+)
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+def test_a_configuration_as_json_says_what_the_file_says(keeps_names: bool) -> None:
+    pytest.importorskip("tritonclient.grpc")
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    message = text_format.Parse(RICH, model_config_pb2.ModelConfig())
+    written = json_format.MessageToJson(message, preserving_proto_field_name=keeps_names)
+    assert '"9000"' in written  # protobuf writes numbers of 64 bits as texts
+    assert triton_config.read_json(written.encode()) == triton_config.read(RICH.encode())
+
+
+def test_what_json_says_wrong_names_the_field() -> None:
+    for text, problem in (
+        ("[]", "must be a JSON object"),
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ('{"maxBatchSize": "many"}', "max_batch_size"),
+        ('{"input": [{"dims": "wide"}]}', "dims"),
+        ('{"input": {"name": "x"}}', "input"),
+    ):
+        with pytest.raises(RepositoryError, match=problem):
+            triton_config.read_json(text.encode())
+    tensor = '{"name": "x", "dataType": "TYPE_FP32", "dims": ["1"], "noneSuch": {"b": 1}}'
+    _, notes = triton_config.read_json(f'{{"input": [{tensor}], "parameters": null}}'.encode())
+    assert notes == ["unknown field 'input.none_such'"]
