@@ -1,16 +1,16 @@
 """gRPC calls: from the first byte of a message to the status at the end.
 
-    unary   RECEIVING --END_STREAM--> SUBMITTED or RUNNING --[answer, failure]--> ended
-    stream  each message is an `Inference` of its own; answers leave in the order of the messages
-    any     --[RST_STREAM, connection lost]--> abandoned: what was submitted is cancelled
+    unary   RECEIVING --END_STREAM--> RUNNING --[answer, failure]--> ended
+    any     --[RST_STREAM, connection lost]--> abandoned: what runs for the call is ended (`stop`)
+
+What infers is in `grpc_infer_calls`.
 
 Invariants
  1. A call ends once: with OK, with a status that is no OK, or abandoned by its client.
- 2. The blocks of an inference are given back by the dispatch alone, whatever becomes of the call.
- 3. A message is refused for its size before memory is taken for it; what is kept of messages, whole
+ 2. A message is refused for its size before memory is taken for it; what is kept of messages, whole
     or not, counts against the budget that HTTP bodies count against, until it is submitted.
 
-Called by the HTTP/2 connection (in) and by the dispatch (out).
+Called by the HTTP/2 connection.
 """
 
 from __future__ import annotations
@@ -18,163 +18,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final
 
 from overcommit.runtime.config import NEVER_NS
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import grpc_wire
-from overcommit.server.ensembles import Run
 from overcommit.server.grpc_handler import Handler
-from overcommit.server.grpc_infer import FINAL, Answers, Asked, Requests, stream_answer
+from overcommit.server.grpc_inference import Service
 from overcommit.server.grpc_wire import CallFailed, CallHead, Status, failure_of
 from overcommit.server.h2_connection import Connection, Stream, is_late
-from overcommit.server.inference import Data, Prepared
-from overcommit.server.limits import (
-    BODIES_BYTES_MAX,
-    GRPC_STREAM_REQUESTS_MAX,
-)
-from overcommit.server.proto import messages
-
-if TYPE_CHECKING:
-    from overcommit.server.frontend import FrontEnd
-    from overcommit.server.parcels import Pending
-    from overcommit.server.plans import RoutePlans
+from overcommit.server.inference import Data
+from overcommit.server.limits import BODIES_BYTES_MAX
 
 log = logging.getLogger("overcommit.grpc")
 
 _PREFIX: Final = grpc_wire.PREFIX_BYTES
-
-
-class Service(Protocol):
-    """What calls share: who answers them."""
-
-    front: FrontEnd
-    requests: Requests
-    answers: Answers
-
-
-class Owner(Protocol):
-    """Who asked for an inference."""
-
-    def on_answer(self, inference: Inference, pieces: list[bytes]) -> None:
-        """The model answered: a ModelInferResponse in pieces."""
-
-    def on_failure(self, inference: Inference, failure: CallFailed) -> None:
-        """There will be no answer."""
-
-
-class Inference:
-    """One ModelInferRequest; a `Reply` of the dispatch."""
-
-    __slots__ = (
-        *("_owner", "_pending", "_prepared", "_run", "_service", "_version"),
-        *("answer", "id", "is_over"),
-    )
-
-    def __init__(self, service: Service, owner: Owner, version: str | None = None) -> None:
-        """`version`: what stands for a version, if the request names none."""
-        self._service = service
-        self._version = version
-        self._owner = owner
-        self._pending: Pending | None = None
-        self._prepared: Prepared | None = None
-        self._run: Run | None = None  # of an ensemble
-        self.id = ""
-        self.is_over = False
-        self.answer: list[bytes] | None = None  # of a stream, until it is its turn
-
-    def begin(self, message: Data, deadline_ns: int) -> None:
-        """Check and submit; the owner hears of it, perhaps at once."""
-        service = self._service
-        front = service.front
-        try:
-            asked = service.requests.read(message)
-            self.id = asked.id
-            version = asked.version or self._version
-            plans = front.plans.serving.get((asked.name, version))
-            if plans is None:
-                route = front.find(asked.name, version)
-                if route is None:
-                    asyncio.get_running_loop().create_task(self._begin_later(asked, deadline_ns))
-                    return
-                if route.steps:
-                    self._run_ensemble(front.plans.of(route), asked, deadline_ns)
-                    return
-                plans = front.plans.serve(asked.name, version, route)
-            self._submit(plans, asked, deadline_ns)
-        except OvercommitError as error:
-            self.fail(error)
-        except Exception:  # the request boundary
-            self._fail_badly()
-
-    async def _begin_later(self, asked: Asked, deadline_ns: int) -> None:
-        """The version's image is being made: wait for it."""
-        front = self._service.front
-        try:
-            route = await front.wait_for_route(asked.name, asked.version or self._version)
-            if not self.is_over and route.steps:
-                self._run_ensemble(front.plans.of(route), asked, deadline_ns)
-            elif not self.is_over:
-                self._submit(front.plans.of(route), asked, deadline_ns)
-        except OvercommitError as error:
-            self.fail(error)
-        except Exception:  # the request boundary
-            self._fail_badly()
-
-    def _run_ensemble(self, plans: RoutePlans, asked: Asked, deadline_ns: int) -> None:
-        self._prepared, data = self._service.requests.prepare(plans, asked)
-        # The message's bytes may be another's when this returns.
-        copies = [bytes(each) for each in data]
-        self._run = Run(self._service.front, self._prepared, copies, self, deadline_ns)
-
-    def _submit(self, plans: RoutePlans, asked: Asked, deadline_ns: int) -> None:
-        front = self._service.front
-        self._prepared, data = prepared, _ = self._service.requests.prepare(plans, asked)
-        now_ns = time.monotonic_ns()
-        dispatch = front.dispatch
-        plan = prepared.plan
-        self._pending = pending = dispatch.open(plans.route, plan, self, now_ns)
-        dispatch.parcels.fill(pending, plan, data)
-        dispatch.send(pending, min(now_ns + front.timeout_ns(prepared), deadline_ns))
-
-    def abandon(self) -> None:
-        """Nobody wants the answer any more."""
-        self.is_over = True
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._service.front.dispatch.abandon(pending)
-        if self._run is not None:
-            self._run.abandon()
-
-    # --- of the dispatch ------------------------------------------------------------------------
-    def succeed(self, view: memoryview) -> None:
-        """Encode the answer, whose block is another's afterwards."""
-        self._pending = None
-        if self.is_over:
-            return
-        assert self._prepared is not None
-        try:
-            pieces = self._service.answers.respond(self._prepared, view, self.id)
-        except OvercommitError as error:
-            self.fail(error)
-            return
-        except Exception:  # the request boundary: others wait for their completions
-            self._fail_badly()
-            return
-        self.is_over = True
-        self._owner.on_answer(self, pieces)
-
-    def fail(self, error: OvercommitError) -> None:
-        """There will be no answer."""
-        self._pending = None
-        if not self.is_over:
-            self.is_over = True
-            self._owner.on_failure(self, failure_of(error))
-
-    def _fail_badly(self) -> None:
-        log.exception("a gRPC inference failed")
-        self.fail(OvercommitError("internal error; see the server's log"))
 
 
 class Call(Stream):
@@ -373,127 +231,6 @@ class Unary(Call):
     def run(self, message: Data) -> None:
         """Answer the message."""
         raise NotImplementedError
-
-
-class InferCall(Unary):
-    """ModelInfer."""
-
-    __slots__ = ("_inference",)
-
-    def __init__(
-        self, connection: Connection, number: int, service: Service, head: CallHead
-    ) -> None:
-        super().__init__(connection, number, service, head)
-        self._inference: Inference | None = None
-
-    def run(self, message: Data) -> None:
-        """Submit the request."""
-        self._inference = inference = Inference(self.service, self, self.head.version)
-        inference.begin(message, self.deadline_ns)
-        self.release()
-
-    def on_answer(self, inference: Inference, pieces: list[bytes]) -> None:
-        """Send the answer."""
-        self.send_message(pieces, grpc_wire.TRAILERS_OK)
-
-    def on_failure(self, inference: Inference, failure: CallFailed) -> None:
-        """Send the error."""
-        self.refuse(failure)
-
-    def stop(self) -> None:
-        """Cancel what was submitted."""
-        if self._inference is not None:
-            self._inference.abandon()
-
-
-class StreamCall(Call):
-    """ModelStreamInfer: answers in the order of the requests."""
-
-    __slots__ = ("_later", "_turns")
-
-    def __init__(
-        self, connection: Connection, number: int, service: Service, head: CallHead
-    ) -> None:
-        super().__init__(connection, number, service, head)
-        self._turns: deque[Inference] = deque()  # submitted, not answered
-        self._later: deque[Data] = deque()  # not looked at yet
-
-    def on_message(self, message: Data, is_last: bool) -> None:
-        """Begin, or wait until there are fewer under way."""
-        self.hold(len(message))
-        self._later.append(message)
-        self._go_on()
-
-    def _is_full(self) -> bool:
-        return len(self._turns) >= GRPC_STREAM_REQUESTS_MAX or bool(self.queue)
-
-    def _go_on(self) -> None:
-        while self._later and not self._is_full() and not self.is_gone:
-            message = self._later.popleft()
-            self.let_go(len(message))
-            inference = Inference(self.service, self, self.head.version)
-            self._turns.append(inference)
-            inference.begin(message, self.deadline_ns)
-        self._end_if_done()
-
-    def top_up(self) -> None:
-        """A client that sends faster than its requests are answered waits."""
-        if not self._later:
-            super().top_up()
-
-    def on_end(self) -> None:
-        """The client sends no more; its answers come all the same."""
-        self._end_if_done()
-
-    def on_sent(self) -> None:
-        """The client has read what waited."""
-        if not self.is_gone:
-            self._go_on()
-
-    def check_time(self, now_s: float) -> None:
-        """A stream may stay open and silent."""
-
-    def on_answer(self, inference: Inference, pieces: list[bytes]) -> None:
-        """Keep the answer until it is its turn."""
-        inference.answer = stream_answer([*pieces, FINAL])
-        self._send_turns()
-
-    def on_failure(self, inference: Inference, failure: CallFailed) -> None:
-        """An error is the request's, the stream goes on; unless the client wants it otherwise."""
-        if self.head.wants_status:
-            self.refuse(failure)
-            return
-        response = messages.ModelStreamInferResponse(error_message=failure.text)
-        response.infer_response.id = inference.id
-        inference.answer = [response.SerializeToString()]
-        self._send_turns()
-
-    def _send_turns(self) -> None:
-        turns = self._turns
-        while turns and turns[0].answer is not None:
-            answer = turns.popleft().answer
-            assert answer is not None
-            self.send_message(answer, None)
-        if self._later and not self._is_full():
-            self.connection.loop.call_soon(self.on_sent)
-        else:
-            self._end_if_done()
-        if not self._later and not self.is_ended:
-            self.top_up()
-
-    def _end_if_done(self) -> None:
-        if self.is_ended and not self._turns and not self._later and not self.is_gone:
-            self.release()
-            self.connection.send(
-                self, grpc_wire.BEGIN[self.head.answers_in], (), grpc_wire.TRAILERS_OK
-            )
-
-    def stop(self) -> None:
-        """Cancel what was submitted."""
-        self._later.clear()
-        turns, self._turns = self._turns, deque()
-        for inference in turns:
-            inference.abandon()
 
 
 class OtherCall(Unary):
