@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections import deque
 
 from overcommit.server import grpc_wire
+from overcommit.server.grpc_answers import FINAL, stream_answer
 from overcommit.server.grpc_call import Call, Unary
-from overcommit.server.grpc_infer import FINAL, stream_answer
 from overcommit.server.grpc_inference import Inference, Service
 from overcommit.server.grpc_wire import CallFailed, CallHead
 from overcommit.server.h2_connection import Connection

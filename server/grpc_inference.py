@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server.ensembles import Run
-from overcommit.server.grpc_infer import Answers, Asked, Requests
+from overcommit.server.grpc_answers import Answers
+from overcommit.server.grpc_requests import Asked, Requests
 from overcommit.server.grpc_wire import CallFailed, failure_of
 from overcommit.server.inference import Data, Prepared
 

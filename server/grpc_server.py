@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from overcommit.server import grpc_wire, hpack
+from overcommit.server.grpc_answers import Answers
 from overcommit.server.grpc_call import Call, OtherCall, Refused
-from overcommit.server.grpc_infer import Answers, Requests
 from overcommit.server.grpc_infer_calls import InferCall, StreamCall
 from overcommit.server.grpc_methods import Methods
+from overcommit.server.grpc_requests import Requests
 from overcommit.server.grpc_wire import CallFailed, CallHead, Status
 from overcommit.server.h2_connection import Connection
 from overcommit.server.limits import CONNECTIONS_MAX, DRAIN_GRACE_S

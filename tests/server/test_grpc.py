@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from overcommit.runtime import _shm
 from overcommit.runtime.errors import BadRequest
 from overcommit.server import h2
-from overcommit.server.grpc_infer import Requests
+from overcommit.server.grpc_requests import Requests
 from overcommit.server.h2 import Code
 from overcommit.server.limits import (
     BODIES_BYTES_MAX,
