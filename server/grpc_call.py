@@ -26,7 +26,8 @@ from overcommit.server import grpc_wire
 from overcommit.server.grpc_handler import Handler
 from overcommit.server.grpc_inference import Service
 from overcommit.server.grpc_wire import CallFailed, CallHead, Status, failure_of
-from overcommit.server.h2_connection import Connection, Stream, is_late
+from overcommit.server.h2_connection import Connection
+from overcommit.server.h2_stream import Stream, is_late
 from overcommit.server.inference import Data
 from overcommit.server.limits import BODIES_BYTES_MAX
 

@@ -1,19 +1,14 @@
-"""One HTTP/2 connection of a client: frames in, calls out; windows both ways.
+"""One HTTP/2 connection of a client: frames in, calls out; what it sends is `h2_output`'s.
 
 It knows nothing of gRPC: whoever takes calls gives it a `Stream` for each header block.
 
-    stream: OPEN --END_STREAM of the client--> HALF --last frame of ours--> gone
-            OPEN | HALF --[RST_STREAM, connection lost]--> `abandon`, gone
-
 Invariants
- 1. A stream is told of its end once: it ends itself (`finish`), or `abandon` is called.
- 2. Nothing is sent beyond the peer's windows and its frame size, and nothing at all while the
-    transport is full; what waits belongs to streams that were accepted, each an answer of ours.
- 3. A client that sends beyond our windows, over the limits, or nothing but work, loses its
+ 1. A stream that is in `streams` hears what its client sends, in order, until it is gone.
+ 2. A client that sends beyond our windows, over the limits, or nothing but work, loses its
     connection, and is told why in GOAWAY.
- 4. Incomplete frames that are kept are shorter than H2_HEADERS_BYTES_MAX; data is never kept here.
+ 3. Incomplete frames that are kept are shorter than H2_HEADERS_BYTES_MAX; data is never kept here.
 
-Called by the event loop, and by streams that answer.
+Called by the event loop.
 """
 
 from __future__ import annotations
@@ -21,15 +16,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from overcommit.server import h2, hpack
 from overcommit.server.h2 import Code, ConnectionBroken
+from overcommit.server.h2_output import Output
+from overcommit.server.h2_stream import Stream
 from overcommit.server.limits import (
-    BODY_TIMEOUT_S,
-    GRPC_JOIN_BYTES_MAX,
     H2_FRAME_BYTES_MAX,
     H2_HEADERS_BYTES_MAX,
     H2_HEADS_MAX,
@@ -63,50 +57,6 @@ _SETTINGS_ACK: Final = h2.frame(h2.SETTINGS, h2.ACK, 0)
 _ARE_YOU_THERE: Final = h2.frame(h2.PING, 0, 0, b"are you?")
 
 
-class Stream:
-    """One call, as the connection sees it; what it means is the subclass's."""
-
-    __slots__ = (
-        "began_s",
-        "connection",
-        "has_headers",
-        "is_ended",
-        "is_gone",
-        "number",
-        "queue",
-        "room",
-        "trailers",
-        "window",
-    )
-
-    def __init__(self, connection: Connection, number: int) -> None:
-        self.connection = connection
-        self.number = number
-        self.window = connection.initial_window  # that we may still send
-        self.room = H2_WINDOW_BYTES  # that the client may still send
-        self.began_s = connection.front.clock_s
-        self.is_ended = False  # the client has sent all
-        self.is_gone = False
-        self.has_headers = False  # ours are sent
-        self.queue: deque[memoryview] | None = None  # ours, that wait for a window
-        self.trailers: bytes | None = None  # behind the queue
-
-    def on_data(self, data: bytes | memoryview, is_end: bool) -> None:
-        """Bytes of the client; they are gone after the call."""
-        raise NotImplementedError
-
-    def abandon(self) -> None:
-        """The client is gone, or wants nothing of it any more."""
-        raise NotImplementedError
-
-    def check_time(self, now_s: float) -> None:
-        """Once a second, while the client has not sent all."""
-        raise NotImplementedError
-
-    def on_sent(self) -> None:
-        """What waited for a window is sent."""
-
-
 class Calls(Protocol):
     """Who takes calls."""
 
@@ -119,22 +69,17 @@ class Calls(Protocol):
         ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(Output):
     """See the module."""
 
     def __init__(
         self, front: FrontEnd, calls: Calls, connections: set[Connection], *, is_full: bool = False
     ) -> None:
         """`is_full`: tell the client that there are too many connections already."""
-        self.front = front
-        self.initial_window = h2.WINDOW_BYTES
-        self.frame_bytes = h2.FRAME_BYTES
-        self.streams: dict[int, Stream] = {}
+        super().__init__(front)
         self._calls = calls
         self._connections = connections
         self._is_full = is_full
-        self._transport: asyncio.Transport | None = None
-        self.loop = asyncio.get_running_loop()
         self._decoder = hpack.Decoder()
         self._heads: dict[bytes, CallHead] = {}
         self._heads_of = 0  # the decoder's generation
@@ -147,17 +92,10 @@ class Connection(asyncio.Protocol):
         self._block_stream = 0
         self._block_ends = False
         self._last_stream = 0
-        self._window = h2.WINDOW_BYTES  # that we may still send, on all streams
         self._received = 0  # since the client's window was topped up
-        self._out: list[bytes | memoryview] = []
-        self._is_reading = False
-        self._flush_is_due = False
-        self._blocked: dict[int, Stream] = {}  # streams whose answers wait for a window
-        self._write_since_s = 0.0
         self._heard_s = front.clock_s
         self._asked_s = 0.0  # when we asked whether the client is there
         self._idle_frames = 0
-        self.is_leaving = False
 
     # --- life -----------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -184,10 +122,6 @@ class Connection(asyncio.Protocol):
         self.is_leaving = self.is_leaving or now
         self._flush()
         self._close_if_left()
-
-    def _close_if_left(self) -> None:
-        if self.is_leaving and not self.streams and self._transport is not None:
-            self._transport.close()
 
     def _break(self, error: ConnectionBroken) -> None:
         log.info("a gRPC connection is closed: %s", error.text)
@@ -360,22 +294,6 @@ class Connection(asyncio.Protocol):
         self._write(_SETTINGS_ACK)
         self._pump()
 
-    def _on_window(self, number: int, nbytes: int) -> None:
-        if number:
-            stream = self.streams.get(number)
-            if stream is None:
-                return
-            stream.window += nbytes
-            if not nbytes or stream.window > h2.WINDOW_BYTES_MAX:
-                self._cancel(stream, Code.FLOW_CONTROL_ERROR)
-                return
-        else:
-            self._window += nbytes
-            if not nbytes or self._window > h2.WINDOW_BYTES_MAX:
-                raise ConnectionBroken(Code.FLOW_CONTROL_ERROR, "the window is too large")
-        if self._blocked:
-            self._pump()
-
     def _on_reset(self, number: int) -> None:
         self._count_idle()
         stream = self.streams.get(number)
@@ -383,12 +301,6 @@ class Connection(asyncio.Protocol):
             if not 0 < number <= self._last_stream:
                 raise ConnectionBroken(Code.PROTOCOL_ERROR, f"a reset of stream {number}")
             return
-        self._drop(stream)
-        stream.abandon()
-
-    def _cancel(self, stream: Stream, code: Code) -> None:
-        """Reset a stream; its call is nobody's any more."""
-        self._write(h2.reset(stream.number, code))
         self._drop(stream)
         stream.abandon()
 
@@ -454,142 +366,6 @@ class Connection(asyncio.Protocol):
             if self._block_ends:
                 stream.on_data(b"", True)
 
-    # --- answers --------------------------------------------------------------------------------
-    def send(
-        self, stream: Stream, headers: bytes, pieces: Sequence[bytes], trailers: bytes | None
-    ) -> None:
-        """Send a part of an answer: header block (the first time), data, trailers (the last time).
-
-        What the windows do not allow waits.
-        """
-        if stream.is_gone:
-            return
-        number = h2.stream_bytes(stream.number)
-        out = self._out
-        if not stream.has_headers:
-            stream.has_headers = True
-            out += (h2.frame_head(len(headers), h2.HEADERS, h2.END_HEADERS), number, headers)
-        length = sum(map(len, pieces))
-        is_short = length <= GRPC_JOIN_BYTES_MAX and length <= self.frame_bytes
-        if is_short and not stream.queue and length <= stream.window and length <= self._window:
-            if length:
-                stream.window -= length
-                self._window -= length
-                out += (h2.frame_head(length, h2.DATA, 0), number, *pieces)
-            if trailers is not None:
-                self._end(stream, trailers)
-        else:
-            if stream.queue is None:
-                stream.queue = deque()
-            stream.queue.extend(memoryview(piece) for piece in pieces if piece)
-            stream.trailers = trailers
-            self._blocked[stream.number] = stream
-            self._pump()
-        self._flush_soon()
-
-    def refuse(self, stream: Stream, block: bytes) -> None:
-        """End a stream with one header block and nothing else."""
-        if stream.is_gone:
-            return
-        stream.queue = None
-        self._end(stream, block)
-        self._flush_soon()
-
-    def _end(self, stream: Stream, block: bytes) -> None:
-        """Send the last header block; the stream is gone."""
-        flags = h2.END_HEADERS | h2.END_STREAM
-        number = h2.stream_bytes(stream.number)
-        self._out += (h2.frame_head(len(block), h2.HEADERS, flags), number, block)
-        if not stream.is_ended:
-            # The client need not send the rest.
-            self._out.append(h2.reset(stream.number, Code.NO_ERROR))
-        self._drop(stream)
-
-    def _drop(self, stream: Stream) -> None:
-        stream.is_gone = True
-        stream.queue = None
-        self.streams.pop(stream.number, None)
-        self._blocked.pop(stream.number, None)
-        if self.is_leaving and not self.streams:
-            self.loop.call_soon(self._close_if_left)
-
-    def _pump(self) -> None:
-        """Send what waits, as far as windows and transport allow; streams take turns."""
-        while self._blocked and self._window > 0 and not self._write_since_s:
-            sent = 0
-            for stream in list(self._blocked.values()):
-                sent += self._pump_stream(stream)
-            if not sent:
-                break
-            if sum(map(len, self._out)) >= GRPC_JOIN_BYTES_MAX:
-                self._flush()  # the transport says when it is full
-        if not self._is_reading:
-            self._flush()
-
-    def _pump_stream(self, stream: Stream) -> int:
-        """Send up to one turn's bytes; return how many, and 1 for an end without any."""
-        queue = stream.queue
-        number = h2.stream_bytes(stream.number)
-        sent = 0
-        while queue:
-            piece = queue[0]
-            length = min(len(piece), stream.window, self._window, self.frame_bytes)
-            if length <= 0:
-                return sent
-            if length == len(piece):
-                queue.popleft()
-            else:
-                queue[0] = piece[length:]
-            stream.window -= length
-            self._window -= length
-            sent += length
-            head = h2.frame_head(length, h2.DATA, 0)
-            self._out += (head, number, piece[:length])
-            if sent >= GRPC_JOIN_BYTES_MAX:
-                break
-        if not queue:
-            self._blocked.pop(stream.number, None)
-            if stream.trailers is not None:
-                self._end(stream, stream.trailers)
-            else:
-                self.loop.call_soon(stream.on_sent)
-        return sent or 1
-
-    # --- bytes out ------------------------------------------------------------------------------
-    def _write(self, data: bytes) -> None:
-        self._out.append(data)
-
-    def _flush_soon(self) -> None:
-        """Write now; or, where others are likely to answer too, all together."""
-        if self._is_reading or self._flush_is_due:
-            return
-        if self.streams:
-            self._flush_is_due = True
-            self.loop.call_soon(self._flush)
-        else:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._flush_is_due = False
-        out = self._out
-        if not out:
-            return
-        self._out = []
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(b"".join(out))
-
-    def pause_writing(self) -> None:
-        self._write_since_s = self.front.clock_s or 1.0
-        if self._transport is not None:
-            # A client that does not read its answers is not read either.
-            self._transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        self._write_since_s = 0.0
-        if self._transport is not None:
-            self._transport.resume_reading()
-        self._pump()
-
     # --- time -----------------------------------------------------------------------------------
     def check_times(self, now_s: float) -> None:
         """Once a second: close what hangs, ask who is silent."""
@@ -614,11 +390,6 @@ class Connection(asyncio.Protocol):
         for stream in list(itertools.islice(self.streams.values(), H2_STREAMS_MAX)):
             if not stream.is_ended:
                 stream.check_time(now_s)
-
-
-def is_late(stream: Stream, now_s: float) -> bool:
-    """Whether the client takes too long to send its one message."""
-    return now_s - stream.began_s > BODY_TIMEOUT_S
 
 
 def _without_padding(payload: bytes) -> bytes:
