@@ -73,11 +73,6 @@ class Running:
     done_bytes: int = 0  # as the mover reported last: every PROGRESS_NS at most
     is_cancelled: bool = False
 
-    @property
-    def left_bytes(self) -> int:
-        """Bytes that are still to be moved."""
-        return self.message.nbytes - self.done_bytes
-
 
 class Activations:
     """Wishes in, messages out."""

@@ -136,7 +136,6 @@ OVERRIDES_BYTES_MAX: Final = 4 * GIB  # ... and what their files may take, of al
 OVERRIDE_CONFIG_BYTES_MAX: Final = 64 * KIB  # as JSON; it crosses in one control message
 TRACED_MODELS_MAX: Final = 1024  # models with trace settings of their own
 HEADER_BYTES_MAX: Final = 64 * KIB
-JSON_BYTES_MAX: Final = 64 * MIB
 BODY_BYTES_MAX: Final = 64 * MIB
 PAYLOAD_BYTES: Final = 256 * MIB  # ingress, and as much egress, per front end
 BLOCK_BYTES_MIN: Final = 1 * KIB
@@ -206,7 +205,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: int = 75
     drain_timeout_s: float = 30.0
     log_level: str = "info"
-    access_log: bool = False
     cuda_driver: str = ""  # for tests, as is nvml: see drivers.py
     nvml: str = ""
 

@@ -179,8 +179,3 @@ def describe(reading: GpuReading | None, pids: dict[int, str]) -> dict[str, obje
     told["age_s"] = (time.monotonic_ns() - reading.taken_ns) / 1e9
     del told["taken_ns"]
     return told
-
-
-def foreign_bytes(reading: GpuReading, pids: dict[int, str]) -> int:
-    """Bytes that processes which are not ours hold on the GPU, as far as they are seen."""
-    return sum(nbytes for pid, nbytes in reading.processes.items() if pid not in pids)

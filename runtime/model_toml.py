@@ -8,7 +8,7 @@ Invariants
     and what is expected.
  2. Nothing of the file is executed or taken as a path here.
 
-Pure but for `read_file` and `read_toml`; called by the repository scan.
+Pure but for `read_file`; called by the repository scan.
 """
 
 from __future__ import annotations
@@ -189,11 +189,6 @@ def significant(content: bytes) -> bytes:
         return content  # a line in a text over several lines is no comment
     lines = (line.strip() for line in content.split(b"\n"))
     return b"\n".join(line for line in lines if line and not line.startswith(b"#"))
-
-
-def read_toml(path: Path) -> dict[str, object]:
-    """Read one file as plain TOML.  Raises as `read_file` and `parse`."""
-    return parse(read_file(path))
 
 
 def parse(content: bytes) -> dict[str, object]:

@@ -47,11 +47,6 @@ class PrefetchWish:
     candidate: Candidate
     worth: float
 
-    @property
-    def benefit_s(self) -> float:
-        """Seconds of load that requests are expected not to wait for."""
-        return self.worth * self.candidate.nbytes
-
 
 class Prefetcher:
     """See the module."""

@@ -47,14 +47,6 @@ class DeviceMemory:
 
 
 @dataclass(slots=True, frozen=True)
-class ProcessMemory:
-    """What one process holds; PSS shares a page among the processes that map it."""
-
-    rss_bytes: int
-    pss_bytes: int
-
-
-@dataclass(slots=True, frozen=True)
 class Budgets:
     """What the tiers may take; `host_bytes` 0: no host tier."""
 
@@ -68,11 +60,6 @@ class Telemetry:
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
         self._cgroup = root / "sys/fs/cgroup"
-
-    def host_total_bytes(self) -> int:
-        """Memory of this machine, or of the container that we run in."""
-        limits = [limit for limit, _ in self._cgroup_limits()]
-        return min([self._meminfo("MemTotal"), *limits])
 
     def host_available_bytes(self) -> int:
         """Memory that can be taken without swapping or being killed for it."""
@@ -100,14 +87,6 @@ class Telemetry:
         except pynvml.NVMLError:
             return ()
         return tuple(found)
-
-    def process_memory(self, pid: int) -> ProcessMemory | None:
-        """Return what a process holds; None when it is gone or not ours to see."""
-        try:
-            fields = _fields(self._proc / str(pid) / "smaps_rollup")
-        except (OSError, ValueError):
-            return None
-        return ProcessMemory(fields.get("Rss", 0), fields.get("Pss", 0))
 
     def _meminfo(self, key: str) -> int:
         return _fields(self._proc / "meminfo")[key]

@@ -24,7 +24,6 @@ import msgspec
 
 from overcommit.runtime import payload
 from overcommit.runtime.errors import OvercommitError
-from overcommit.runtime.front_end_messages import Route
 from overcommit.server import codec
 from overcommit.server.inference import Prepared, prepare_decoded
 
@@ -108,12 +107,6 @@ class _Waiter:
         """There will be no answer."""
         if not self.answer.done():
             self.answer.set_exception(error)
-
-
-async def plans_of(front: FrontEnd, name: str, version: str | None) -> RoutePlans:
-    """Find the model that is meant, and wait until its image is made.  Raises as the table."""
-    route: Route = await front.wait_for_route(name, version)
-    return front.plans.of(route)
 
 
 async def ask(

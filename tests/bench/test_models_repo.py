@@ -16,11 +16,11 @@ from overcommit.bench.headed import HeadedPlan, HeadedWorkload
 from overcommit.bench.known import KnownWorkload
 from overcommit.bench.tables import TablePlan, TableWorkload
 from overcommit.runtime.config import ModelConfig
-from overcommit.runtime.model_toml import read_toml, to_config
+from overcommit.runtime.model_toml import parse, read_file, to_config
 
 
 def opened(folder: Path, cache: Path) -> Opened:
-    config: ModelConfig = to_config(read_toml(folder / "model.toml"))
+    config: ModelConfig = to_config(parse(read_file(folder / "model.toml")))
     keys: dict[str, Any] = {
         "inputs": config.inputs,
         "outputs": config.outputs,

@@ -20,7 +20,7 @@ from overcommit.bench.small_models import (
     name_of,
     weights_of,
 )
-from overcommit.runtime.model_toml import read_toml, to_config
+from overcommit.runtime.model_toml import parse, read_file, to_config
 
 COUNT = 20
 
@@ -57,7 +57,7 @@ def test_every_answer_is_right_to_the_bit_alone_and_in_a_batch(root: Path, tmp_p
         if architecture_of(number) in kinds:
             continue
         kinds.add(architecture_of(number))
-        config = to_config(read_toml(root / name / "model.toml"))
+        config = to_config(parse(read_file(root / name / "model.toml")))
         keys = {key: getattr(config, key) for key in ("inputs", "outputs", "parameters")}
         done = packed(root / name, tmp_path, server_allows=True, allow_code=True, **keys)
         model = Opened(done, allow_code=True).model

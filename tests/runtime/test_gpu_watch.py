@@ -11,7 +11,7 @@ import fake_nvml
 import pytest
 
 from overcommit.runtime.gpu import Gpu
-from overcommit.runtime.gpu_watch import GpuWatch, describe, foreign_bytes, read
+from overcommit.runtime.gpu_watch import GpuWatch, describe, read
 
 UUID = fake_nvml.UUID.decode()
 EVERYTHING = {
@@ -52,7 +52,6 @@ def test_a_reading_has_what_nvml_has(say: Callable[[dict[str, object]], None]) -
     assert (got.busy_percent, got.memory_busy_percent, got.temperature) == (70, 20, 61)
     assert (got.power_watts, got.ecc_corrected, got.ecc_uncorrected) == (250.0, 4, 1)
     assert (got.pcie_to_gpu, got.pcie_from_gpu) == (5 * 1024, 3 * 1024)
-    assert foreign_bytes(got, {10: "worker"}) == 50
 
 
 def test_what_is_not_supported_is_none(say: Callable[[dict[str, object]], None]) -> None:

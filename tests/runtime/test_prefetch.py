@@ -44,7 +44,7 @@ def test_who_is_due_is_wished_for_and_at_night_nobody() -> None:
     prefetcher = daily(1, 2)
     wishes = prefetcher.wishes([candidate(1), candidate(2), candidate(3)], NINE)
     assert {wish.candidate.slot for wish in wishes} == {1, 2}
-    assert all(0 < wish.benefit_s <= 1 for wish in wishes)
+    assert all(0 < wish.worth * wish.candidate.nbytes <= 1 for wish in wishes)
     assert prefetcher.wishes([candidate(1), candidate(2)], NINE - 6 * 3600) == []
 
 

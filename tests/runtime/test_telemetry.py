@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ def cgroup(root: Path, line: str, folder: str, files: dict[str, object]) -> None
 
 def test_without_cgroups_meminfo_counts(tmp_path: Path) -> None:
     telemetry = Telemetry(machine(tmp_path))
-    assert telemetry.host_total_bytes() == 32 * GIB
     assert telemetry.host_available_bytes() == 16 * GIB
 
 
@@ -44,7 +42,6 @@ def test_a_v2_limit_counts_less_the_cache_that_can_be_dropped(tmp_path: Path) ->
         "memory.stat": f"anon 1\ninactive_file {2 * GIB}",
     }
     cgroup(root, "0::/a/b", "a/b", files)
-    assert Telemetry(root).host_total_bytes() == 8 * GIB
     assert Telemetry(root).host_available_bytes() == 5 * GIB
 
 
@@ -58,7 +55,7 @@ def test_a_limit_of_a_parent_counts_too(tmp_path: Path) -> None:
 def test_a_path_of_the_host_falls_back_to_the_mount(tmp_path: Path) -> None:
     root = machine(tmp_path)
     cgroup(root, "0::/docker/abc", "", {"memory.max": 4 * GIB, "memory.current": 0})
-    assert Telemetry(root).host_total_bytes() == 4 * GIB
+    assert Telemetry(root).host_available_bytes() == 4 * GIB
 
 
 def test_a_v1_limit_counts_and_its_huge_number_does_not(tmp_path: Path) -> None:
@@ -66,22 +63,14 @@ def test_a_v1_limit_counts_and_its_huge_number_does_not(tmp_path: Path) -> None:
     usage = {"memory.usage_in_bytes": 1 * GIB, "memory.stat": "total_inactive_file 0"}
     cgroup(root, "5:memory:/x", "memory/x", {"memory.limit_in_bytes": 6 * GIB, **usage})
     cgroup(root, "5:memory:/x", "memory", {"memory.limit_in_bytes": 9223372036854771712, **usage})
-    assert Telemetry(root).host_total_bytes() == 6 * GIB
     assert Telemetry(root).host_available_bytes() == 5 * GIB
 
 
 def test_the_real_machine_can_be_read() -> None:
     telemetry = Telemetry()
-    assert 0 < telemetry.host_available_bytes() <= telemetry.host_total_bytes()
+    assert telemetry.host_available_bytes() > 0
     for device in telemetry.devices():
         assert device.total > 0
-    memory = telemetry.process_memory(os.getpid())
-    assert memory is not None
-    assert 0 < memory.pss_bytes <= memory.rss_bytes
-
-
-def test_a_process_that_is_gone_has_no_memory(tmp_path: Path) -> None:
-    assert Telemetry(machine(tmp_path)).process_memory(1) is None
 
 
 # --- budgets ------------------------------------------------------------------------------------
