@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 # On a machine with a GPU, pip takes the CUDA build of PyTorch; elsewhere the pinned CPU build.
 HAS_GPU := $(wildcard /dev/nvidiactl)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints.txt)
-SOURCES := $(wildcard runtime/*.c runtime/*.h kernels/*.c)
+SOURCES := $(wildcard runtime/*.c runtime/*.h server/*.c kernels/*.c)
 
 .PHONY: install serve test test-quick lint proto js bench bench-memory clean
 
@@ -63,4 +63,4 @@ bench-memory: install
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f runtime/*.so kernels/*.so .coverage .coverage.*
+	rm -f runtime/*.so server/*.so kernels/*.so .coverage .coverage.*

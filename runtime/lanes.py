@@ -48,11 +48,15 @@ class Limits:
     priority: int = 0
 
 
+LIMITS_MAX: Final = 256  # different ones that are remembered
+_known: dict[Limits, Limits] = {}
+
+
 def limits_of(config: ModelConfig) -> Limits:
     """Read a lane's limits from its version's config; a version that does not batch has one row."""
     batching = config.batching
     rows_max = max(1, batching.max_batch_size)
-    return Limits(
+    limits = Limits(
         rows_max=rows_max,
         rows_due=min((rows_max, *batching.preferred_sizes)),
         wait_ns=batching.queue_timeout_us * 1000,
@@ -61,6 +65,10 @@ def limits_of(config: ModelConfig) -> Limits:
         weight=max(1, config.weight),
         priority=config.priority,
     )
+    # Thousands of fine-tunes have the same: one of them stays in the cache.
+    if len(_known) >= LIMITS_MAX:
+        _known.clear()
+    return _known.setdefault(limits, limits)
 
 
 @dataclass(slots=True, eq=False)

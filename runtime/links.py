@@ -151,7 +151,6 @@ class Links:
         job: Job,
         status: int,
         times_ns: tuple[int, int],
-        *,
         out_length: int = 0,
         batch_size: int = 0,
         detail: int = 0,
@@ -164,8 +163,16 @@ class Links:
         link = self._links.get(job.link)
         if link is None or job.link in self.broken:
             return
+        started_ns, finished_ns = times_ns
         if not link.completions.push(
-            *(job.request_id, job.taken_ns, *times_ns, out_length, status, batch_size, detail)
+            job.request_id,
+            job.taken_ns,
+            started_ns,
+            finished_ns,
+            out_length,
+            status,
+            batch_size,
+            detail,
         ):
             log.error("link %#x: its completion ring is full", job.link)
             self.broken.append(job.link)

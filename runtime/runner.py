@@ -166,10 +166,7 @@ class Runner:
         finally:
             self._status.end()
         times_ns = (started_ns, gathered_ns, computed_ns, time.monotonic_ns())
-        at, size = 0, len(jobs)
-        for _, mine in held:
-            self._answer(mine, needs[at : at + len(mine)], times_ns, size)
-            at += len(mine)
+        self._answer_mixed(held, needs, times_ns)
         return True
 
     def _try_out(
@@ -221,6 +218,28 @@ class Runner:
         times_ns = (started_ns, gathered_ns, computed_ns, time.monotonic_ns())
         self._answer(jobs, needs, times_ns, len(jobs))
 
+    def _answer_mixed(
+        self, held: Sequence[Part], needs: Sequence[int], times_ns: tuple[int, int, int, int]
+    ) -> None:
+        """Complete the jobs of a batch across versions.
+
+        Nearly always each has one job of as many rows as the others': then one word speaks for all.
+        """
+        started_ns, gathered_ns, computed_ns, ended_ns = times_ns
+        ran_ns, size = (started_ns, ended_ns), len(needs)
+        complete = self._links.complete
+        at = rows = word = 0
+        for _, mine in held:
+            job, need = mine[0], needs[at]
+            if len(mine) > 1 or need > job.out_capacity:
+                self._answer(mine, needs[at : at + len(mine)], times_ns, size)
+            else:
+                if job.rows != rows:
+                    rows = job.rows
+                    word = stages.pack(rows, 1, gathered_ns - started_ns, ended_ns - computed_ns)
+                complete(job, _shm.OK, ran_ns, need, size, word)
+            at += len(mine)
+
     def _answer(
         self,
         jobs: Sequence[Job],
@@ -236,12 +255,7 @@ class Runner:
         complete = self._links.complete
         for job, need in zip(jobs, needs, strict=True):
             if need <= job.out_capacity:
-                complete(
-                    *(job, _shm.OK, ran_ns),
-                    out_length=need,
-                    batch_size=batch_size,
-                    detail=word,
-                )
+                complete(job, _shm.OK, ran_ns, need, batch_size, word)
                 word = 0
             else:
                 complete(job, _shm.TOO_LARGE, ran_ns, batch_size=batch_size, detail=need)

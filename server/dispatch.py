@@ -263,9 +263,9 @@ class Dispatch:
     def _complete(self, pending: Pending, completion: _shm.Completion, now_ns: int) -> None:
         _, taken_ns, started_ns, finished_ns, length, status, batch, detail = completion
         route = pending.route
-        if detail and status == _shm.OK:
-            self.tallies.count_batch(route.slot, finished_ns - started_ns, batch, detail)
         if pending.reply is None:
+            if detail and status == _shm.OK:
+                self.tallies.count_batch(route.slot, finished_ns - started_ns, batch, detail)
             self.late += 1
             self._release(pending)
             return
@@ -274,7 +274,14 @@ class Dispatch:
             raise ProtocolError(f"a worker answered {length} bytes into {pending.out_capacity}")
         view = self.parcels.answer(pending, length)
         if status == _shm.OK:
-            self.tallies.count(route.slot, now_ns - pending.began_ns, started_ns - taken_ns)
+            self.tallies.count(
+                route.slot,
+                now_ns - pending.began_ns,
+                started_ns - taken_ns,
+                finished_ns - started_ns,
+                batch,
+                detail,
+            )
             reply, pending.reply = pending.reply, None
             try:
                 reply.succeed(view)

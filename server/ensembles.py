@@ -82,10 +82,9 @@ class Run:
             if self._reply is not None:
                 self._reply.fail(OvercommitError("internal error; see the server's log"))
         else:
-            tallies = front.dispatch.tallies
-            tallies.count(slot, time.monotonic_ns() - self._began_ns, 0)
+            took_ns = time.monotonic_ns() - self._began_ns
             # Its steps have the times: what an ensemble takes beyond them is in none of its stages.
-            tallies.count_batch(slot, 0, 1, stages.pack(1, 1, 0, 0))
+            front.dispatch.tallies.count(slot, took_ns, 0, 0, 1, stages.pack(1, 1, 0, 0))
             if self._reply is not None:
                 self._reply.succeed(block)
 

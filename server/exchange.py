@@ -33,6 +33,7 @@ from overcommit.server.limits import COMPRESS_BYTES_MIN, COMPRESS_HERE_BYTES, JO
 
 if TYPE_CHECKING:
     from overcommit.server.connection import Connection
+    from overcommit.server.heads import Target
     from overcommit.server.inference import Data, Prepared
     from overcommit.server.parcels import Pending
     from overcommit.server.plans import RoutePlans
@@ -89,6 +90,8 @@ class Exchange:
     keep_alive = True
 
     waits_for_turn = False
+    target: Target | None = None  # whom it asks, if its request line was seen before
+    asks: str | None = None  # for a version, by a header
     encoding = b""  # of the body
     accepts = b""  # how a long answer may be compressed
     json_bytes: int | None = None
@@ -115,7 +118,13 @@ class Exchange:
             if self.encoding:
                 limit = front.settings.body_bytes_max
                 self.body = binary.decompress(bytes(self.body), self.encoding, limit)
-            plans = front.plans.serving.get((self.name, self.version))
+            target = self.target
+            if target is not None and target.epoch == front.plans.epoch:
+                plans = target.plans
+            else:
+                plans = front.plans.serving.get((self.name, self.version))
+                if target is not None and plans is not None:
+                    target.plans, target.epoch = plans, front.plans.epoch
             if plans is None:
                 route = front.find(self.name, self.version)
                 if route is None:

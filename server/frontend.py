@@ -205,7 +205,7 @@ class FrontEnd:
             message, fds = received
             if isinstance(message, Routes):
                 self.table.apply(message)
-                self.plans.serving.clear()
+                self.plans.forget_names()
                 self.plans.labels.forget()
                 self._routes_changed.set()
                 if self.table.is_complete and not self._is_ready_sent:

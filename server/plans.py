@@ -292,7 +292,13 @@ class Plans:
         self._shapes: dict[bytes, Shape] = {}
         # Who is asked by name and serves: kept until a route changes.
         self.serving: dict[tuple[str, str | None], RoutePlans] = {}
+        self.epoch = 1  # goes on with each change: what names mean may be another
         self.is_split: Callable[[str], bool] = lambda name: False
+
+    def forget_names(self) -> None:
+        """A route has changed."""
+        self.serving.clear()
+        self.epoch += 1
 
     def serve(self, name: str, version: str | None, route: Route) -> RoutePlans:
         """Return the plans of the route that this name means now."""

@@ -96,18 +96,21 @@ class HotProtocol(Connection):
         at = 0
         known = self.front.heads
         while True:
-            end = data.find(heads.END, at) + 4
-            raw = data[at:end]
-            head = known.get(raw)
-            if head is None:
-                self._raw_head = raw
+            middle = data.find(heads.LINE_END, at) + 2
+            end = data.find(heads.END, middle - 2) + 4
+            target = known.targets.get(data[at:middle])
+            fields = None if target is None else known.fields.get(data[middle:end])
+            if target is None or fields is None:
+                self._raw_head = data[at:end]
                 break
-            stop = end + head.body_bytes
+            stop = end + fields.body_bytes
             if stop > len(data) or len(self.pipeline) >= PIPELINE_MAX or self._is_refused:
                 break
-            exchange = Exchange(self, head.name, head.version)
-            exchange.json_bytes = head.json_bytes
-            exchange.accepts = head.accepts
+            exchange = Exchange(self, target.name, target.version or fields.asks)
+            if fields.asks is None:
+                exchange.target = target
+            exchange.json_bytes = fields.json_bytes
+            exchange.accepts = fields.accepts
             exchange.body = data[end:stop]
             exchange.more_body = False
             self._since_s = 0.0
@@ -190,6 +193,7 @@ class HotProtocol(Connection):
             if len(name) > NAME_CHARS_MAX:
                 raise BadRequest(f"a model name has at most {NAME_CHARS_MAX} characters")
             self._read_headers(exchange)
+            exchange.version = version or exchange.asks
         except OvercommitError as error:
             self._refuse(error)
             return
@@ -200,16 +204,10 @@ class HotProtocol(Connection):
             and exchange.body_bytes <= SMALL_BODY_BYTES
             and not (exchange.encoding or self.expect_100_continue or is_msgpack)
         ):
-            head = heads.Head(
-                *(
-                    name,
-                    exchange.version,
-                    exchange.body_bytes,
-                    exchange.json_bytes,
-                    exchange.accepts,
-                )
+            fields = heads.Fields(
+                *(exchange.body_bytes, exchange.json_bytes, exchange.accepts, exchange.asks)
             )
-            self.front.heads.remember(raw_head, head)
+            self.front.heads.remember(raw_head, self.url, heads.Target(name, version), fields)
         self._enqueue(exchange)
         if self.expect_100_continue and not exchange.waits_for_turn:
             self.transport.write(_CONTINUE)
@@ -236,8 +234,8 @@ class HotProtocol(Connection):
                 if not value.isdigit():
                     raise BadRequest("Inference-Header-Content-Length must be a whole number")
                 exchange.json_bytes = int(value)
-            elif name == b"x-overcommit-canary" and exchange.version is None:
-                exchange.version = {b"always": CANARY, b"never": STABLE}.get(value.strip().lower())
+            elif name == b"x-overcommit-canary":
+                exchange.asks = {b"always": CANARY, b"never": STABLE}.get(value.strip().lower())
             elif name == b"content-encoding":
                 exchange.encoding = value.strip().lower()
                 if exchange.encoding == b"identity":

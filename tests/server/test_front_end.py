@@ -22,6 +22,7 @@ from overcommit.server.limits import (
     SMALL_BODY_BYTES,
     WRITE_TIMEOUT_S,
 )
+from overcommit.server.routing import CANARY
 
 HEAD = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: h\r\n"
 
@@ -118,7 +119,7 @@ def test_a_head_is_parsed_once() -> None:
         for _ in range(3):
             client.send(request(body(1.0)))
             peer.answer_all()
-        assert len(rig.heads) == 1
+        assert (len(rig.heads.targets), len(rig.heads.fields)) == (1, 1)
         # And the parser has not seen the other two.
         assert client.protocol._raw_head == b""
         assert [numbers(each) for each in answers(client.written)] == [[2.0]] * 3
@@ -143,7 +144,8 @@ def test_a_head_that_means_more_is_not_remembered(raw: bytes) -> None:
         rig = Rig()
         Peer(rig, 0, 1)
         rig.connect().send(raw)
-        assert not rig.heads
+        assert not rig.heads.targets
+        assert not rig.heads.fields
 
     in_loop(test)
 
@@ -155,7 +157,76 @@ def test_a_head_that_ends_with_bare_line_feeds_is_not_remembered() -> None:
         content = body(1.0)
         raw = HEAD.replace(b"\r\n", b"\n") + b"Content-Length: %d\n\n" % len(content)
         rig.connect().send(raw + content + b"\r\n\r\n")
-        assert not rig.heads
+        assert not rig.heads.targets
+        assert not rig.heads.fields
+
+    in_loop(test)
+
+
+def test_the_parts_of_heads_mean_the_same_in_any_combination() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        longer = body(1.25)
+        to_other = request(body(1.0)).replace(b"/infer", b"/versions/1/infer", 1)
+        client.send(request(longer))
+        peer.answer_all()
+        client.send(to_other)
+        peer.answer_all()
+        assert (len(rig.heads.targets), len(rig.heads.fields)) == (2, 2)
+        client.protocol._feed = lambda _: pytest.fail("the parser is asked")  # type: ignore[method-assign]
+        client.send(request(longer).replace(b"/infer", b"/versions/1/infer", 1))
+        peer.answer_all()
+        client.send(request(body(1.0)))
+        peer.answer_all()
+        found = answers(client.written)
+        assert [numbers(each) for each in found] == [[2.5], [2.0], [2.5], [2.0]]
+
+    in_loop(test)
+
+
+def test_a_version_asked_by_a_header_is_not_taken_for_the_lines() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        canary = b"X-Overcommit-Canary: always"
+        for raw in [
+            request(body(1.0), canary).replace(b"/infer", b"/versions/1/infer", 1),
+            request(body(1.0), canary),
+            request(body(1.0)),
+        ] * 2:
+            client.send(raw)
+            peer.answer_all()
+        asked = {line: target.version for line, target in rig.heads.targets.items()}
+        assert sorted(asked.values(), key=str) == ["1", None]
+        assert {fields.asks for fields in rig.heads.fields.values()} == {CANARY, None}
+        assert ("m", CANARY) in rig.plans.serving
+
+    in_loop(test)
+
+
+def test_what_a_line_means_is_asked_again_when_routes_have_changed() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer = Peer(rig, 0, 1)
+        client = rig.connect()
+        for _ in range(3):
+            client.send(request(body(1.0)))
+            peer.answer_all()
+        (target,) = rig.heads.targets.values()
+        former = target.plans
+        assert former is not None
+        rig.plans.forget_names()
+        rig.plans._routes.clear()
+        client.send(request(body(1.0)))
+        peer.answer_all()
+        (now,) = rig.plans.serving.values()
+        assert now is not former
+        client.send(request(body(1.0)))
+        peer.answer_all()
+        assert target.plans is now
 
     in_loop(test)
 

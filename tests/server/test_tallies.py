@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from overcommit.runtime import stages
-from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
+from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX, VERSIONS_MAX
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.front_end_messages import BATCH_UNIT, BatchCounters, Counters, ModelCounters
 from overcommit.server.limits import COUNTERS_MODELS_MAX
@@ -12,8 +18,8 @@ from overcommit.server.tallies import Tallies
 
 def test_what_was_taken_is_not_told_again() -> None:
     tallies = Tallies()
-    tallies.count(3, 20, 5)
-    tallies.count(3, 20, 5)
+    tallies.count(3, 20, 5, 0, 1, 0)
+    tallies.count(3, 20, 5, 0, 1, 0)
     tallies.count_failure(4, 0)
     models, batches = tallies.take(10)
     one, two = sorted(models, key=lambda row: row.slot)
@@ -78,3 +84,59 @@ def test_the_most_that_one_message_may_hold_fits() -> None:
     batch = BatchCounters(slot=65_535, **dict.fromkeys(names, largest))
     message = Counters(models=(row,) * COUNTERS_MODELS_MAX, batches=(batch,) * COUNTERS_MODELS_MAX)
     assert encoded_bytes(message) <= CONTROL_MESSAGE_BYTES_MAX
+
+
+def test_an_answer_that_speaks_for_its_batch_counts_both() -> None:
+    tallies = Tallies()
+    tallies.count(3, 2000, 5, 1000, 2, stages.pack(4, 2, 0, 0))
+    tallies.count(3, 2000, 5, 1000, 2, 0)
+    (model,), (batch,) = tallies.take(10)
+    assert (model.success, model.executions, model.inferences) == (2, 1, 4)
+    assert (batch.slot, batch.rows, batch.executions, batch.infer_ns) == (3, 4, 1, 1000)
+
+
+def test_what_a_worker_cannot_have_measured_is_cut() -> None:
+    tallies = Tallies()
+    tallies.count(3, -1, -(1 << 70), 1 << 64, 0, stages.pack(1, 1, 1 << 60, 0))
+    (model,), (batch,) = tallies.take(10)
+    assert (model.success, model.request_ns, model.queue_ns) == (1, 0, 0)
+    assert 0 < batch.infer_ns < model.compute_ns < 1 << 63
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.booleans()),
+        max_size=60,
+    ),
+    st.integers(1, 7),
+)
+def test_nothing_is_lost_or_told_twice(
+    batches: list[tuple[int, int, int, bool]], limit: int
+) -> None:
+    tallies = Tallies()
+    wanted: Counter[tuple[int, int]] = Counter()
+    told: Counter[tuple[int, int]] = Counter()
+    executions: Counter[int] = Counter()
+
+    def take() -> None:
+        models, sizes = tallies.take(limit)
+        assert len(models) <= limit
+        assert len(sizes) <= limit
+        told.update({(row.slot, row.rows): row.executions for row in sizes})
+        executions.update({model.slot: model.executions for model in models})
+
+    for slot, rows, requests, is_taken in batches:
+        tallies.count_batch(slot, 1000, requests, stages.pack(rows, requests, 0, 0))
+        wanted[slot, rows] += 1
+        if is_taken:
+            take()
+    while tallies:
+        take()
+    assert told == wanted
+    for slot in range(6):
+        assert executions[slot] == sum(n for (of, _), n in wanted.items() if of == slot)
+
+
+def test_a_slot_that_no_version_can_have_is_refused() -> None:
+    with pytest.raises(IndexError):
+        Tallies().count(VERSIONS_MAX, 1, 1, 1, 1, 0)
