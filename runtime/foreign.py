@@ -45,7 +45,7 @@ from overcommit.runtime.sources import Source
 
 log = logging.getLogger("overcommit.packer")
 
-KINDS: Final = ("onnx", "python", "torchscript", "trees")
+KINDS: Final = ("aoti", "onnx", "python", "torchscript", "trees")
 # Sizes that a model which fails the first ones may take: windows of audio, mostly.
 _SIZES: Final = (1, 8, 32, 64, 128, 256, 512, 1024)
 

@@ -33,7 +33,7 @@ _TREES: Final = {
 }
 # What a folder for another engine may hold as well: only where the model says so is it a model.
 _AMBIGUOUS: Final = frozenset({".txt", ".json", ".pkl"})
-ENGINES: Final = ("torch", "torch_export", "onnx", "python", "torchscript", *_TREES)
+ENGINES: Final = ("torch", "torch_export", "aoti", "onnx", "python", "torchscript", *_TREES)
 _NO_WEIGHTS: Final = frozenset({"model.toml", "model-settings.json", "settings.json"})
 _HASH_BYTES: Final = 1 << 22
 
@@ -42,7 +42,9 @@ _HASH_BYTES: Final = 1 << 22
 class Source:
     """A model version's files; `main` is what decides about its program."""
 
-    kind: Literal["hugging_face", "user", "export", "onnx", "python", "torchscript", "trees"]
+    kind: Literal[
+        "hugging_face", "user", "export", "aoti", "onnx", "python", "torchscript", "trees"
+    ]
     engine: str
     main: Path
     weights: tuple[Path, ...] = ()
@@ -74,6 +76,8 @@ def find(job: Pack) -> Source:
             return script
     if config.engine == "python":
         return _python(where, folder, names, config.entry)
+    if config.engine == "aoti" or (config.engine is None and any(map(_is_package, names))):
+        return _aoti(where, folder, names, config.entry)
     programs = [folder / name for name in names if name.endswith(".pt2")]
     if config.engine in (None, "torch_export") and programs:
         if len(programs) > 1:
@@ -94,7 +98,7 @@ def find(job: Pack) -> Source:
     shown = ", ".join(names[:10]) or "nothing"
     raise RepositoryError(
         f"{where}: {folder} holds {shown}; supported are config.json + *.safetensors "
-        f"(Hugging Face), model.py + *.safetensors or a state dict, one *.pt2 (torch.export), "
+        f"(Hugging Face), model.py + *.safetensors or a state dict, one *.pt2 (torch.export), *.aoti, "
         f"*.onnx, *.lgb (LightGBM), *.ubj (XGBoost), and what engine = in its model.toml names"
     )
 
@@ -138,6 +142,23 @@ def _script(where: str, folder: Path, names: Sequence[str], config: ModelConfig)
     if config.engine is not None:
         raise RepositoryError(f"{where}: {folder} holds no {', '.join(kinds)}")
     return None
+
+
+def _is_package(name: str) -> bool:
+    return name.endswith(".aoti")
+
+
+def _aoti(where: str, folder: Path, names: Sequence[str], entry: str | None) -> Source:
+    """A package with weights beside it, or else an exported program to be compiled."""
+    found = [name for name in names if _is_package(name) and entry in (None, name)]
+    found = found or [name for name in names if name.endswith(".pt2") and entry in (None, name)]
+    if len(found) != 1:
+        raise RepositoryError(
+            f"{where}: {folder} holds {found[:5] or 'neither a .pt2 program nor an .aoti package'}; the "
+            f"engine aoti needs one, which entry may name"
+        )
+    weights = tuple(checkpoint.files_in(folder)) if _is_package(found[0]) else ()
+    return Source("aoti", "aoti", folder / found[0], weights)
 
 
 def is_torchscript(path: Path) -> bool:

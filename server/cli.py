@@ -151,6 +151,24 @@ def pack(
 
 
 @app.command()
+def compile(
+    program: Annotated[
+        str, typer.Argument(help="An exported program (torch.export), a .pt2 file.")
+    ],
+    package: Annotated[str, typer.Argument(help="The .aoti file to write.")],
+) -> None:
+    """Compile an exported program for this CPU, without its weights, for the engine aoti.
+
+    Put the package into a model's folder, beside weights (*.safetensors) of the same names and shapes. The
+    program itself may lie there instead: with engine = "aoti" it is compiled when it is packed.
+    """
+    from overcommit.runtime.engines.aoti_package import write_package
+
+    manifest = write_package(Path(program), Path(package))
+    typer.echo(f"{package}: {len(manifest.constants)} tensors, none of them inside")
+
+
+@app.command()
 def pull(
     urls: Annotated[list[str], typer.Argument(metavar="URL...")],
     cache_dir: flags.CacheDir = None,

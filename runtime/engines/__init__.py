@@ -34,12 +34,15 @@ _HERE: Final = "overcommit.runtime.engines"
 ENGINES: Final = {
     "torch": (f"{_HERE}.torch_module", "TorchProgram"),
     "torch_export": (f"{_HERE}.torch_export", "ExportProgram"),
+    "aoti": (f"{_HERE}.aoti", "AotiProgram"),
     "onnx": (f"{_HERE}.onnx_session", "OnnxProgram"),
     "torchscript": (f"{_HERE}.torchscript", "ScriptProgram"),
     "python": (f"{_HERE}.python_model", "PythonProgram"),
     **dict.fromkeys(("lightgbm", "xgboost", "sklearn"), (f"{_HERE}.trees", "TreesProgram")),
 }
-CODE_KINDS: Final = frozenset({"user", "python", "pickle"})  # programs that run what a model brings
+CODE_KINDS: Final = frozenset(
+    {"user", "python", "pickle", "native"}
+)  # programs that run what a model brings
 
 
 class BoundModel(Protocol):

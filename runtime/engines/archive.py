@@ -114,6 +114,11 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if name in entries or len(roots) > 1:
             raise _Refused(f"entry '{entry.filename}' is there twice, or in a second folder")
         if not _PLAIN.fullmatch(name):
+            if name.startswith("data/aotinductor/"):
+                raise _Refused(
+                    "it is a package of AOTInductor with its weights in the code; serve the exported "
+                    'program with engine = "aoti", or make a package with `overcommit compile`'
+                )
             if re.search(r"custom_obj|opaque_obj|\.pt$|\.pkl$|pickle", name):
                 raise _Refused(f"entry '{name}' needs unpickling, which can run any code")
             raise _Refused(f"entry '{name}' is not part of an exported program")
