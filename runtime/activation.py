@@ -32,7 +32,6 @@ from overcommit.runtime.mover_messages import (
     CancelLoad,
     Load,
     LoadDone,
-    LoadProgress,
     PromoteLoad,
 )
 from overcommit.runtime.parts import path_of
@@ -70,7 +69,6 @@ class Running:
 
     message: Load
     asked_ns: int
-    done_bytes: int = 0  # as the mover reported last: every PROGRESS_NS at most
     is_cancelled: bool = False
 
 
@@ -183,13 +181,6 @@ class Activations:
         actions = self._residency.on_load_done(done.job, done.ok, done.message, now_ns, total_ns)
         self.apply(actions, now_ns)
 
-    def on_load_progress(self, progress: LoadProgress) -> None:
-        """A long load got on."""
-        running = self._running.get(progress.job)
-        if running is not None:
-            # Two threads of the mover may have sent them in the other order.
-            running.done_bytes = max(running.done_bytes, progress.done_bytes)
-
     def on_mover_ready(self, now_ns: int) -> None:
         """A fresh mover: it gets every load that is in flight, but what was cancelled has ended."""
         for load in self._residency.loads_in_flight():
@@ -198,12 +189,7 @@ class Activations:
                 done = LoadDone(job=load.job, ok=False, message=CANCELLED)
                 self.on_load_done(done, now_ns)
             else:
-                running.done_bytes = 0
                 self._send(running.message)
-
-    def running(self) -> tuple[Running, ...]:
-        """Return the loads in flight, in the order in which they were started."""
-        return tuple(self._running.values())
 
     def load(self, job: int) -> Running | None:
         """Return a load that has not ended."""

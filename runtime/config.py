@@ -34,7 +34,6 @@ COPY_THREADS_MAX: Final = 4  # or one per core, where there are fewer
 COPY_BYTES_MIN: Final = 4 * MIB  # of one step of a copy between tiers, where so much is left
 COPY_BYTES_MAX: Final = 32 * MIB
 COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who receives its message
-PROGRESS_NS: Final = 20_000_000  # between two reports of one load
 LOADS_IN_FLIGHT_MAX: Final = 4
 # CUDA: the share of DEVICE in 2 MiB chunks, for small models and for what large ones have over.  Each
 # chunk is a descriptor in the supervisor: 80 GiB are 5120 small ones and 1120 large ones.

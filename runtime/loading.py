@@ -53,7 +53,7 @@ from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
 from overcommit.runtime.messages import Extents
-from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, LoadProgress, Urgency
+from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Urgency
 from overcommit.runtime.wall import Wall
 
 # Where DEVICE is host memory; more threads than cores copy no faster.
@@ -166,8 +166,7 @@ class LoadState:
         self.urgency: Urgency = load.urgency
         self.total = Outcome()
         self.done_bytes = 0
-        self.reported_ns = time.monotonic_ns()  # when LoadProgress was sent last
-        self._received_ns = self.reported_ns
+        self._received_ns = time.monotonic_ns()
         if load.nbytes <= 0:
             raise ImageError(f"a load of {load.nbytes} bytes")
         self._host = None if load.host is None else Places(host, load.host, load.nbytes)
@@ -271,11 +270,6 @@ class LoadState:
 
     def _fail(self) -> None:
         self.state = State.FAILING if self._running else State.FAILED
-
-    def progress(self, now_ns: int) -> LoadProgress:
-        """Say how far it is."""
-        self.reported_ns = now_ns
-        return LoadProgress(job=self.load.job, done_bytes=self.done_bytes)
 
     def close(self) -> LoadDone:
         """Release the file; say how it went."""

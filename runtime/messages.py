@@ -19,7 +19,7 @@ Who sends what, by the room that has it:
                              LogLevel, TellCounts, Rehearse
                              front end -> supervisor: Admin, Counters, Rehearsed
     `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad
-                             mover -> supervisor: LoadDone, LoadProgress, Populated
+                             mover -> supervisor: LoadDone, Populated
     `packer_messages`        supervisor -> packer: Pack; packer -> supervisor: PackProgress, PackDone
 
 Each room ends with the union of its messages; `control.py` decodes them all.

@@ -38,7 +38,6 @@ from overcommit.runtime.config import (
     LARGE_CHUNK_BYTES,
     PIN_BYTES,
     PREFETCH_READS_IN_FLIGHT,
-    PROGRESS_NS,
     READ_THREADS,
     READS_IN_FLIGHT,
 )
@@ -147,8 +146,6 @@ class Mover:
     def _do(self, taken: Taken) -> None:
         state, step = taken
         outcome = state.run(step)
-        now_ns = time.monotonic_ns()
-        progress = None
         with self._lock:
             is_over = self._loads.finish(state, step, outcome)
             # Who ends a step takes the next one; here are those who must wake up beside.
@@ -157,12 +154,8 @@ class Mover:
             elif step.work is Work.READ:
                 self._may_copy.notify()
             self._wake_prefetch()
-            if not is_over and now_ns - state.reported_ns >= PROGRESS_NS:
-                progress = state.progress(now_ns)
         if is_over:
             self._end(state)
-        elif progress is not None:
-            self._send(progress)
 
     def _end(self, state: LoadState) -> None:
         self._send(state.close())

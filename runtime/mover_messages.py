@@ -54,16 +54,6 @@ class PromoteLoad(Message, frozen=True):
     job: int
 
 
-class LoadProgress(Message, frozen=True):
-    """So many bytes of a long load are where they belong.
-
-    Now and then; one may come after a later one, or after the LoadDone.
-    """
-
-    job: int
-    done_bytes: int
-
-
 class LoadDone(Message, frozen=True):
     """The job ended.  `read_ns` and `copy_ns` are wall time in each stage.
 
@@ -91,4 +81,4 @@ class Populated(Message, frozen=True):
     seconds: float
 
 
-MoverMessage = Load | CancelLoad | PromoteLoad | LoadProgress | LoadDone | Populated
+MoverMessage = Load | CancelLoad | PromoteLoad | LoadDone | Populated

@@ -39,7 +39,7 @@ from overcommit.runtime.front_end_messages import Admin, Counters, Rehearsed
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen
 from overcommit.runtime.messages import Chunks, ChunksTaken, Drain, Ready, Stop
-from overcommit.runtime.mover_messages import LoadDone, LoadProgress, Populated
+from overcommit.runtime.mover_messages import LoadDone, Populated
 from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
 from overcommit.runtime.worker_messages import Activate, Attaches, BindFailed
@@ -244,8 +244,6 @@ class Supervisor:
             house.activations.on_activate(child, message, now_ns)
         elif isinstance(message, LoadDone):
             house.activations.on_load_done(message, now_ns)
-        elif isinstance(message, LoadProgress):
-            house.activations.on_load_progress(message)
         elif isinstance(message, Admin):
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):

@@ -17,7 +17,6 @@ from overcommit.runtime.mover_messages import (
     CancelLoad,
     Load,
     LoadDone,
-    LoadProgress,
     PromoteLoad,
 )
 
@@ -249,20 +248,6 @@ def test_a_prefetch_waits_for_the_foreground_unless_it_is_promoted_or_cancelled(
     assert [(done.job, done.ok) for done in order] == [(40, False), (43, True)]
     assert order[1].began_ns >= order[0].ended_ns
     assert memories[0].read(in_device, len(payload)) == payload
-
-
-def test_a_long_load_says_how_far_it_is(small: Memory, tmp_path: Path) -> None:
-    path = tmp_path / "an.image"
-    payload = make_image(path, 60 * MIB)
-    always = "import overcommit.runtime.mover as m; m.PROGRESS_NS = 0;"
-    mover = MoverProcess(small, None, always + LAUNCH)
-    mover.control.send(load_of(1, path, payload, device=((0, 60 * MIB),)))
-    done = mover.receive(LoadDone)
-    said = [message for message in mover.unread if isinstance(message, LoadProgress)]
-    mover.close()
-    assert done.ok
-    assert said
-    assert all(each.job == 1 and 0 <= each.done_bytes < len(payload) for each in said)
 
 
 # --- failures -----------------------------------------------------------------------------------
