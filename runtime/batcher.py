@@ -28,8 +28,8 @@ Invariants
  1. Every job that was added leaves exactly once: in a batch that is finished, as expired, or by
     cancel, drain, drop_link or remove.
  2. A lane that cannot run is not looked at by `next`: it delays no other, whatever waits in it.
- 3. A lane has at most one entry among the timers; an entry of a lane that is no longer WAITING is
-    void and thrown away when it comes up.
+ 3. A lane has at most one entry among the timers that counts, the earliest; one of a lane that is no
+    longer WAITING is void and thrown away when it comes up.
  4. No expired job is in a batch.
  5. All jobs of a batch have one form when they are of several versions.
 
@@ -101,11 +101,14 @@ class Batcher:
         return request_id in self._jobs
 
     # --- lanes ----------------------------------------------------------------------------------
-    def configure(self, slot: int, limits: Limits) -> None:
-        """Make a version's lane, in place of the one there was, which must be empty."""
+    def configure(self, slot: int, limits: Limits, lane: Lane | None = None) -> None:
+        """Make a version's lane, in place of the one there was, which must be empty.
+
+        `lane`: one that orders its jobs in its own way.
+        """
         left = self.remove(slot)
         assert not left, "a lane is configured before it gets jobs"
-        self._turns[slot] = Turn(Lane(slot, limits))
+        self._turns[slot] = Turn(Lane(slot, limits) if lane is None else lane)
 
     def set_family(self, slot: int, family: Rooms | None) -> None:
         """Say with which other versions this one may share batches."""
@@ -204,8 +207,9 @@ class Batcher:
         if now_ns >= self._sweep_ns:
             self._sweep(now_ns)
         while self._timers and self._timers[0][0] <= now_ns:
-            turn = heapq.heappop(self._timers)[2]
-            turn.in_timers = False
+            timer_ns, _, turn = heapq.heappop(self._timers)
+            if timer_ns == turn.timer_ns:
+                turn.timer_ns = 0
             if turn.state is _WAITING:
                 self._place(turn, now_ns)
         while (chosen := self._ranks.pop()) is not None:
@@ -382,8 +386,8 @@ class Batcher:
                 self._ranks.make_due(turn)
                 return
             turn.state = _WAITING
-            if not turn.in_timers:
-                turn.in_timers = True
+            if not turn.timer_ns or due_ns < turn.timer_ns:
+                turn.timer_ns = due_ns
                 heapq.heappush(self._timers, (due_ns, next(self._order), turn))
 
     def _sweep(self, now_ns: int) -> None:

@@ -29,7 +29,7 @@ Called by the worker's loop.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -38,6 +38,10 @@ from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
 from overcommit.runtime.mixing import Families, Family
+from overcommit.runtime.sequence_batch import SequenceBatch
+from overcommit.runtime.sequence_signature import SequenceSignature
+from overcommit.runtime.sequence_terms import slots_of
+from overcommit.runtime.sequences import Sequences
 from overcommit.runtime.signature import Signature, signature_of
 from overcommit.runtime.worker_messages import Coming, Placed, VersionInfo
 
@@ -80,6 +84,9 @@ class Version:
     has_run: bool = False
     failure: Failure | None = None
     failures: int = 0
+    sequences: Sequences | None = None  # of a model with state
+    sequence_batch: SequenceBatch | None = None  # how their batches are made, once it was bound
+    bindings: int = 0
 
     @property
     def is_runnable(self) -> bool:
@@ -90,6 +97,12 @@ class Version:
     def title(self) -> str:
         """Its name for logs and messages."""
         return f"model '{self.info.name}' version {self.info.version}"
+
+    @property
+    def incarnation(self) -> Hashable:
+        """What changes whenever a state is lost that the model keeps itself."""
+        own: Hashable = getattr(self.model, "incarnation", None)
+        return self.bindings if own is None else own
 
     def failing(self, now_ns: int) -> Failure | None:
         """The failure that still holds, if any."""
@@ -114,6 +127,17 @@ class Loader:
         return self._helper.try_take()
 
 
+def _version_of(info: VersionInfo, died_ns: int) -> Version:
+    sequence = info.config.sequence
+    if sequence is None:
+        return Version(info, signature_of(info.config))
+    idle_ns = sequence.idle_us * 1000
+    # What was idle for so long would be over anyway.
+    lost_until_ns = died_ns + idle_ns if died_ns else 0
+    sequences = Sequences(info.name, slots_of(info.config), idle_ns, lost_until_ns)
+    return Version(info, SequenceSignature(info.config, sequences), sequences=sequences)
+
+
 @dataclass(slots=True)
 class Versions:
     """Every version this worker has been told of, by slot."""
@@ -122,8 +146,10 @@ class Versions:
     loader: Loader
     families: Families
     bound_max: int = BOUND_MODELS_MAX
+    died_ns: int = 0  # when the worker before this one died; 0: there was none
     released: int = 0  # models let go of, ever
     _versions: dict[int, Version] = field(default_factory=dict)
+    _stateful: set[int] = field(default_factory=set)  # slots of versions with sequences
     _recent: dict[int, None] = field(default_factory=dict)  # slots with a mapping, by last run
 
     def get(self, slot: int) -> Version | None:
@@ -139,12 +165,15 @@ class Versions:
     def learn(self, info: VersionInfo) -> Version:
         """A version was announced."""
         self.forget(info.slot)
-        version = self._versions[info.slot] = Version(info, signature_of(info.config))
+        version = self._versions[info.slot] = _version_of(info, self.died_ns)
+        if version.sequences is not None:
+            self._stateful.add(info.slot)
         return version
 
     def forget(self, slot: int) -> None:
         """The version is gone: let go of its model, then of its addresses."""
         version = self._versions.pop(slot, None)
+        self._stateful.discard(slot)
         if version is not None:
             self._release(version)
 
@@ -211,9 +240,13 @@ class Versions:
         assert version.mapping is not None, "placed first"
         header, program = version.opened
         memory = version.mapping.view()
+        if version.sequences is not None:
+            version.sequence_batch = SequenceBatch(version.info.config)
         version.model = program.bind(header, memory)
-        # A mixed batch copies weights with the CPU.
-        mixed = program.mixed(header) if isinstance(memory, memoryview) else None
+        version.bindings += 1
+        # A mixed batch copies weights with the CPU; who has state runs by itself.
+        can_mix = isinstance(memory, memoryview) and version.sequences is None
+        mixed = program.mixed(header) if can_mix else None
         version.family = self.families.of(mixed, version.signature)
         version.opened = None  # the header's tables are of no use any more
         version.failures = 0
@@ -232,6 +265,13 @@ class Versions:
             until_ns=now_ns + int(pause_s * 1e9),
         )
         return version.failure
+
+    def end_idle_sequences(self, now_ns: int) -> None:
+        """Let go of the states of sequences that nobody has gone on with."""
+        for slot in self._stateful:
+            sequences = self._versions[slot].sequences
+            assert sequences is not None, "noted for its sequences"
+            sequences.expire_idle(now_ns)
 
     # --- the bound ------------------------------------------------------------------------------
     def on_run(self, slot: int) -> None:
@@ -254,7 +294,8 @@ class Versions:
             if len(self._recent) <= self.bound_max:
                 break
             version = self._versions[slot]
-            if not is_waiting(slot) and not version.is_loading:
+            has_state = version.sequences is not None and len(version.sequences)
+            if not is_waiting(slot) and not version.is_loading and not has_state:
                 self._release(version)
                 gone.append(slot)
         return gone

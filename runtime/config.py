@@ -127,6 +127,15 @@ TENSORS_MAX: Final = 256
 RANK_MAX: Final = 16
 ALIASES_MAX: Final = 64  # of one model
 STEPS_MAX: Final = 64  # of one ensemble
+SEQUENCE_IDLE_US: Final = 1_000_000  # without a request, and the sequence is over
+SEQUENCE_CANDIDATES: Final = 128
+SEQUENCE_CANDIDATES_MAX: Final = 65_536
+SEQUENCE_ID_BYTES_MAX: Final = 128  # of an id that is a text
+SEQUENCE_STATE_BYTES_MAX: Final = 1 * GIB  # kept for one version's sequences in one worker
+SEQUENCE_UNSENT_MAX: Final = (
+    64  # answers that wait for a larger block, of one version in one worker
+)
+SEQUENCE_REFUSAL_NS: Final = 50_000_000  # before its time is over, who got no slot is told so
 WARMUPS_MAX: Final = 64  # requests of one model, and ...
 WARMUP_RUNS_MAX: Final = 1000  # ... how often one of them runs
 REGIONS_MAX: Final = 1024  # shared memory that clients have registered, for all front ends
@@ -267,12 +276,31 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     values: tuple[float, float] = (0, 1)  # for no and yes
 
 
+class SequenceState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A tensor that goes from one request of a sequence to the next: out of an output, into an input.
+
+    `shape` is a whole shape, as `TensorSpec` has it; `initial` the shape of one row of the first one,
+    where `shape` does not say it.
+    """
+
+    input: str
+    output: str
+    datatype: str
+    shape: tuple[int, ...]
+    initial: tuple[int, ...] = ()
+    file: str = ""  # what the first request gets; "": zeros
+    is_shown: bool = False  # it is an output for clients as well
+
+
 class Sequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A model with state: the requests of one correlation id go to one slot of one worker."""
 
-    idle_us: int = 1_000_000
+    idle_us: int = SEQUENCE_IDLE_US
     strategy: Literal["direct", "oldest"] = "direct"
+    candidates: int = SEQUENCE_CANDIDATES  # oldest: so many are open at a time, in one worker
+    utilization: float = 0.0  # direct: the share of the slots that does not wait for the delay
     controls: tuple[Control, ...] = ()
+    states: tuple[SequenceState, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -23,6 +23,7 @@ from overcommit.runtime.labels import label_files
 from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.parts import PartInfo
 from overcommit.runtime.repository import CONTENT_DIGITS, VersionSource
+from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 from overcommit.runtime.worker_messages import VersionInfo
 
 _BROKEN_CONFIG: Final = ModelConfig()
@@ -138,11 +139,12 @@ def to_route(entry: Entry) -> Route:
         reason=entry.reason,
         platform=entry.engine,
         labels=label_files(entry.folder, config, entry.source_config),
-        inputs=config.inputs,
-        outputs=config.outputs,
+        inputs=visible_inputs(config),
+        outputs=visible_outputs(config),
         max_batch_size=config.batching.max_batch_size,
         timeout_ms=config.timeout_ms,
         steps=config.steps,
+        sequence=config.sequence is not None,
     )
 
 

@@ -9,6 +9,8 @@ from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.front_end_messages import Route
 
 _SIZE: Final = 4  # of an axis that varies; the batch axis gets 1
+# One request is all of its sequence.
+SEQUENCE: Final = {"sequence_id": 1, "sequence_start": True, "sequence_end": True}
 _ELEMENTS_MAX: Final = 64  # a longer example is no use on a command line
 _NUMPY: Final = {"FP32": "float32", "FP64": "float64", "FP16": "float16", "BOOL": "bool"}
 
@@ -41,6 +43,8 @@ def example_body(route: Route) -> dict[str, object] | None:
                 "data": [value] * elements,
             }
         )
+    if route.sequence:
+        return {"parameters": SEQUENCE, "inputs": inputs}
     return {"inputs": inputs}
 
 
@@ -62,7 +66,8 @@ def example_request(url: str, route: Route) -> str:
         made = f'triton.InferInput("{spec.name}", {example_shape(spec)}, "{spec.datatype}")'
         code += [f"inputs.append({made})", f"inputs[-1].set_data_from_numpy({array})"]
     output = route.outputs[0].name if route.outputs else ""
-    code.append(f'print(client.infer("{route.name}", inputs).as_numpy("{output}"))')
+    more = ", sequence_id=1, sequence_start=True, sequence_end=True" if route.sequence else ""
+    code.append(f'print(client.infer("{route.name}", inputs{more}).as_numpy("{output}"))')
     text = json.dumps(body)
     lines = "\n".join(f"  {line}" for line in code)
     return (

@@ -42,6 +42,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 0
     timeout_ms: int | None = None
     steps: tuple[Step, ...] = ()  # an ensemble's
+    sequence: bool = False  # its requests are of sequences
 
 
 class ModelNames(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

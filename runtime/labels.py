@@ -12,6 +12,7 @@ import os
 import msgspec
 
 from overcommit.runtime.config import ModelConfig
+from overcommit.runtime.sequence_terms import visible_outputs
 
 
 def label_files(
@@ -29,7 +30,7 @@ def label_files(
         tuple(os.path.join(place, names[spec.name]) for place in places)
         if spec.name in names
         else ()
-        for spec in config.outputs
+        for spec in visible_outputs(config)
     )
 
 

@@ -56,11 +56,14 @@ def limits_of(config: ModelConfig) -> Limits:
     """Read a lane's limits from its version's config; a version that does not batch has one row."""
     batching = config.batching
     rows_max = max(1, batching.max_batch_size)
+    delay_ns = batching.max_queue_delay_us * 1000 if batching.max_batch_size > 1 else 0
+    if config.sequence is not None:
+        delay_ns += 1  # such a lane says itself when it is due
     limits = Limits(
         rows_max=rows_max,
         rows_due=min((rows_max, *batching.preferred_sizes)),
         wait_ns=batching.queue_timeout_us * 1000,
-        delay_ns=batching.max_queue_delay_us * 1000 if batching.max_batch_size > 1 else 0,
+        delay_ns=delay_ns,
         jobs_max=batching.max_queue_size,
         weight=max(1, config.weight),
         priority=config.priority,

@@ -29,6 +29,9 @@ from overcommit.runtime.config import (
     QUEUE_DELAY_US,
     QUEUE_SIZE_MAX,
     RANK_MAX,
+    SEQUENCE_CANDIDATES,
+    SEQUENCE_CANDIDATES_MAX,
+    SEQUENCE_IDLE_US,
     STAY_S_MAX,
     STEPS_MAX,
     TENSORS_MAX,
@@ -41,6 +44,7 @@ from overcommit.runtime.config import (
     OnnxOptions,
     PythonOptions,
     Sequence,
+    SequenceState,
     Step,
     TensorSpec,
     Warmup,
@@ -48,6 +52,7 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.payload import DATATYPES
+from overcommit.runtime.sequence_terms import with_all_tensors
 
 FILE_NAME: Final = "model.toml"
 FILE_BYTES_MAX: Final = 256 * KIB
@@ -112,10 +117,22 @@ class _Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: tuple[float, float] = (0, 1)
 
 
+class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    input: _Name
+    output: _Name
+    datatype: str
+    shape: _Shape
+    initial: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=RANK_MAX)] = ()
+    file: _Path | None = None
+
+
 class _Sequence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    idle_us: Annotated[int, Meta(ge=1, le=86_400_000_000)] = 1_000_000
+    idle_us: Annotated[int, Meta(ge=1, le=86_400_000_000)] = SEQUENCE_IDLE_US
     strategy: Literal["direct", "oldest"] = "direct"
+    candidates: Annotated[int, Meta(ge=1, le=SEQUENCE_CANDIDATES_MAX)] = SEQUENCE_CANDIDATES
+    utilization: Annotated[float, Meta(ge=0, le=1)] = 0.0
     controls: Annotated[tuple[_Control, ...], Meta(max_length=16)] = ()
+    states: Annotated[tuple[_State, ...], Meta(max_length=TENSORS_MAX)] = ()
 
 
 class _Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,7 +184,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def rules() -> str:
     """Name the keys that are known here, and their defaults: what a parsed file depends on."""
     structs: list[type[msgspec.Struct]] = [_File, _Batching, _Tensor, _Versions, _Rollout, _Warmup]
-    structs += [_WarmupInput, _Control, _Sequence, _Step, _Ensemble, ModelConfig, Batching]
+    structs += [_WarmupInput, _Control, _State, _Sequence, _Step, _Ensemble, ModelConfig, Batching]
+    structs += [SequenceState]
     structs += [TensorSpec, Naming, Warmup, WarmupInput, Control, Sequence, Step]
     structs += [_Onnx, _Python, OnnxOptions, PythonOptions]
     return repr([(s.__name__, s.__struct_fields__, s.__struct_defaults__) for s in structs])
@@ -220,7 +238,7 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
     except msgspec.ValidationError as error:
         raise RepositoryError(f"{origin}: {error}".replace("`$.", "`")) from error
     batching = file.batching
-    return ModelConfig(
+    config = ModelConfig(
         engine=file.engine,
         inputs=_specs(origin, "input", file.input),
         outputs=_specs(origin, "output", file.output),
@@ -253,6 +271,10 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
             None if file.python is None else PythonOptions(**msgspec.structs.asdict(file.python))
         ),
     )
+    try:
+        return with_all_tensors(config)
+    except RepositoryError as error:
+        raise RepositoryError(f"{origin}: {error.message}") from error
 
 
 def _to_naming(origin: str, file: _File) -> Naming | None:
@@ -305,7 +327,26 @@ def _to_sequence(origin: str, sequence: _Sequence | None) -> Sequence | None:
         Control(kind=each.kind, name=each.name, datatype=each.datatype, values=each.values)
         for each in sequence.controls
     )
-    return Sequence(idle_us=sequence.idle_us, strategy=sequence.strategy, controls=controls)
+    for state in sequence.states:
+        _check_datatype(origin, "state", state.input, state.datatype)
+    return Sequence(
+        idle_us=sequence.idle_us,
+        strategy=sequence.strategy,
+        candidates=sequence.candidates,
+        utilization=sequence.utilization,
+        controls=controls,
+        states=tuple(
+            SequenceState(
+                input=each.input,
+                output=each.output,
+                datatype=each.datatype,
+                shape=each.shape,
+                initial=each.initial,
+                file=each.file or "",
+            )
+            for each in sequence.states
+        ),
+    )
 
 
 def _to_step(step: _Step) -> Step:

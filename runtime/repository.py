@@ -281,10 +281,8 @@ def _complete(root: str, name: str, folder: str, config: ModelConfig) -> ModelCo
 
     Raises RepositoryError.
     """
-    if config.sequence is not None:
-        raise RepositoryError(
-            "models with state ([sequence], sequence_batching) are not served yet"
-        )
+    if config.sequence is not None and config.steps:
+        raise RepositoryError("an ensemble has no [sequence]: its steps have")
     ensemble.check(config)
     if config.naming is not None and name in config.naming.aliases:
         aliases = {key: value for key, value in config.naming.aliases.items() if key != name}
@@ -304,6 +302,16 @@ def _complete(root: str, name: str, folder: str, config: ModelConfig) -> ModelCo
             for warmup in config.warmup
         )
         config = msgspec.structs.replace(config, warmup=warmups)
+    sequence = config.sequence
+    if sequence is not None and any(state.file for state in sequence.states):
+        states = tuple(
+            msgspec.structs.replace(
+                state, file=state.file and _find(root, name, folder, state.file)
+            )
+            for state in sequence.states
+        )
+        sequence = msgspec.structs.replace(sequence, states=states)
+        config = msgspec.structs.replace(config, sequence=sequence)
     return config
 
 
@@ -314,7 +322,9 @@ def _find(root: str, name: str, folder: str, file: str) -> str:
         if os.path.isfile(path) and not os.path.isabs(file):
             _refuse_outside(os.path.realpath(os.path.join(root, name)), path)
             return os.path.realpath(path)
-    raise RepositoryError(f"its warm-up needs the file '{printable(file)}', which is not there")
+    raise RepositoryError(
+        f"its configuration names the file '{printable(file)}', which is not there"
+    )
 
 
 def _walk(

@@ -30,6 +30,8 @@ from overcommit.runtime.errors import BadRequest, ModelError
 from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job
 from overcommit.runtime.links import Links
 from overcommit.runtime.mixing import Arrays, Family, Sized
+from overcommit.runtime.sequence_batch import warm_inputs
+from overcommit.runtime.sequence_runner import SequenceRunner
 from overcommit.runtime.signature import Form
 from overcommit.runtime.warmups import requests_of, zeros
 
@@ -60,6 +62,7 @@ class Runner:
         self._status = status
         self._supervisor_bell = supervisor_bell
         self._logged_ns = 0
+        self._sequences = SequenceRunner(links, status, self._fail)
 
     def try_lease(self, version: Version, work: Callable[[], None]) -> bool:
         """Do `work` under the version's lease; False, and nothing done, when it is not resident."""
@@ -76,7 +79,8 @@ class Runner:
 
     def try_run(self, version: Version, jobs: list[Job]) -> bool:
         """Run a batch and answer it; False, and nothing done, when the weights are not resident."""
-        if not self.try_lease(version, lambda: self._run(version, jobs)):
+        run = self._run if version.sequences is None else self._sequences.run
+        if not self.try_lease(version, lambda: run(version, jobs)):
             return False
         version.has_run = True
         self._leases.add_uses(version.info.slot, len(jobs), time.monotonic_ns())
@@ -117,9 +121,10 @@ class Runner:
             self._status.begin(slot, _shm.PHASE_COMPUTE, time.monotonic_ns(), ())
             try:
                 config = version.info.config
-                version.model.run({spec.name: zeros(spec) for spec in config.inputs})
+                inputs = {spec.name: zeros(spec) for spec in config.inputs}
+                version.model.run(warm_inputs(config, inputs))
                 for _, inputs in requests_of(config):
-                    version.model.run(inputs)
+                    version.model.run(warm_inputs(config, inputs))
             except Exception as error:  # the batch boundary; requests may well succeed
                 log.info("%s: warm-up failed: %s", version.title, _text(error))
             finally:

@@ -9,7 +9,8 @@ asks, and nobody would see it.
 Invariants
  1. What the model's configuration says is kept; only what it does not say is inferred.
  2. A module that fails a trial run cannot be served: the error is raised, with the sizes tried.
- 3. Batching and padding are switched off where a trial shows that they change answers.
+ 3. Batching and padding are switched off where a trial shows that they change answers; for a model with
+    state nobody tries, its answers depend on what it answered before.
 
 Called by the packer.
 """
@@ -24,6 +25,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from overcommit.runtime import sequence_terms
 from overcommit.runtime.config import TENSORS_MAX, Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import ModelError, RepositoryError
 
@@ -297,6 +299,7 @@ def complete(name: str, config: ModelConfig, known: Known, run: Run) -> Outcome:
     not fit it.
     """
     inputs = _settled(name, config.inputs, known)
+    sequence_terms.check_found(name, config, inputs)
     used = tuple(spec for spec in inputs if not spec.optional)
     sizes = known.sizes
     given = [trial_inputs(used, sizes[trial], trial) for trial in (0, 1)]
@@ -316,7 +319,9 @@ def complete(name: str, config: ModelConfig, known: Known, run: Run) -> Outcome:
     batches = batches and all(
         bool(spec.axes) and spec.axes[0] == "batch" for spec in (*inputs, *outputs)
     )
-    if batches and not rows_stand_alone(used, outputs, run, sizes):
+    # What the rows of a model with state have to do with each other is said by its file.
+    is_stateful = config.sequence is not None
+    if batches and not is_stateful and not rows_stand_alone(used, outputs, run, sizes):
         log.warning("%s mixes the rows of a batch: it is served request by request", name)
         batches = False
     if batches and ragged_axes(inputs) and not padding_is_harmless(used, outputs, run, sizes):

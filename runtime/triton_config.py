@@ -16,18 +16,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from overcommit.runtime import triton_json
+from overcommit.runtime import triton_json, triton_sequence
 from overcommit.runtime.config import BATCH_SIZE_LIMIT
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.text_format import parse
 from overcommit.runtime.triton_model import (
     QueuePolicy,
-    Sequence,
     Step,
     Tensor,
     TritonModel,
     VersionPolicy,
     Warmup,
+    datatype,
 )
 
 FILE_NAME: Final = "config.pbtxt"
@@ -82,18 +82,20 @@ def _read(model: TritonModel, unknown: list[str]) -> tuple[dict[str, Any], list[
     if model.model_warmup:
         table["warmup"] = [_warmup(each) for each in model.model_warmup]
     if model.sequence_batching is not None:
-        table["sequence"] = _sequence(model.sequence_batching)
+        table["sequence"] = triton_sequence.read(model.sequence_batching, batches)
+        more = triton_sequence.batching(model.sequence_batching)
+        table["batching"] = {**table.get("batching", {}), **more}
+        notes += triton_sequence.ignored(model.sequence_batching)
     if model.ensemble_scheduling is not None:
         table["ensemble"] = {"step": [_step(step) for step in model.ensemble_scheduling.step]}
     return table, notes
 
 
 _OPAQUE: Final = (
-    *("sequence_batching.direct.", "sequence_batching.oldest.", "model_metrics."),
+    "model_metrics.",
     *("dynamic_batching.priority_queue_policy.", "version_policy.all."),
     *("model_repository_agents.", "model_operations.", "batch_input.", "batch_output."),
     *(
-        "sequence_batching.state.",
         "instance_group.rate_limiter",
         "instance_group.secondary_devices",
     ),
@@ -117,8 +119,8 @@ def _unsupported(model: TritonModel) -> Iterator[str]:
                 f"them, or reshape in the model"
             )
     sequence = model.sequence_batching
-    if sequence is not None and (sequence.state or sequence.iterative_sequence):
-        yield "sequence_batching with implicit state or iterative sequences is not supported"
+    if sequence is not None:
+        yield from triton_sequence.unsupported(sequence)
     schedulers = ("dynamic_batching", "sequence_batching", "ensemble_scheduling")
     if sum(getattr(model, name) is not None for name in schedulers) > 1:
         yield f"at most one of {', '.join(schedulers)} can be there"
@@ -192,18 +194,12 @@ def _queue_policy(policy: QueuePolicy, batching: dict[str, Any], notes: list[str
         notes.append(f"{where}.allow_timeout_override: a request's own timeout always counts")
 
 
-def _datatype(name: str, data_type: str) -> str:
-    if data_type == "TYPE_INVALID":
-        raise RepositoryError(f"{FILE_NAME}: '{name}' has no data_type")
-    return "BYTES" if data_type == "TYPE_STRING" else data_type.removeprefix("TYPE_")
-
-
 def _tensor(kind: str, tensor: Tensor, batches: bool, notes: list[str]) -> dict[str, Any]:
     if not tensor.dims:
         raise RepositoryError(f"{FILE_NAME}: {kind} '{tensor.name}' has no dims")
     row: dict[str, Any] = {
         "name": tensor.name,
-        "datatype": _datatype(tensor.name, tensor.data_type),
+        "datatype": datatype(tensor.name, tensor.data_type),
         "shape": [-1, *tensor.dims] if batches else list(tensor.dims),
     }
     if tensor.optional:
@@ -236,7 +232,7 @@ def _warmup(warmup: Warmup) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name, given in warmup.inputs.items():
         row: dict[str, Any] = {
-            "datatype": _datatype(name, given.data_type),
+            "datatype": datatype(name, given.data_type),
             "shape": list(given.dims),
         }
         if given.input_data_file:
@@ -250,30 +246,6 @@ def _warmup(warmup: Warmup) -> dict[str, Any]:
         "count": max(1, warmup.count),
         "inputs": inputs,
     }
-
-
-def _sequence(sequence: Sequence) -> dict[str, Any]:
-    controls = []
-    for given in sequence.control_input:
-        for control in given.control:
-            kind = control.kind.removeprefix("CONTROL_SEQUENCE_").lower()
-            row: dict[str, Any] = {"kind": kind, "name": given.name}
-            for datatype, values in (
-                ("INT32", control.int32_false_true),
-                ("FP32", control.fp32_false_true),
-                ("BOOL", control.bool_false_true),
-            ):
-                if values:
-                    row |= {"datatype": datatype, "values": [float(value) for value in values]}
-            if kind == "corrid":
-                row["datatype"] = _datatype(given.name, control.data_type)
-            controls.append(row)
-    table: dict[str, Any] = {"controls": controls}
-    if sequence.max_sequence_idle_microseconds:
-        table["idle_us"] = sequence.max_sequence_idle_microseconds
-    if sequence.oldest is not None:
-        table["strategy"] = "oldest"
-    return table
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from overcommit.runtime.errors import RepositoryError
+
 _Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 DataType = Literal[
     "TYPE_INVALID",
@@ -129,12 +131,42 @@ class ControlInput(msgspec.Struct):
     control: tuple[Control, ...] = ()
 
 
+class Direct(msgspec.Struct):
+    max_queue_delay_microseconds: _Count = 0
+    minimum_slot_utilization: float = 0.0
+
+
+class Oldest(msgspec.Struct):
+    max_candidate_sequences: _Count = 0
+    preferred_batch_size: tuple[int, ...] = ()
+    max_queue_delay_microseconds: _Count = 0
+    preserve_ordering: bool = False
+
+
+class InitialState(msgspec.Struct):
+    data_type: DataType = "TYPE_INVALID"
+    dims: tuple[int, ...] = ()
+    zero_data: bool = False
+    data_file: str = ""
+    name: str = ""
+
+
+class SequenceState(msgspec.Struct):
+    input_name: str = ""
+    output_name: str = ""
+    data_type: DataType = "TYPE_INVALID"
+    dims: tuple[int, ...] = ()
+    initial_state: tuple[InitialState, ...] = ()
+    use_same_buffer_for_input_output: bool = False
+    use_growable_memory: bool = False
+
+
 class Sequence(msgspec.Struct):
-    direct: Anything | None = None
-    oldest: Anything | None = None
+    direct: Direct | None = None
+    oldest: Oldest | None = None
     max_sequence_idle_microseconds: _Count = 0
     control_input: tuple[ControlInput, ...] = ()
-    state: tuple[Anything, ...] = ()
+    state: tuple[SequenceState, ...] = ()
     iterative_sequence: bool = False
 
 
@@ -191,3 +223,10 @@ class TritonModel(msgspec.Struct):
     model_repository_agents: Anything | None = None
     response_cache: Cache | None = None
     model_metrics: Anything | None = None
+
+
+def datatype(name: str, data_type: str) -> str:
+    """Return the V2 name of a tensor's type.  Raises RepositoryError where the file gives none."""
+    if data_type == "TYPE_INVALID":
+        raise RepositoryError(f"config.pbtxt: '{name}' has no data_type")
+    return "BYTES" if data_type == "TYPE_STRING" else data_type.removeprefix("TYPE_")

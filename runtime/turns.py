@@ -60,8 +60,8 @@ class Turn:
     """A lane with its place in the order."""
 
     __slots__ = (
-        *("can_run", "entry", "in_mates", "in_timers", "lane", "mates", "pace"),
-        *("rank", "rooms", "start_ns", "state", "used_ns"),
+        *("can_run", "entry", "in_mates", "lane", "mates", "pace"),
+        *("rank", "rooms", "start_ns", "state", "timer_ns", "used_ns"),
     )
 
     def __init__(self, lane: Lane) -> None:
@@ -71,7 +71,7 @@ class Turn:
         self.used_ns = 0.0  # its share is used up to here, on its class's clock
         self.start_ns = 0.0  # its entry's key, on the same clock
         self.entry = 0  # the number of its entry that counts; 0: there is none
-        self.in_timers = False
+        self.timer_ns = 0  # of its entry among the timers that counts; 0: there is none
         self.pace = Pace()  # what its batches cost, over their rows
         self.rooms: Rooms | None = None
         self.rank: Rank | None = None  # of its priority, once it was due

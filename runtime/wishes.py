@@ -36,6 +36,7 @@ from overcommit.runtime.errors import Unavailable
 from overcommit.runtime.lanes import Job, limits_of
 from overcommit.runtime.links import Links
 from overcommit.runtime.runner import Runner
+from overcommit.runtime.sequence_lane import lane_of
 from overcommit.runtime.worker_messages import (
     Activate,
     ActivationFailed,
@@ -129,8 +130,13 @@ class Wishes:
     def on_info(self, info: VersionInfo, now_ns: int) -> list[Job]:
         """A version is known now; return the jobs that waited for that, to check and queue them."""
         jobs = self._batcher.drain(info.slot, now_ns)
-        self._versions.learn(info)
-        self._batcher.configure(info.slot, limits_of(info.config))
+        version = self._versions.learn(info)
+        limits = limits_of(info.config)
+        lane = None
+        if version.sequences is not None:
+            lane = lane_of(info.slot, limits, info.config, version.sequences)
+            jobs.sort(key=lambda job: job.order)  # as they came
+        self._batcher.configure(info.slot, limits, lane)
         if not jobs:  # else the page goes on saying that they wait: they come back at once
             self.note_waiting(info.slot)
         return jobs

@@ -40,7 +40,7 @@ from overcommit.runtime.bound import Loader, Opener, Version, Versions
 from overcommit.runtime.config import HEARTBEAT_NS, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
-from overcommit.runtime.errors import BadRequest, ProtocolError
+from overcommit.runtime.errors import BadRequest, Overloaded, ProtocolError, WorkerLost
 from overcommit.runtime.garbage import Garbage
 from overcommit.runtime.heap import Heap
 from overcommit.runtime.lanes import Job
@@ -65,6 +65,7 @@ CONTROL_PERIOD_NS: Final = 200_000  # how often a busy worker looks at its contr
 # Batches of one turn.  A bell costs as much as a small batch: answers share it.
 BATCHES_MAX: Final = 8
 BATCHES_NS: Final = 100_000
+RETRY_MS: Final = 1000  # after which who found no slot for its sequence may try again
 
 
 class Worker:
@@ -95,6 +96,7 @@ class Worker:
             MemfdRanges(fds["device"]) if ranges is None else ranges,
             Loader(open_program, self._ring_own_bell),
             Families(self._ring_own_bell),
+            died_ns=time.monotonic_ns() if start.epoch > 1 else 0,
         )
         self._runner = Runner(
             *(self.links, self._table, self._leases, self._status, fds["supervisor_bell"])
@@ -137,6 +139,7 @@ class Worker:
             self._heartbeat_ns = now_ns
             self._status.heartbeat(now_ns)
             self.wishes.tell_attaches()
+            self.versions.end_idle_sequences(now_ns)
         if self._was_helped or now_ns - self._control_ns >= CONTROL_PERIOD_NS:
             self._was_helped = False
             self._control_ns = now_ns
@@ -207,6 +210,9 @@ class Worker:
             except BadRequest as error:
                 self.links.fail(job, _shm.BAD_REQUEST, error.message)
                 return
+            except WorkerLost as error:  # the one before this one, with the job's sequence
+                self.wishes.refuse(job, error.code, error.message, 0)
+                return
             job.form = form
             job.shape_key = form.key
             # A request without rows takes a place in its batch too.
@@ -244,8 +250,7 @@ class Worker:
     def _run_batch(self, now_ns: int) -> bool:
         batch = self.batcher.next(now_ns)
         for job in self.batcher.take_expired():
-            self.links.complete(job, _shm.EXPIRED, (now_ns, now_ns))
-            self.wishes.note_waiting(job.slot)
+            self._expire(job, now_ns)
         if batch is None:
             self._say_waiting(())
             return False
@@ -267,6 +272,16 @@ class Worker:
             self.wishes.lose(version, now_ns)
         self.wishes.note_waiting(batch.slot)
         return True
+
+    def _expire(self, job: Job, now_ns: int) -> None:
+        version = self.versions.get(job.slot)
+        sequences = None if version is None else version.sequences
+        refusal = None if sequences is None else sequences.refused.pop(job.request_id, None)
+        if refusal is None:
+            self.links.complete(job, _shm.EXPIRED, (now_ns, now_ns))
+        else:
+            self.wishes.refuse(job, Overloaded.code, refusal, RETRY_MS)
+        self.wishes.note_waiting(job.slot)
 
     def _say_waiting(self, taken: Sequence[int]) -> None:
         """Tell the page of the jobs that came and wait."""

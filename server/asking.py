@@ -24,7 +24,8 @@ import msgspec
 
 from overcommit.runtime import payload
 from overcommit.runtime.errors import OvercommitError
-from overcommit.server import codec
+from overcommit.runtime.sequence_terms import Ask
+from overcommit.server import codec, sequences
 from overcommit.server.inference import Prepared, prepare_decoded
 
 if TYPE_CHECKING:
@@ -48,8 +49,12 @@ def request_of(
     *,
     id: str | None = None,
     timeout_us: int | None = None,
+    sequence: Ask | None = None,
 ) -> tuple[codec.InferRequest, memoryview]:
     """Say it as a binary V2 request: its JSON, decoded, and the tensors behind it."""
+    parameters = {} if sequence is None else sequences.parameters_of(sequence)
+    if timeout_us is not None:
+        parameters["timeout"] = _raw(timeout_us)
     request = codec.InferRequest(
         inputs=tuple(
             codec.RequestInput(
@@ -62,7 +67,7 @@ def request_of(
         ),
         id=id,
         outputs=None if outputs is None else tuple(codec.RequestOutput(name) for name in outputs),
-        parameters=None if timeout_us is None else {"timeout": _raw(timeout_us)},
+        parameters=parameters or None,
     )
     return request, memoryview(b"".join([each.data for each in tensors]))
 
@@ -116,9 +121,11 @@ async def ask(
     outputs: Sequence[str] | None = None,
     *,
     timeout_us: int | None = None,
+    sequence: Ask | None = None,
 ) -> list[Tensor]:
     """Run one request.  Raises what a client would be told."""
-    prepared, data = prepare_decoded(plans, *request_of(tensors, outputs, timeout_us=timeout_us))
+    request, tail = request_of(tensors, outputs, timeout_us=timeout_us, sequence=sequence)
+    prepared, data = prepare_decoded(plans, request, tail)
     waiter = _Waiter(prepared)
     dispatch = front.dispatch
     now_ns = time.monotonic_ns()

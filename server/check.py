@@ -24,6 +24,7 @@ from overcommit.runtime.model_toml import read_file
 from overcommit.runtime.pack_index import PackIndex
 from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
+from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 
 Progress = Callable[[int, int], None]
 
@@ -139,8 +140,8 @@ class Checker:
                 engine=known.engine,
                 nbytes=known.nbytes,
                 is_packed=True,
-                inputs=known.config.inputs,
-                outputs=known.config.outputs,
+                inputs=visible_inputs(known.config),
+                outputs=visible_outputs(known.config),
             )
         if config.steps:
             return VersionReport(
@@ -176,8 +177,8 @@ class Checker:
             version=source.version,
             engine=engine,
             nbytes=sum(_sizes(source.folder)),
-            inputs=config.inputs,
-            outputs=config.outputs,
+            inputs=visible_inputs(config),
+            outputs=visible_outputs(config),
             problem=problem,
         )
 

@@ -12,7 +12,7 @@ Invariants
  1. A request gets exactly one answer through its reply; what comes later is dropped and counted.
  2. A block is given back only by a completion on its own link, or when that link's worker is reaped.
  3. A request that was in a dead worker's batch is tried once more, alone; one that was only queued
-    moves on without that counting.
+    moves on without that counting.  One of a sequence goes on only where its START does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from overcommit.runtime import _shm
@@ -37,10 +37,12 @@ from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.lanes import RUN_ALONE
 from overcommit.runtime.messages import LinkUp
 from overcommit.runtime.router import Router, short_queue
+from overcommit.server import sequences
 from overcommit.server.failures import error_of
 from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX, WAKE_REQUESTS
 from overcommit.server.parcels import Parcels, Pending, Reply
 from overcommit.server.plans import InputPlan
+from overcommit.server.sequences import Tracks
 from overcommit.server.tallies import Tallies
 from overcommit.server.worker_link import WorkerLink, link_key
 
@@ -59,7 +61,9 @@ class Dispatch:
         ingress: mmap.mmap,
         egress: mmap.mmap,
         call_soon: Callable[[Callable[[], None]], object],
+        seats: int = 1,
     ) -> None:
+        """`seats`: of workers, whether somebody sits there or not."""
         self._call_soon = call_soon
         self._to_wake: set[WorkerLink] = set()
         self._unheard = 0  # requests pushed since the last wake-up
@@ -70,6 +74,7 @@ class Dispatch:
         self.links: dict[int, WorkerLink] = {}
         self._router = Router()
         self._avoid: set[int] = set()  # links that take no more at the moment
+        self.tracks = Tracks(seats)
         self.pending: dict[int, Pending] = {}
         self._held: dict[int, Pending] = {}
         self.requests = self.errors = self.late = self.retried = 0
@@ -105,12 +110,16 @@ class Dispatch:
         # A batch longer than the status page can list makes everything it may hold a suspect.
         is_listed = len(ids) < _shm.STATUS_BATCH_MAX
         head = link.submissions.head()
-        for pending in [each for each in self.pending.values() if each.link is link]:
+        mine = [each for each in self.pending.values() if each.link is link]
+        lost = self._lost_with(mine)
+        for pending in mine:
             consumed = pending.position < head
             in_batch = pending.request_id in suspects or not is_listed
             pending.link = None
             if pending.reply is None:
                 self._release(pending)
+            elif pending.request_id in lost:
+                self._fail(pending, lost[pending.request_id])
             elif not (consumed and bool(started_ns) and in_batch):
                 self._push(pending)
             elif pending.retries < RETRIES_MAX:
@@ -123,6 +132,18 @@ class Dispatch:
                 self._fail(
                     pending, WorkerLost(f"model '{name}': the worker that ran it died twice")
                 )
+
+    def _lost_with(self, pendings: Sequence[Pending]) -> dict[int, OvercommitError]:
+        """Which requests cannot go to another worker, because their sequence's state is gone."""
+        mine = [each for each in pendings if each.route.sequence]
+        asks = [sequences.ask_of(self.parcels, each) for each in mine]
+        slots = [each.route.slot for each in mine]
+        verdicts = sequences.can_go_on(zip(slots, asks, strict=True))
+        return {
+            each.request_id: sequences.lost(each.route, ask)
+            for each, ask, can in zip(mine, asks, verdicts, strict=True)
+            if not can
+        }
 
     # --- requests -------------------------------------------------------------------------------
     def open(self, route: Route, plan: InputPlan, reply: Reply, now_ns: int) -> Pending:
@@ -159,11 +180,17 @@ class Dispatch:
 
     def _push(self, pending: Pending) -> None:
         """Send to a worker; with no worker, hold until one comes or the time is over."""
-        slot = pending.route.slot
-        key = self._router.choose(slot, short_queue(pending.route.max_batch_size), self._avoid)
-        if key is None or key in self._avoid:
-            self._hold(pending)
-            return
+        route = pending.route
+        slot = route.slot
+        if route.sequence:
+            key = self._choose_for_sequence(pending)
+            if key is None:
+                return
+        else:
+            key = self._router.choose(slot, short_queue(route.max_batch_size), self._avoid)
+            if key is None or key in self._avoid:
+                self._hold(pending)
+                return
         link = self.links[key]
         # Recorded as lent before it can be seen: there is no instant at which a block is nobody's.
         pending.link = link
@@ -195,6 +222,24 @@ class Dispatch:
             self._call_soon(self._wake)
         elif self._unheard >= WAKE_REQUESTS:
             self._wake()
+
+    def _choose_for_sequence(self, pending: Pending) -> int | None:
+        """The one worker that may have a request of a sequence; None: it is held, or was failed."""
+        ask = sequences.ask_of(self.parcels, pending)
+        try:
+            link = self.tracks.link_for(pending, ask, self.links)
+        except WorkerLost as error:
+            self._fail(pending, error)
+            return None
+        if link is not None and link.key not in self._avoid:
+            return link.key
+        if link is not None:
+            self._fail(pending, Overloaded("the worker's ring is full", retry_after_s=1))
+        elif len(self._held) >= HELD_REQUESTS_MAX:
+            self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
+        else:
+            self._held[pending.request_id] = pending
+        return None
 
     def _hold(self, pending: Pending) -> None:
         is_full = any(link.lent >= link.lent_max for link in self.links.values())
@@ -293,6 +338,8 @@ class Dispatch:
             if not self.parcels.try_regrow(pending, detail):
                 self._fail(pending, Overloaded("payload memory is full", retry_after_s=1))
                 return
+            if route.sequence:
+                sequences.say_again(self.parcels, pending)
             self._push(pending)
         else:
             text = bytes(view).decode(errors="replace")

@@ -6,7 +6,7 @@
 
 Steps that do not need each other run at the same time.  Each is a request like any client's: it has the
 checks, the batches, the deadline and the counters of its own model, and brings it into memory if it
-was evicted.  A step may be an ensemble.
+was evicted.  A step may be an ensemble.  Steps with state get the request's sequence.
 
 Invariants
  1. The reply gets one answer, or was abandoned.
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime import payload, stages
 from overcommit.runtime.config import NEVER_NS, Step
 from overcommit.runtime.errors import DeadlineExceeded, ModelError, OvercommitError
+from overcommit.runtime.sequence_terms import Ask
 from overcommit.server.asking import Tensor, ask, request_of
 from overcommit.server.inference import Data, Prepared, prepare_decoded
 from overcommit.server.limits import ENSEMBLE_DEPTH_MAX
@@ -97,6 +98,7 @@ async def ask_any(
     *,
     deadline_ns: int | None = None,
     depth: int = 0,
+    sequence: Ask | None = None,
 ) -> list[Tensor]:
     """Run one request of a model or of an ensemble.  Raises what a client would be told."""
     timeout_us = None
@@ -107,8 +109,9 @@ async def ask_any(
                 f"model '{plans.route.name}': no time is left of the request's when its turn comes"
             )
     if not plans.route.steps:
-        return await ask(front, plans, tensors, outputs, timeout_us=timeout_us)
-    prepared, data = prepare_decoded(plans, *request_of(tensors, outputs, timeout_us=timeout_us))
+        return await ask(front, plans, tensors, outputs, timeout_us=timeout_us, sequence=sequence)
+    request, tail = request_of(tensors, outputs, timeout_us=timeout_us, sequence=sequence)
+    prepared, data = prepare_decoded(plans, request, tail)
     end_ns = time.monotonic_ns() + front.timeout_ns(prepared)
     found = await _through(front, prepared, data, end_ns, depth + 1)
     return [found[name] for name in _wanted(prepared)]
@@ -135,7 +138,7 @@ async def _through(
     try:
         async with asyncio.TaskGroup() as group:
             for number, step in enumerate(route.steps):
-                group.create_task(_step(front, route.name, number, step, made, deadline_ns, depth))
+                group.create_task(_step(front, prepared, number, step, made, deadline_ns, depth))
     except BaseExceptionGroup as errors:
         raise _first_of(errors) from None
     return {name: future.result() for name, future in made.items()}
@@ -143,14 +146,14 @@ async def _through(
 
 async def _step(
     front: FrontEnd,
-    name: str,
+    prepared: Prepared,
     number: int,
     step: Step,
     made: Mapping[str, asyncio.Future[Tensor]],
     deadline_ns: int,
     depth: int,
 ) -> None:
-    where = f"model '{name}', step {number + 1}: "
+    where = f"model '{prepared.route.name}', step {number + 1}: "
     try:
         tensors = []
         for model_name, tensor in step.inputs.items():
@@ -166,6 +169,7 @@ async def _step(
             list(step.outputs),
             deadline_ns=deadline_ns,
             depth=depth,
+            sequence=prepared.sequence,
         )
     except OvercommitError as error:
         raise type(error)(where + error.message, retry_after_s=error.retry_after_s) from error

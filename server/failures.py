@@ -28,7 +28,8 @@ def error_of(name: str, status: int, text: str, detail: int) -> OvercommitError:
         kind = {c.code: c for c in OvercommitError.__subclasses__()}.get(code, Unavailable)
         return kind(message, retry_after_s=detail / 1000 if detail else None)
     if status == _shm.BAD_REQUEST:
-        return BadRequest(f"model '{name}': {text}")
+        is_named = f"model '{name}'" in text
+        return BadRequest(text if is_named else f"model '{name}': {text}")
     if status == _shm.TOO_LARGE:
         return PayloadTooLarge(f"model '{name}': the answer needs {detail} bytes")
     return ModelError(f"model '{name}': {text}")

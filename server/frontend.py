@@ -99,7 +99,10 @@ class FrontEnd:
         call_soon = asyncio.get_running_loop().call_soon
         self.regions.look = self.on_control
         self.plans.is_split = self.table.is_split
-        self.dispatch = Dispatch(start.seat, start.epoch, self._ingress, egress, call_soon)
+        self.dispatch = Dispatch(
+            *(start.seat, start.epoch, self._ingress, egress, call_soon),
+            seats=start.settings.workers,
+        )
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
         self._ask_id = 0

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from overcommit.runtime import sequence_terms
 from overcommit.runtime.config import ID_CHARS_MAX, TENSORS_MAX
 from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES
-from overcommit.server import binary, codec
+from overcommit.runtime.sequence_terms import Ask
+from overcommit.server import binary, codec, sequences
 from overcommit.server.classification import Classes
 from overcommit.server.plans import InputPlan, Key, Part, RoutePlans, Selection, Want
 from overcommit.server.regions import window_of
@@ -36,6 +38,7 @@ class Prepared:
     selection: Selection
     all_binary: bool
     timeout_us: int | None = None
+    sequence: Ask | None = None  # that it is of
 
     @property
     def route(self) -> Route:
@@ -112,7 +115,7 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
     """
     try:
         request = codec.decode_request(text)
-        if any(item.datatype == "BYTES" for item in request.inputs):
+        if plans.ask_shape is not None or any(item.datatype == "BYTES" for item in request.inputs):
             return None
         sizes = [codec.whole(item.parameters, "binary_data_size") for item in request.inputs]
         if any(size is None for size in sizes):
@@ -133,7 +136,7 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
 
 def _named(error: OvercommitError, route: Route) -> OvercommitError:
     prefix = f"model '{route.name}': "
-    if error.message.startswith(prefix):
+    if error.message.startswith((prefix, "inference request ")):  # Triton's words name it
         return error
     return type(error)(prefix + error.message)
 
@@ -160,9 +163,18 @@ def _prepare_decoded(
 ) -> tuple[Prepared, Sequence[Data]]:
     _check_limits(request)
     key: Key = tuple([(item.name, item.datatype, item.shape) for item in request.inputs])
+    ask, given = None, key
+    if plans.ask_shape is not None:
+        ask = sequences.read(request.parameters, plans.route.name)
+        key = (*key, (sequence_terms.ASK_NAME, "UINT8", plans.ask_shape))
     plan = plans.known(key)
     if plan is None:
-        plans.check(key)
+        plans.check(given)
+        if ask is not None and plans.route.max_batch_size and any(s[0] != 1 for *_, s in given):
+            raise BadRequest(
+                f"inference request to model '{plans.route.name}' must specify batch-size 1 due to "
+                f"requirements of sequence batcher"
+            )
     data: list[Data] = []
     at = 0
     for item in request.inputs:
@@ -191,11 +203,13 @@ def _prepare_decoded(
             _check_elements(item, data[-1])
     if at != len(tail):
         raise BadRequest(f"{len(tail) - at} bytes follow the last binary tensor")
+    if ask is not None:
+        data.append(sequence_terms.encode(ask))
     if plan is None or any(
         len(each) != place.nbytes for each, place in zip(data, plan.places, strict=True)
     ):
         plan = plans.make(key, [len(each) for each in data])
-    return _finish(plans, plan, request), data
+    return _finish(plans, plan, request, ask), data
 
 
 def _check_limits(request: codec.InferRequest) -> None:
@@ -220,6 +234,7 @@ def _finish(
     plans: RoutePlans,
     plan: InputPlan,
     request: codec.InferRequest,
+    ask: Ask | None = None,
 ) -> Prepared:
     if request.parameters is None and request.outputs is None:
         return Prepared(plans, plan, request.id, None, False)
@@ -238,6 +253,7 @@ def _finish(
         selection,
         bool(codec.flag(request.parameters, "binary_data_output")),
         codec.whole(request.parameters, "timeout"),
+        sequences.read_if_any(request.parameters) if plans.route.steps else ask,
     )
 
 

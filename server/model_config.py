@@ -9,10 +9,19 @@ Pure but for `model_config`, which asks the supervisor.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from overcommit.runtime.accounts import Described
-from overcommit.runtime.config import ModelConfig, TensorSpec
+from overcommit.runtime.config import (
+    Batching,
+    Control,
+    ModelConfig,
+    Sequence,
+    SequenceState,
+    TensorSpec,
+)
+from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 from overcommit.server.questions import ask_typed
 
 if TYPE_CHECKING:
@@ -43,8 +52,8 @@ def describe(described: Described) -> Object:
         "runtime": "",
         "version_policy": {"all": {}},
         "max_batch_size": batching.max_batch_size,
-        "input": [_input(spec, config, batches) for spec in config.inputs],
-        "output": [_output(spec, batches) for spec in config.outputs],
+        "input": [_input(spec, config, batches) for spec in visible_inputs(config)],
+        "output": [_output(spec, batches) for spec in visible_outputs(config)],
         "batch_input": [],
         "batch_output": [],
         "optimization": {
@@ -55,7 +64,9 @@ def describe(described: Described) -> Object:
             "eager_batching": False,
         },
     }
-    if batches:
+    if config.sequence is not None:
+        shown["sequence_batching"] = _sequence(config.sequence, batching, batches)
+    elif batches:
         shown["dynamic_batching"] = {
             "preferred_batch_size": list(batching.preferred_sizes),
             "max_queue_delay_microseconds": batching.max_queue_delay_us,
@@ -95,10 +106,77 @@ def describe(described: Described) -> Object:
     }
 
 
+def _sequence(sequence: Sequence, batching: Batching, batches: bool) -> Object:
+    if sequence.strategy == "oldest":
+        strategy: Object = {
+            "max_candidate_sequences": sequence.candidates,
+            "preferred_batch_size": list(batching.preferred_sizes) or [batching.max_batch_size],
+            "max_queue_delay_microseconds": batching.max_queue_delay_us,
+            "preserve_ordering": False,
+        }
+    else:
+        strategy = {
+            "max_queue_delay_microseconds": batching.max_queue_delay_us,
+            "minimum_slot_utilization": sequence.utilization,
+        }
+    return {
+        sequence.strategy: strategy,
+        "max_sequence_idle_microseconds": sequence.idle_us,
+        "control_input": [_control(control) for control in sequence.controls],
+        "state": [_state(state, batches) for state in sequence.states],
+        "iterative_sequence": False,
+    }
+
+
+def _control(control: Control) -> Object:
+    shown: Object = {
+        "kind": f"CONTROL_SEQUENCE_{control.kind.upper()}",
+        "int32_false_true": [],
+        "fp32_false_true": [],
+        "bool_false_true": [],
+        "data_type": "TYPE_INVALID",
+    }
+    if control.kind == "corrid":
+        shown["data_type"] = _type(control.datatype)
+    elif control.datatype == "INT32":
+        shown["int32_false_true"] = [int(value) for value in control.values]
+    elif control.datatype == "FP32":
+        shown["fp32_false_true"] = list(control.values)
+    else:
+        shown["bool_false_true"] = [bool(value) for value in control.values]
+    return {"name": control.name, "control": [shown]}
+
+
+def _state(state: SequenceState, batches: bool) -> Object:
+    row = list(state.shape[1:] if batches else state.shape)
+    first: Object = {
+        "data_type": _type(state.datatype),
+        "dims": list(state.initial) or [max(1, size) if size < 0 else size for size in row],
+        "name": "first",
+    }
+    if state.file:
+        first["data_file"] = os.path.basename(state.file)
+    else:
+        first["zero_data"] = True
+    return {
+        "input_name": state.input,
+        "output_name": state.output,
+        "data_type": _type(state.datatype),
+        "dims": row,
+        "initial_state": [first],
+        "use_same_buffer_for_input_output": False,
+        "use_growable_memory": False,
+    }
+
+
+def _type(datatype: str) -> str:
+    return _TYPES.get(datatype, f"TYPE_{datatype}")
+
+
 def _input(spec: TensorSpec, config: ModelConfig, batches: bool) -> Object:
     return {
         "name": spec.name,
-        "data_type": _TYPES.get(spec.datatype, f"TYPE_{spec.datatype}"),
+        "data_type": _type(spec.datatype),
         "format": "FORMAT_NONE",
         "dims": _dims(spec, batches),
         "is_shape_tensor": False,
@@ -111,7 +189,7 @@ def _input(spec: TensorSpec, config: ModelConfig, batches: bool) -> Object:
 def _output(spec: TensorSpec, batches: bool) -> Object:
     return {
         "name": spec.name,
-        "data_type": _TYPES.get(spec.datatype, f"TYPE_{spec.datatype}"),
+        "data_type": _type(spec.datatype),
         "dims": _dims(spec, batches),
         "label_filename": spec.labels or "",
         "is_shape_tensor": False,

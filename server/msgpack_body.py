@@ -3,7 +3,8 @@
 The request is the V2 object with each tensor's numbers as one byte string, little-endian and
 row-major, BYTES elements with a 4-byte length each, as in the binary extension:
 
-    {"id"?: str, "parameters"?: {"timeout"?: int},
+    {"id"?: str, "parameters"?: {"timeout"?: int, "sequence_id"?: int | str,
+                                 "sequence_start"?: bool, "sequence_end"?: bool},
      "inputs": [{"name": str, "datatype": str, "shape": [int], "data": bin}],
      "outputs"?: [{"name": str}]}
 
@@ -25,6 +26,7 @@ from typing import Final
 import msgspec
 
 from overcommit.runtime.errors import BadRequest, OvercommitError
+from overcommit.runtime.sequence_terms import Ask
 from overcommit.server.asking import Tensor, request_of, tensors_of
 from overcommit.server.exchange import Exchange
 from overcommit.server.inference import Data, Prepared, prepare_decoded
@@ -51,6 +53,9 @@ class _Output(msgspec.Struct):
 
 class _Parameters(msgspec.Struct):
     timeout: int | None = None
+    sequence_id: int | str = 0
+    sequence_start: bool = False
+    sequence_end: bool = False
 
 
 class _Request(msgspec.Struct):
@@ -69,6 +74,7 @@ class Answer(msgspec.Struct, omit_defaults=True):
     id: str | None = None
 
 
+_NONE: Final = _Parameters()
 _DECODER: Final = msgspec.msgpack.Decoder(_Request)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
@@ -91,13 +97,18 @@ def prepare(
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest(f"model '{name}': the body is not MessagePack: {error}") from error
+    parameters = request.parameters or _NONE
+    sequence = None
+    if parameters.sequence_id:
+        sequence = Ask(parameters.sequence_id, parameters.sequence_start, parameters.sequence_end)
     return prepare_decoded(
         plans,
         *request_of(
             [Tensor(each.name, each.datatype, each.shape, each.data) for each in request.inputs],
             None if request.outputs is None else [output.name for output in request.outputs],
             id=request.id,
-            timeout_us=None if request.parameters is None else request.parameters.timeout,
+            timeout_us=parameters.timeout,
+            sequence=sequence,
         ),
     )
 

@@ -139,6 +139,10 @@ class Parcels:
             for place in plan.places
         ]
 
+    def request(self, pending: Pending) -> memoryview:
+        """The ingress block, as far as it is used."""
+        return self._in_view[pending.in_offset : pending.in_offset + pending.in_length]
+
     def answer(self, pending: Pending, length: int) -> memoryview:
         """The first bytes of the egress block."""
         return self._out_view[pending.out_offset : pending.out_offset + length]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from overcommit.runtime import payload
+from overcommit.runtime import payload, sequence_terms
 from overcommit.runtime.config import RANK_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, ProtocolError
 from overcommit.runtime.front_end_messages import Route
@@ -102,7 +102,8 @@ class RoutePlans:
 
     __slots__ = (
         *("_outputs", "_prepared", "_recent", "_shape", "_specs"),
-        *("answer_head", "labels", "prepared", "regions", "route", "templates"),
+        *("answer_head", "ask_shape", "labels", "prepared", "regions", "route"),
+        "templates",
     )
 
     def __init__(
@@ -116,6 +117,10 @@ class RoutePlans:
         self.regions = regions or Regions()
         self.labels = labels or Labels()
         self._specs = {spec.name: (index, spec) for index, spec in enumerate(route.inputs)}
+        # Of a model with state: the shape of the tensor that tells a worker of the sequence.
+        self.ask_shape: tuple[int, ...] | None = None
+        if route.sequence:
+            self.ask_shape = sequence_terms.ask_shape(route.max_batch_size > 0)
         self._shape = shape = shape or Shape()
         self.templates = shape.templates
         # What a template's requests have in common; the last one's beside the others.
@@ -159,7 +164,7 @@ class RoutePlans:
         counts: list[int] = []
         axes: dict[str, int] = {}
         for (name, datatype, shape), nbytes in zip(key, sizes, strict=True):
-            index, spec = self._specs[name]
+            index, spec = self._specs[name] if name != sequence_terms.ASK_NAME else self._ask
             count = math.prod(shape)
             width = DATATYPES[datatype][1]
             if width and nbytes != count * width:
@@ -181,6 +186,10 @@ class RoutePlans:
                 inputs.clear()
             inputs[key] = plan
         return plan
+
+    @property
+    def _ask(self) -> tuple[int, TensorSpec]:
+        return len(self.route.inputs), sequence_terms.ask_spec(self.route.max_batch_size > 0)
 
     def remember(self, template: Template, prepared: Prepared) -> None:
         """Keep what requests that this template reads have in common."""

@@ -19,6 +19,7 @@ from overcommit.runtime.errors import (
 )
 from overcommit.runtime.front_end_messages import Rehearsed, Route
 from overcommit.runtime.payload import DATATYPES
+from overcommit.runtime.sequence_terms import Ask
 from overcommit.server.asking import Tensor, ask
 from overcommit.server.plans import RoutePlans
 
@@ -45,7 +46,8 @@ def zeros(route: Route) -> list[Tensor]:
 async def rehearse(front: FrontEnd, route: Route) -> Rehearsed:
     """Run it; say how it went."""
     try:
-        await ask(front, RoutePlans(route), zeros(route))
+        sequence = Ask(1, is_start=True, is_end=True) if route.sequence else None
+        await ask(front, RoutePlans(route), zeros(route), sequence=sequence)
     except (BadRequest, ModelError) as error:
         # It is loaded and bound; whether zeros mean anything to it is another matter.
         started = "cannot be started" not in error.message

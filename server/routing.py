@@ -114,7 +114,12 @@ class RouteTable:
         """Note who has a share; return whom the rest is for, the best first."""
         proven = [route for route in usable if route.version not in named.held] or usable
         shares = [(named.weights.get(route.version, 0.0), route) for route in proven]
-        shares = [share for share in shares if share[0] > 0 and share[1].state == "ready"]
+        # A sequence stays with its version, so its requests are not shared out.
+        shares = [
+            share
+            for share in shares
+            if share[0] > 0 and share[1].state == "ready" and not share[1].sequence
+        ]
         self._shares.pop(named.name, None)
         self._canary.pop(named.name, None)
         if shares:

@@ -13,6 +13,7 @@ Called by the packer and by workers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -30,6 +31,7 @@ from overcommit.runtime.image import ImageHeader, TensorEntry
 
 Array = np.ndarray[Any, Any]
 ERROR_CHARS_MAX = 2000
+_loads = itertools.count(1)
 
 
 def start(program: dict[str, str]) -> Hosted | PythonProcess:
@@ -72,6 +74,7 @@ class PythonProgram:
     def __init__(self, header: ImageHeader) -> None:
         self.key = header.program_key
         self.hosted = start(header.program)
+        self.load = next(_loads)
 
     def bind(self, header: ImageHeader, memory: Memory) -> PythonModel:
         """Give it its weights.  Raises ImageError, ModelError."""
@@ -82,7 +85,8 @@ class PythonProgram:
                 self.hosted.bind({entry.name: _view(entry, memory) for entry in header.tensors})
             except Exception as error:  # its own code
                 raise _as_model_error(error) from error
-        return PythonModel(self.hosted, [spec.name for spec in header.config.outputs])
+        names = [spec.name for spec in header.config.outputs]
+        return PythonModel(self.hosted, names, self.load)
 
     def mixed(self, header: ImageHeader) -> None:
         """What it does with a batch is its own business."""
@@ -92,9 +96,16 @@ class PythonProgram:
 class PythonModel:
     """One version, ready to run."""
 
-    def __init__(self, hosted: Hosted | PythonProcess, names: list[str]) -> None:
+    def __init__(self, hosted: Hosted | PythonProcess, names: list[str], load: int) -> None:
         self._hosted = hosted
         self._names = names
+        self._load = load
+
+    @property
+    def incarnation(self) -> tuple[int, int]:
+        """What the model keeps itself is gone when this has changed."""
+        hosted = self._hosted
+        return self._load, hosted.starts if isinstance(hosted, PythonProcess) else 0
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError."""

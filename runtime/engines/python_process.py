@@ -67,6 +67,7 @@ class PythonProcess:
         self._python = python
         self._load = {"do": "load", **load}
         self._held: list[_Child] = []
+        self._starts = 0
         weakref.finalize(self, _end_all, self._held).atexit = False
         self._start()
 
@@ -74,6 +75,11 @@ class PythonProcess:
     def pid(self) -> int | None:
         """Of the process; None while there is none."""
         return self._held[0].popen.pid if self._held else None
+
+    @property
+    def starts(self) -> int:
+        """How often it was started, with the start that the next batch needs."""
+        return self._starts if self._held else self._starts + 1
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError, also when the process dies over it."""
@@ -115,6 +121,7 @@ class PythonProcess:
             theirs.close()
         child = _Child(popen, ours, Channel(fds[0]), Channel(fds[1]))
         self._held.append(child)
+        self._starts += 1
         try:
             self._ask(child, self._load, PYTHON_START_S)
         except ModelError:

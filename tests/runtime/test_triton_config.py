@@ -10,14 +10,18 @@ from tests.runtime.test_repository import make_model, only, settle
 from overcommit.runtime import mlserver_config, model_files, triton_config
 from overcommit.runtime.config import (
     Batching,
+    Control,
     ModelConfig,
     Naming,
+    Sequence,
+    SequenceState,
     TensorSpec,
     Warmup,
     WarmupInput,
 )
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.repository import VersionSource, scan
+from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 
 CONFIG = """
 name: "resnet"
@@ -102,7 +106,23 @@ def test_warm_up_requests_are_read() -> None:
         ('input { name: "x" dims: [ 1 ] }', "'x' has no data_type"),
         ("dynamic_batching { } sequence_batching { }", "at most one of"),
         ("version_policy { all { } latest { } }", "give one"),
-        ("sequence_batching { state { } }", "implicit state"),
+        ("sequence_batching { state { } }", "lacks its input_name"),
+        ("sequence_batching { iterative_sequence: true }", "iterative_sequence is not supported"),
+        ("sequence_batching { direct { } oldest { } }", "has direct and oldest"),
+        (
+            (
+                'sequence_batching { control_input { name: "c" control { kind: CONTROL_SEQUENCE_CORRID '
+                "data_type: TYPE_FP32 } } }"
+            ),
+            "control 'c' is FP32",
+        ),
+        (
+            (
+                'input { name: "s" data_type: TYPE_FP32 dims: [ 1 ] } sequence_batching { control_input '
+                '{ name: "s" control { int32_false_true: [ 0, 1 ] } } }'
+            ),
+            "'s' is more than one input",
+        ),
         ("max_batch_size: -1", "max_batch_size"),
     ],
 )
@@ -116,6 +136,65 @@ def test_what_cannot_be_served_is_refused(pbtxt: str, problem: str) -> None:
 def test_unknown_fields_are_noted() -> None:
     assert read("quantum_batching { depth: 3 }")[1] == [
         "config.pbtxt: unknown field 'quantum_batching'"
+    ]
+
+
+SEQUENCES = """
+max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: [ 2 ] }
+output [{ name: "y" data_type: TYPE_FP32 dims: [ 2 ] }, { name: "shown" data_type: TYPE_INT32 dims: [ 1 ] }]
+sequence_batching {
+  max_sequence_idle_microseconds: 5000
+  oldest { max_candidate_sequences: 4 preferred_batch_size: [ 4, 2 ] max_queue_delay_microseconds: 70
+           preserve_ordering: true }
+  control_input [
+    { name: "START" control { kind: CONTROL_SEQUENCE_START fp32_false_true: [ -1, 2 ] } },
+    { name: "END" control { kind: CONTROL_SEQUENCE_END bool_false_true: [ false, true ] } },
+    { name: "ID" control { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_STRING } }
+  ]
+  state [
+    { input_name: "in" output_name: "shown" data_type: TYPE_INT32 dims: [ 1 ] },
+    { input_name: "long" output_name: "longer" data_type: TYPE_FP16 dims: [ -1 ]
+      initial_state { data_type: TYPE_FP16 dims: [ 3 ] data_file: "first.bin" name: "n" } }
+  ]
+}
+"""
+
+
+def test_sequence_batching_is_read() -> None:
+    config, notes = read(SEQUENCES)
+    assert config.sequence == Sequence(
+        idle_us=5000,
+        strategy="oldest",
+        candidates=4,
+        controls=(
+            Control(kind="start", name="START", datatype="FP32", values=(-1, 2)),
+            Control(kind="end", name="END", datatype="BOOL", values=(0, 1)),
+            Control(kind="corrid", name="ID", datatype="BYTES"),
+        ),
+        states=(
+            SequenceState(
+                input="in", output="shown", datatype="INT32", shape=(-1, 1), is_shown=True
+            ),
+            SequenceState(
+                input="long",
+                output="longer",
+                datatype="FP16",
+                shape=(-1, -1),
+                initial=(3,),
+                file="initial_state/first.bin",
+            ),
+        ),
+    )
+    assert config.batching.preferred_sizes == (2, 4)
+    assert config.batching.max_queue_delay_us == 70
+    assert [spec.name for spec in config.inputs] == ["x", "START", "END", "ID", "in", "long"]
+    assert [spec.name for spec in config.outputs] == ["y", "shown", "longer"]
+    assert [spec.name for spec in visible_inputs(config)] == ["x"]
+    assert [spec.name for spec in visible_outputs(config)] == ["y", "shown"]
+    assert config.inputs[1].shape == (-1, 1)
+    assert notes == [
+        "config.pbtxt: sequence_batching.oldest.preserve_ordering: every request has its own answer"
     ]
 
 
