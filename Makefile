@@ -7,12 +7,16 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 DEMO ?= $(HOME)/.cache/overcommit/demo
 PYTEST_FLAGS ?=
+# Test files are shared out to processes; each starts servers, so that four are enough.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # On a machine with a GPU, pip takes the CUDA build of PyTorch; elsewhere the pinned CPU build.
 HAS_GPU := $(wildcard /dev/nvidiactl)
 CONSTRAINTS := $(if $(HAS_GPU),,-c constraints.txt)
+# A server is ten processes: where bytecode must not be written, each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := $(wildcard runtime/*.c runtime/*.h server/*.c kernels/*.c)
 
-.PHONY: install serve test test-quick lint proto js bench bench-memory clean
+.PHONY: install serve test lint ruff mypy pyright proto js bench bench-memory clean
 
 install: $(VENV)/.installed
 
@@ -31,13 +35,21 @@ serve: install
 	$(BIN)/overcommit serve $(DEMO) --host $(HOST) --port $(PORT)
 
 test: install js
-	$(BIN)/python -m coverage run -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report= $(PYTEST_FLAGS)
 	$(BIN)/python -m coverage report
 
 lint: install
+	@$(MAKE) --no-print-directory -k -j2 -O ruff mypy pyright
+
+ruff: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+mypy: install
 	$(BIN)/mypy
+
+pyright: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A client in another language, where there is npm; without it its test is skipped.

@@ -15,6 +15,7 @@ Called by the load generator, a few times a second, and by reports.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -91,7 +92,11 @@ class Histogram:
 
     def quantile(self, share: float) -> int:
         """Return the time that this share of all times does not exceed; 0 when nothing is there."""
-        wanted = max(1, min(self.count, -int(-share * self.count // 1)))
+        # A share that was made by dividing is a hair off, and so is its product with the count.
+        exact = share * self.count
+        whole = round(exact)
+        wanted = whole if abs(exact - whole) < self.count * 1e-12 else math.ceil(exact)
+        wanted = max(1, min(self.count, wanted))
         seen = 0
         for bucket, count in enumerate(self._counts):
             seen += count

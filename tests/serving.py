@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +38,18 @@ def children_of(pid: int) -> list[int]:
         wave = [child for child, parent in parents.items() if parent in wave]
         found += wave
     return found
+
+
+def files_of(pid: int) -> list[str]:
+    """What a process has open or mapped, by name; nothing when it is gone."""
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                names.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            names += line.split(maxsplit=5)[5:]
+    return names
 
 
 def is_alive(pid: int) -> bool:
@@ -68,6 +81,7 @@ class Server:
         cache: Path,
         flags: tuple[str, ...] = (),
         serve: tuple[str, ...] = ("-m", "overcommit", "serve"),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         command = [sys.executable, *serve, *map(str, repositories)]
         defaults = {"--port": "0", "--cache-dir": str(cache), "--device-memory": "64MiB"}
@@ -85,6 +99,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env={**os.environ, **(environment or {})},
             # Tests that are killed must not leave a server behind.
             preexec_fn=lambda: _shm.set_parent_death_signal(signal.SIGTERM),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,8 @@ TIMES = st.lists(st.integers(0, VALUE_MAX), min_size=1, max_size=200)
 
 
 def exact_quantile(values: list[int], share: float) -> int:
-    return sorted(values)[max(1, math.ceil(share * len(values))) - 1]
+    rank = math.ceil(Fraction(str(share)) * len(values))
+    return sorted(values)[max(1, rank) - 1]
 
 
 def filled(values: list[int]) -> Histogram:
@@ -58,6 +60,11 @@ def test_the_wire_keeps_everything(values: list[int]) -> None:
     assert again.to_wire() == histogram.to_wire()
     assert (again.count, again.mean) == (len(values), sum(values) / len(values))
     assert (again.lowest, again.highest) == (min(values), max(values))
+
+
+def test_a_share_that_was_made_by_dividing_is_taken_as_it_was_meant() -> None:
+    assert 7 / 25 * 25 > 7
+    assert filled(list(range(25))).quantile(7 / 25) == 6
 
 
 def test_an_empty_histogram_says_zero() -> None:

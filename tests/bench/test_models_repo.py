@@ -70,7 +70,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
 
 def test_no_room_is_said_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="free"):
-        models_repo.make_tables(tmp_path, 10**6)
+        models_repo.make_tables(tmp_path, 1000, rows=10**9)
     assert not list(tmp_path.iterdir())
 
 

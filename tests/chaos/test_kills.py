@@ -118,13 +118,15 @@ def want(bert_repository: Path, bert_reference: Callable[..., Any]) -> dict[str,
     return {name: bert_reference(bert_repository / name, IDS) for name in names}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(bert_repository: Path, image_cache: Path) -> Iterator[Server]:
+    """One server for all of them: what was killed in one test has come back for the next."""
     flags = ("--workers", "2", "--front-ends", "2")
     with Server(bert_repository, cache=image_cache, flags=flags) as running:
         for number in range(MODELS):
             running.infer(f"bert-{number:02}", {"input_ids": IDS, "attention_mask": [[1] * 4] * 2})
         yield running
+        assert running.stop() == 0
 
 
 def kill_one(server: Server, kind: str, choice: random.Random) -> None:
@@ -159,7 +161,6 @@ def test_killed_workers_lose_no_request_and_no_weight(server: Server, want: dict
     assert sum(tally.worker_lost for tally in load.tallies) <= 8 * CLIENTS
     after = settled(server)
     assert after["totals"]["bytes_read"] == before
-    assert server.stop() == 0
 
 
 def test_a_killed_mover_is_replaced_and_loads_go_on(
@@ -173,7 +174,6 @@ def test_a_killed_mover_is_replaced_and_loads_go_on(
             assert server.infer(f"bert-{number:02}", rows).status == 200
     assert load.wrong() == []
     assert load.broken_connections() == 0
-    assert server.stop() == 0
 
 
 def test_a_killed_front_end_costs_its_connections_and_nothing_else(
@@ -189,7 +189,6 @@ def test_a_killed_front_end_costs_its_connections_and_nothing_else(
     assert load.wrong() == []
     assert 0 < load.broken_connections() <= 4 * CLIENTS * 2
     settled(server)
-    assert server.stop() == 0
 
 
 def test_everything_is_killed_at_random_and_nothing_leaks(
@@ -215,7 +214,6 @@ def test_everything_is_killed_at_random_and_nothing_leaks(
     status = settled(server)
     assert status["device"]["used"] == used
     server.wait_until(lambda: fds() <= baseline)
-    assert server.stop() == 0
 
 
 def test_a_killed_fork_server_takes_its_workers_along_and_all_come_back(
@@ -237,4 +235,3 @@ def test_a_killed_fork_server_takes_its_workers_along_and_all_come_back(
         )
         load.go_on()
     assert load.wrong() == []
-    assert server.stop() == 0

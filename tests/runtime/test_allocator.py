@@ -162,7 +162,9 @@ def usable_share(allocator: ChunkAllocator) -> float:
 
 
 @pytest.mark.parametrize(
-    "loads", [10_000, pytest.param(100_000, marks=pytest.mark.slow)], ids=["quick", "long"]
+    "loads",
+    [10_000, pytest.param(100_000, marks=(pytest.mark.slow, pytest.mark.no_cover))],
+    ids=["quick", "long"],
 )
 @pytest.mark.parametrize(
     "size",
