@@ -33,6 +33,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from overcommit.runtime import reshape
 from overcommit.runtime.arena import Ranges, WeightsMapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
@@ -247,6 +248,8 @@ class Versions:
         # A mixed batch copies weights with the CPU; who has state runs by itself.
         can_mix = isinstance(memory, memoryview) and version.sequences is None
         mixed = program.mixed(header) if can_mix else None
+        if reshape.has_any(version.info.config):
+            version.model, mixed = reshape.Reshaped(version.model, version.info.config), None
         version.family = self.families.of(mixed, version.signature)
         version.opened = None  # the header's tables are of no use any more
         version.failures = 0

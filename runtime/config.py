@@ -223,7 +223,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `shape` is the full shape, -1 where the size varies; where the model batches, axis 0 is the
     batch.  `axes` names the varying axes ("batch", "sequence"): requests of one batch may differ
     in an axis only if `pad` is set on every input that has it, and an output axis of the same name
-    is cut back to the request's own size afterwards.
+    is cut back to the request's own size afterwards.  `reshape`: the model's own shape, where that is
+    another one than its clients'.
     """
 
     name: str
@@ -233,6 +234,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pad: float | None = None
     optional: bool = False
     labels: str | None = None  # output: the file, in the model's folder, that names its classes
+    reshape: tuple[int, ...] | None = None
 
 
 class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

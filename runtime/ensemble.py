@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from overcommit.runtime import reshape
 from overcommit.runtime.config import ModelConfig, Step
 from overcommit.runtime.errors import RepositoryError
 
@@ -35,6 +36,10 @@ def check(config: ModelConfig) -> None:
     if not config.inputs or not config.outputs:
         raise RepositoryError(
             "an ensemble says its inputs and outputs; add [[input]] and [[output]]"
+        )
+    if reshape.has_any(config):
+        raise RepositoryError(
+            "an ensemble hands tensors on as they are; its steps may reshape them"
         )
     given = {spec.name for spec in config.inputs}
     for number, step in enumerate(config.steps):

@@ -20,6 +20,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from overcommit.runtime import reshape
 from overcommit.runtime.config import (
     ALIASES_MAX,
     BATCH_SIZE_LIMIT,
@@ -73,6 +74,7 @@ class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pad: float | None = None
     optional: bool = False
     labels: _Path | None = None
+    reshape: _Shape | None = None
 
 
 class _Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -399,14 +401,16 @@ def _specs(origin: str, kind: str, tensors: tuple[_Tensor, ...]) -> tuple[Tensor
             raise RepositoryError(f"{origin}: {kind} '{tensor.name}' is there twice")
         names.add(tensor.name)
         _check_datatype(origin, kind, tensor.name, tensor.datatype)
-        specs.append(
-            TensorSpec(
-                name=tensor.name,
-                datatype=tensor.datatype,
-                shape=tensor.shape,
-                pad=tensor.pad,
-                optional=tensor.optional,
-                labels=tensor.labels,
-            )
+        spec = TensorSpec(
+            name=tensor.name,
+            datatype=tensor.datatype,
+            shape=tensor.shape,
+            pad=tensor.pad,
+            optional=tensor.optional,
+            labels=tensor.labels,
+            reshape=tensor.reshape,
         )
+        if (problem := reshape.problem_of(spec)) is not None:
+            raise RepositoryError(f"{origin}: {kind} {problem}")
+        specs.append(spec)
     return tuple(specs)

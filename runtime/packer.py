@@ -36,7 +36,7 @@ import msgspec
 import torch
 from torch import nn
 
-from overcommit.runtime import checkpoint, engines, foreign, sources, trials
+from overcommit.runtime import checkpoint, engines, foreign, reshape, sources, trials
 from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.engines import (
@@ -321,7 +321,11 @@ def pack(job: Pack, on_progress: Progress) -> PackDone:
     """Make the image of one version; the answer says whether it worked, and why not."""
     try:
         with _remarks_logged(job):
-            return _pack(job, on_progress)
+            # The model is packed as it is; which shape its clients give is nothing to it.
+            itself = msgspec.structs.replace(job, config=reshape.model_side(job.config))
+            done = _pack(itself, on_progress)
+            config = reshape.client_side(done.config, job.config)
+            return msgspec.structs.replace(done, config=config)
     except ModelError as error:
         message = f"model '{job.name}' failed its trial run: {error.message}"
     except OvercommitError as error:

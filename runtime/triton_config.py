@@ -113,11 +113,6 @@ def _unsupported(model: TritonModel) -> Iterator[str]:
     for tensor in (*model.input, *model.output):
         if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
             yield f"'{tensor.name}' is a tensor of TensorRT alone; export the model to ONNX"
-        if tensor.reshape is not None:
-            yield (
-                f"'{tensor.name}' has a reshape, which is not supported: give dims as the model has "
-                f"them, or reshape in the model"
-            )
     sequence = model.sequence_batching
     if sequence is not None:
         yield from triton_sequence.unsupported(sequence)
@@ -202,6 +197,9 @@ def _tensor(kind: str, tensor: Tensor, batches: bool, notes: list[str]) -> dict[
         "datatype": datatype(tensor.name, tensor.data_type),
         "shape": [-1, *tensor.dims] if batches else list(tensor.dims),
     }
+    if tensor.reshape is not None:
+        own = tensor.reshape.shape
+        row["reshape"] = [-1, *own] if batches else list(own)
     if tensor.optional:
         row["optional"] = True
     if tensor.label_filename:

@@ -179,6 +179,7 @@ def _input(spec: TensorSpec, config: ModelConfig, batches: bool) -> Object:
         "data_type": _type(spec.datatype),
         "format": "FORMAT_NONE",
         "dims": _dims(spec, batches),
+        **_reshape(spec, batches),
         "is_shape_tensor": False,
         "allow_ragged_batch": spec.pad is not None,
         "optional": spec.optional,
@@ -191,6 +192,7 @@ def _output(spec: TensorSpec, batches: bool) -> Object:
         "name": spec.name,
         "data_type": _type(spec.datatype),
         "dims": _dims(spec, batches),
+        **_reshape(spec, batches),
         "label_filename": spec.labels or "",
         "is_shape_tensor": False,
         "is_non_linear_format_io": False,
@@ -199,6 +201,12 @@ def _output(spec: TensorSpec, batches: bool) -> Object:
 
 def _dims(spec: TensorSpec, batches: bool) -> list[int]:
     return list(spec.shape[1:] if batches else spec.shape)
+
+
+def _reshape(spec: TensorSpec, batches: bool) -> Object:
+    if spec.reshape is None:
+        return {}
+    return {"reshape": {"shape": list(spec.reshape[1:] if batches else spec.reshape)}}
 
 
 def _text(value: str | int | float | bool) -> str:

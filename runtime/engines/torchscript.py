@@ -154,13 +154,29 @@ class ScriptProgram:
         return
 
 
+def kept_between(module: Any) -> list[str]:
+    """Name the attributes that a module's forward sets: what it may remember."""
+    try:
+        graph = module._c._get_method("forward").inlined_graph
+        return sorted({node.s("name") for node in graph.findAllNodes("prim::SetAttr")})
+    except RuntimeError:  # not every graph can be inlined
+        return []
+
+
 def refuse_state(name: str, module: Any, run: Any, inputs: dict[str, Any]) -> None:
     """Refuse a module whose second answer differs from its first.  Raises RepositoryError."""
     import numpy as np
 
     try:
         first, second = run(inputs)[0], run(inputs)[0]
-    except ModelError:
+    except ModelError as error:
+        if kept := kept_between(module):
+            raise RepositoryError(
+                f"{name} keeps state between requests (its code sets {kept[:5]}), and requests of "
+                f"several clients would get mixed up; export it with the state as a tensor that goes "
+                f"in and out, as its ONNX file may have it (it also took none of the values that were "
+                f"tried: {error.message[-200:]})"
+            ) from error
         return
     if any(not np.array_equal(first[key], second[key], equal_nan=True) for key in first):
         raise RepositoryError(

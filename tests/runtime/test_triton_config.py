@@ -102,7 +102,10 @@ def test_warm_up_requests_are_read() -> None:
     [
         ('backend: "tensorrt"', "backend 'tensorrt' is not served"),
         ("model_transaction_policy { decoupled: true }", "decoupled models"),
-        ('input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] reshape { } }', "has a reshape"),
+        (
+            'input { name: "x" data_type: TYPE_FP32 dims: [ 2 ] reshape { shape: [ 3 ] } }',
+            "cannot be reshaped",
+        ),
         ('input { name: "x" dims: [ 1 ] }', "'x' has no data_type"),
         ("dynamic_batching { } sequence_batching { }", "at most one of"),
         ("version_policy { all { } latest { } }", "give one"),
