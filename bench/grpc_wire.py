@@ -4,7 +4,7 @@ Written apart from the server's code on purpose, as `wire` is: protobuf and HTTP
 of them than one request needs.  A connection's first header block fills the server's table, as the
 usual clients do; later ones are a few indices.
 
-Pure; `decode` raises ValueError for an answer that is none.
+Pure but for `ask`; `decode` raises ValueError for an answer that is none.
 """
 
 from __future__ import annotations
