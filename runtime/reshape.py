@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
-import numpy as np
 
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.errors import ModelError
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+if TYPE_CHECKING:
+    import numpy as np  # the supervisor reads configurations, and has none
+
+    Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 class Model(Protocol):

@@ -10,7 +10,7 @@ Invariants
  1. Every row that is somebody's has the state that its last request left, or the first one's.
  2. What is returned as a state is a copy: it shares nothing with what the model gave.
 
-Pure.  Called by the runner of sequences.
+Pure but for the files of first states.  Called by the runner of sequences.
 """
 
 from __future__ import annotations
