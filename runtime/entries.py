@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from overcommit.runtime.config import ModelConfig, imaged
+from overcommit.runtime.folder_walk import CONTENT_DIGITS
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.labels import label_files
 from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.parts import PartInfo
-from overcommit.runtime.repository import CONTENT_DIGITS, VersionSource
+from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 from overcommit.runtime.worker_messages import VersionInfo
 

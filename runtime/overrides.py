@@ -38,10 +38,11 @@ import msgspec
 from overcommit.runtime import repository, triton_config
 from overcommit.runtime.config import OVERRIDES_BYTES_MAX, OVERRIDES_MAX, ModelConfig
 from overcommit.runtime.errors import BadRequest, OvercommitError, Overloaded, RepositoryError
+from overcommit.runtime.folder_walk import CONTENT_DIGITS
 from overcommit.runtime.known_configs import KnownConfigs
 from overcommit.runtime.model_names import name_error
 from overcommit.runtime.model_toml import to_config
-from overcommit.runtime.repository import CONTENT_DIGITS, Folder, VersionSource
+from overcommit.runtime.repository import Folder, VersionSource
 
 log = logging.getLogger("overcommit.overrides")
 

@@ -2,6 +2,7 @@
 
     ROOT/<model>/[<version number>/]files        optional model.toml in either folder,
                                                  or config.pbtxt, or model-settings.json
+    ROOT/<folders>/<model>/...                   where that has a model-settings.json, as MLServer
 
 A scan looks at names, sizes and times alone; of the files it reads only those that say how a model is
 served (`model_files`), and those once per change.  Without version folders the model folder itself is
@@ -16,20 +17,20 @@ Invariants
  4. A version whose folder changed within the last SETTLE_NS is `settling` (somebody is copying into
     it) unless this is the first scan; what it says is not final.
  5. What the model's version policy leaves out is `spare`: served only in another version's place.
+ 6. A folder that has no files of its own, but model-settings.json further down, is no model: what lies
+    there are.
 
 Called by the scanner and by `overcommit pack`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import msgspec
@@ -37,18 +38,25 @@ import msgspec
 from overcommit.runtime import ensemble, model_files
 from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, Naming
 from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.folder_walk import (
+    ENTRIES_MAX,
+    Entries,
+    Files,
+    Toml,
+    fingerprint_of,
+    is_folder,
+    is_skipped,
+    outermost,
+    refuse_outside,
+    walk,
+)
 from overcommit.runtime.known_configs import KnownConfigs
 from overcommit.runtime.model_names import name_error, printable
 from overcommit.runtime.model_toml import read_file
 
-CONTENT_DIGITS: Final = 16
 SETTLE_NS: Final = 1_000_000_000
-FILES_MAX: Final = 10_000  # of one version
-DEPTH_MAX: Final = 8  # folders inside a version
-ENTRIES_MAX: Final = 1_000_000  # of one root or model folder
 
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
-_SKIPPED: Final = frozenset({"__pycache__", "lost+found"})
 
 
 @dataclass(slots=True, frozen=True)
@@ -78,17 +86,12 @@ class Folder(NamedTuple):
     is_link: bool
 
 
-_Entries = list[os.DirEntry[str]]
-_Toml = tuple[str, str, int, int]  # name, path, size, time of a model.toml or its like
+class _Nested(Exception):
+    """The models of a folder lie in these folders inside it."""
 
-
-@dataclass(slots=True)
-class _Files:
-    """What a walk over one version found."""
-
-    rows: list[str]
-    newest_ns: int = 0
-    tomls: list[_Toml] = field(default_factory=list)  # of the folder itself
+    def __init__(self, folders: list[str]) -> None:
+        super().__init__()
+        self.folders = folders
 
 
 class _Vanished(Exception):
@@ -128,7 +131,7 @@ def model_folders(root: str) -> list[Folder]:
         return sorted(
             Folder(entry.name, entry.path, entry.is_symlink())
             for entry in itertools.islice(entries, ENTRIES_MAX)
-            if not _is_skipped(entry.name) and _is_folder(entry)
+            if not is_skipped(entry.name) and is_folder(entry)
         )
 
 
@@ -146,7 +149,13 @@ def scan_model(
     """
     known = {source.folder: source for source in former}
     found = []
-    for source in with_policy(list(_versions(root, model, before_ns, configs, known))):
+    versions = list(_versions(root, model, before_ns, configs, known))
+    if versions and versions[0].name == versions[-1].name:
+        versions = with_policy(versions)
+    else:  # models in folders of folders
+        groups = itertools.groupby(versions, key=lambda source: source.name)
+        versions = [source for _, group in groups for source in with_policy([*group])]
+    for source in versions:
         old = known.get(source.folder)
         found.append(old if old is not None and old == source else source)
     return found
@@ -191,7 +200,7 @@ def _versions(
         return
     try:
         if is_link:
-            _refuse_outside(root, path)
+            refuse_outside(root, path)
         folders, tomls, entries = _look_at_model(path)
     except FileNotFoundError:
         return
@@ -201,12 +210,17 @@ def _versions(
     for folder in folders:
         try:
             yield _scan_version(root, name, folder, tomls, entries, before_ns, configs, known)
+        except _Nested as nested:
+            for inner in nested.folders:
+                place, _, last = os.path.join(folder.path, inner).rpartition(os.sep)
+                inside = Folder(last, os.path.join(place, last), False)
+                yield from _versions(os.path.realpath(place), inside, before_ns, configs, known)
         except _Vanished:
             # Somebody is at work in it: the next scan knows more.
             yield VersionSource(name, folder.name, folder.path, "", None, None, settling=True)
 
 
-def _look_at_model(path: str) -> tuple[list[Folder], list[_Toml], _Entries | None]:
+def _look_at_model(path: str) -> tuple[list[Folder], list[Toml], Entries | None]:
     """Return the version folders in numeric order, and the model folder's own model.toml or its like.
 
     Without version folders the model's folder is the version: then also what it holds.
@@ -216,7 +230,7 @@ def _look_at_model(path: str) -> tuple[list[Folder], list[_Toml], _Entries | Non
     folders = [
         Folder(entry.name, entry.path, entry.is_symlink())
         for entry in entries
-        if entry.name.isdecimal() and entry.name.isascii() and _is_folder(entry)
+        if entry.name.isdecimal() and entry.name.isascii() and is_folder(entry)
     ]
     if not folders:
         # The walk over the version finds model.toml; the model's link was looked at already.
@@ -234,14 +248,14 @@ def _scan_version(
     root: str,
     name: str,
     place: Folder,
-    model_tomls: list[_Toml],
-    entries: _Entries | None,
+    model_tomls: list[Toml],
+    entries: Entries | None,
     before_ns: int | None,
     configs: KnownConfigs,
     known: Mapping[str, VersionSource],
 ) -> VersionSource:
     version, folder, is_link = place
-    files = _Files([])
+    files = Files([])
     digest = ""
     try:
         if not _VERSION.fullmatch(version):
@@ -250,10 +264,12 @@ def _scan_version(
                 f"zeros; rename the folder"
             )
         if is_link:
-            _refuse_outside(root, folder)
-        _walk(root, folder, "", 0, files, entries)
+            refuse_outside(root, folder)
+        walk(root, folder, "", 0, files, entries)
+        if files.nested and not files.has_own and not model_tomls and entries is not None:
+            raise _Nested(outermost(files.nested))
         tomls = sorted([*model_tomls, *files.tomls], key=lambda toml: model_files.RANKS[toml[0]])
-        digest = _fingerprint(files, tomls)
+        digest = fingerprint_of(files, tomls)
         files.newest_ns = max(files.newest_ns, *(mtime_ns for *_, mtime_ns in tomls), 0)
         # A time far ahead of our clock is no sign of somebody at work.
         if before_ns is not None and before_ns < files.newest_ns < before_ns + 2 * SETTLE_NS:
@@ -320,71 +336,11 @@ def _find(root: str, name: str, folder: str, file: str) -> str:
     for place in (folder, os.path.join(root, name)):
         path = os.path.join(place, file)
         if os.path.isfile(path) and not os.path.isabs(file):
-            _refuse_outside(os.path.realpath(os.path.join(root, name)), path)
+            refuse_outside(os.path.realpath(os.path.join(root, name)), path)
             return os.path.realpath(path)
     raise RepositoryError(
         f"its configuration names the file '{printable(file)}', which is not there"
     )
-
-
-def _walk(
-    root: str, folder: str, prefix: str, depth: int, files: _Files, entries: _Entries | None = None
-) -> None:
-    """Collect relative path, size and time of every file; `entries` if it was listed already."""
-    if depth > DEPTH_MAX:
-        raise RepositoryError(f"its folders are nested more than {DEPTH_MAX} deep")
-    files.newest_ns = max(files.newest_ns, os.stat(folder).st_mtime_ns)
-    if entries is None:
-        with os.scandir(folder) as listing:
-            entries = list(itertools.islice(listing, ENTRIES_MAX))
-    for entry in entries:
-        name = entry.name
-        if _is_skipped(name):
-            continue
-        info = entry.stat(follow_symlinks=False)
-        if stat.S_ISLNK(info.st_mode):
-            _refuse_outside(root, entry.path)
-            info = entry.stat()
-        if stat.S_ISDIR(info.st_mode):
-            _walk(root, entry.path, f"{prefix}{name}/", depth + 1, files)
-            continue
-        if not stat.S_ISREG(info.st_mode):
-            continue
-        files.newest_ns = max(files.newest_ns, info.st_mtime_ns)
-        if not prefix and name in model_files.RANKS:
-            files.tomls.append((name, entry.path, info.st_size, info.st_mtime_ns))
-            continue
-        files.rows.append(f"{prefix}{name}\0{info.st_size}\0{info.st_mtime_ns}")
-        if len(files.rows) > FILES_MAX:
-            raise RepositoryError(f"it holds more than {FILES_MAX} files")
-
-
-def _fingerprint(files: _Files, tomls: list[_Toml]) -> str:
-    digests = []
-    for rows in (sorted(files.rows), [f"{name} {size} {at}" for name, _, size, at in tomls]):
-        content = "\n".join(rows).encode("utf-8", "surrogateescape")
-        digests.append(hashlib.blake2b(content, digest_size=CONTENT_DIGITS // 2).hexdigest())
-    return "".join(digests)
-
-
-def _refuse_outside(root: str, path: str) -> None:
-    target = os.path.realpath(path)
-    if target != root and not target.startswith(root.rstrip(os.sep) + os.sep):
-        raise RepositoryError(
-            f"'{printable(os.path.basename(path))}' is a symlink that leaves the repository; "
-            f"copy what it points to into the folder"
-        )
-
-
-def _is_skipped(name: str) -> bool:
-    return name.startswith(".") or name in _SKIPPED
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
 
 
 def _reason(error: OSError | RepositoryError) -> str:

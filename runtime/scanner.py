@@ -64,6 +64,7 @@ class Scanner:
         # By name, in order: number of the root, and whether it is a symlink.
         self._folders: dict[str, tuple[int, bool]] = {}
         self._models: dict[str, Sources] = {}
+        self._inside: dict[str, str] = {}  # models in folders of folders -> the outermost one
         self._unsettled: set[str] = set()
         self._hurried: set[str] = set()
         self._lock = threading.Lock()  # guards _hurried
@@ -104,7 +105,8 @@ class Scanner:
         # Once a round whatever their times say: a symlink may have got a target, a clock may be coarse.
         new, is_changed = self._list_roots(always=not self._round)
         with self._lock:
-            hurried, self._hurried = self._hurried & self._folders.keys(), set()
+            hurried = {self._inside.get(name, name) for name in self._hurried}
+            hurried, self._hurried = hurried & self._folders.keys(), set()
         done: set[str] = set()
         for name in itertools.chain(new, hurried, tuple(self._unsettled)):
             if name not in done and name in self._folders:
@@ -160,6 +162,9 @@ class Scanner:
         if found == former and name in self._models:
             return False
         self._models[name] = found
+        for source in found:
+            if source.name != name:
+                self._inside[source.name] = name
         return True
 
     def _collect(self) -> None:

@@ -10,6 +10,7 @@ Called by the command line, in a process of its own.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -99,13 +100,15 @@ class Checker:
             for folder in models:
                 done += 1
                 on_progress(done, total)
-                if folder.name in found:
-                    remarks.append(
-                        f"{folder.path}: a model of this name is served from another root"
-                    )
-                    continue
-                found[folder.name] = report = self._model(root, folder)
-                versions += len(report.versions)
+                for report in self._models(root, folder):
+                    if report.name in found:
+                        other = found[report.name].folder
+                        remarks.append(
+                            f"{report.folder}: a model of this name is served from another place, {other}"
+                        )
+                        continue
+                    found[report.name] = report
+                    versions += len(report.versions)
         if versions > VERSIONS_MAX:
             remarks.append(
                 f"{versions} versions, the limit is {VERSIONS_MAX}: the last are left out"
@@ -114,17 +117,28 @@ class Checker:
         remarks += _missing(found)
         return Report(models=tuple(found.values()), remarks=tuple(remarks))
 
-    def _model(self, root: str, folder: Folder) -> ModelReport:
-        versions = scan_model(root, folder, None, self._configs)
+    def _models(self, root: str, folder: Folder) -> Iterator[ModelReport]:
+        """Report a folder's model; or those further down, where it holds such."""
+        found = scan_model(root, folder, None, self._configs)
+        if not found:
+            yield self._model(folder.name, folder.path, [])
+        for name, group in itertools.groupby(found, key=lambda source: source.name):
+            versions = list(group)
+            inner = versions[0].folder
+            path = inner if os.path.basename(inner) == name else os.path.dirname(inner)
+            is_inside = path.startswith(folder.path + os.sep) and os.path.basename(path) == name
+            yield self._model(name, path if is_inside else folder.path, versions)
+
+    def _model(self, name: str, path: str, versions: list[VersionSource]) -> ModelReport:
         served = [each for each in versions if not each.spare]
         naming = next((v.config.naming for v in reversed(versions) if v.config is not None), None)
         return ModelReport(
-            name=versions[0].name if versions else folder.name,
-            folder=folder.path,
+            name=name,
+            folder=path,
             versions=tuple(map(self._version, served)),
             left_out=tuple(each.version for each in versions if each.spare),
             aliases={} if naming is None else naming.aliases,
-            ignored=self._ignored(folder.path, served),
+            ignored=self._ignored(path, served),
         )
 
     def _version(self, source: VersionSource) -> VersionReport:

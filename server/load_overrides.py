@@ -23,8 +23,8 @@ from fastapi import Response
 from overcommit.runtime import model_files
 from overcommit.runtime.config import OVERRIDE_CONFIG_BYTES_MAX
 from overcommit.runtime.errors import BadRequest, Forbidden, OutOfMemory, PayloadTooLarge
+from overcommit.runtime.folder_walk import DEPTH_MAX
 from overcommit.runtime.model_names import name_error
-from overcommit.runtime.repository import DEPTH_MAX
 from overcommit.server.limits import OVERRIDE_FILES_MAX
 from overcommit.server.questions import ask_value
 

@@ -305,6 +305,29 @@ def test_a_warm_up_file_is_found_beside_the_versions_and_nowhere_else(tmp_path: 
     assert "symlink" in (scan([tmp_path])[0].error or "")
 
 
+# --- models in folders of folders -----------------------------------------------------------------
+def test_mlservers_models_may_lie_in_folders_of_folders(tmp_path: Path) -> None:
+    settings = '{"name": "own", "implementation": "mlserver_sklearn.SKLearnModel"}'
+    make_model(tmp_path, "plain")
+    for path in ("group/b", "group/deep/a", "group/deep/a/examples"):
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / path / "model-settings.json").write_text(settings)
+        (tmp_path / path / "model.joblib").write_bytes(b"x")
+    (tmp_path / "group" / "versions" / "2").mkdir(parents=True)
+    (tmp_path / "group" / "versions" / "2" / "model-settings.json").write_text(settings)
+    (tmp_path / "group" / "versions" / "2" / "model.joblib").write_bytes(b"x")
+    found = scan([tmp_path])
+    assert [(each.name, each.version, each.error) for each in found] == [
+        *(("a", "1", None), ("b", "1", None), ("versions", "2", None), ("plain", "1", None))
+    ]
+    assert found[0].config is not None
+    assert found[0].config.engine == "sklearn"
+    assert found[0].folder == str(tmp_path / "group" / "deep" / "a")
+    # With a file of its own it is a model, whatever lies further down.
+    (tmp_path / "group" / "model.pt2").write_bytes(b"x")
+    assert [each.name for each in scan([tmp_path])] == ["group", "plain"]
+
+
 # --- the same as JSON -----------------------------------------------------------------------------
 RICH = (
     CONFIG

@@ -111,3 +111,15 @@ def test_the_command_prints_json_and_its_status_says_whether_all_is_well(tmp_pat
     result = CliRunner().invoke(cli.app, arguments[:-1])
     assert result.exit_code == 1
     assert "holds no model files" in result.stdout
+
+
+def test_models_in_folders_of_folders_are_reported_each(tmp_path: Path) -> None:
+    for path in ("group/one", "group/deep/two", "group/deep/more/one"):
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "model-settings.json").write_text('{"cache_enabled": true}')
+        (tmp_path / path / "model.onnx").write_bytes(b"x")
+    report = Checker(None, False).check([str(tmp_path)])
+    found = {model.name: model for model in report.models}
+    assert set(found) == {"one", "two"}
+    assert found["two"].folder == str(tmp_path / "group" / "deep" / "two")
+    assert "cache_enabled" in found["two"].ignored[0]
