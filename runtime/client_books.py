@@ -23,11 +23,14 @@ import msgspec
 from overcommit.runtime.config import REGIONS_MAX
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.fleet import Child
-from overcommit.runtime.front_end_messages import Admin, LogLevel, Region, RegionsChanged
+from overcommit.runtime.front_end_messages import Admin, Region, RegionsChanged
 from overcommit.runtime.house import House
+from overcommit.runtime.messages import LogLevel
 from overcommit.runtime.wire_settings import LogSettings, TraceSettings
 
 log = logging.getLogger("overcommit")
+
+_Key = tuple[str, int, int]
 
 
 class ClientBooks:
@@ -36,7 +39,8 @@ class ClientBooks:
     def __init__(self, house: House) -> None:
         self._house = house
         self._regions: dict[str, Region] = {}
-        self._told: set[tuple[int, int]] = set()  # front ends that know all that there is
+        self._told: set[_Key] = set()  # children that know all that they have to
+        self._is_level_set = False
         self._trace = TraceSettings()
         self._log = LogSettings.of(house.settings.log_level)
         self.operations: dict[str, Callable[[Admin], bytes]] = {
@@ -47,15 +51,16 @@ class ClientBooks:
         }
 
     def tell_new(self) -> None:
-        """Tell front ends that are new what the others know; before they hear of any model."""
-        for front in self._house.fleet.of_kind("front_end", ready=False):
-            if _key(front) in self._told:
+        """Tell children that are new what the others know; front ends, before they hear of any model."""
+        for child in self._house.fleet.children.values():
+            if _key(child) in self._told:
                 continue
-            self._told.add(_key(front))
-            for region in self._regions.values():  # each a message: names may be long
-                front.post(RegionsChanged(upsert=(region,)))
-            if self._log.level != self._house.settings.log_level.upper():
-                front.post(LogLevel(level=self._log.level))
+            self._told.add(_key(child))
+            if child.seat.kind == "front_end":
+                for region in self._regions.values():  # each a message: names may be long
+                    child.post(RegionsChanged(upsert=(region,)))
+            if self._is_level_set:  # who was forked has the level of the fork server's start
+                child.post(LogLevel(level=self._log.level))
 
     # --- shared memory --------------------------------------------------------------------------
     def _add_region(self, request: Admin) -> bytes:
@@ -100,18 +105,21 @@ class ClientBooks:
             level = self._log.level
             logging.getLogger().setLevel(level)
             os.environ["OVERCOMMIT_CHILD_LOG_LEVEL"] = level  # of children that are started later
-            self._tell(LogLevel(level=level))
+            self._is_level_set = True
+            for child in self._house.fleet.children.values():
+                if _key(child) in self._told:
+                    child.post(LogLevel(level=level))
             log.info("a client has set the log level to %s", level)
         return msgspec.json.encode(self._log.as_dict())
 
-    def _tell(self, message: RegionsChanged | LogLevel) -> None:
+    def _tell(self, message: RegionsChanged) -> None:
         for front in self._house.fleet.of_kind("front_end", ready=False):
             if _key(front) in self._told:
                 front.post(message)
 
 
-def _key(front: Child) -> tuple[int, int]:
-    return front.seat.index, front.epoch
+def _key(child: Child) -> _Key:
+    return child.seat.kind, child.seat.index, child.epoch
 
 
 def _object(text: str) -> dict[str, object]:

@@ -128,12 +128,6 @@ class TellCounts(Message, frozen=True):
     id: int
 
 
-class LogLevel(Message, frozen=True):
-    """Front end: log from this level on (a name as `logging` has it)."""
-
-    level: str
-
-
 class ModelCounters(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What a front end has counted for one version since it said so last; at most 100 bytes long.
 
@@ -190,6 +184,5 @@ FrontEndMessage = (
     | AdminReply
     | RegionsChanged
     | TellCounts
-    | LogLevel
     | Counters
 )

@@ -8,6 +8,7 @@ Who sends what, by the room that has it:
 
     here                     supervisor -> all: Start, Drain, Stop; all -> supervisor: Ready
                              supervisor -> worker, front end: LinkUp, LinkDown
+                             supervisor -> worker, front end, mover: LogLevel
                              supervisor <-> mover, supervisor -> worker: Chunks
                              worker, mover -> supervisor: ChunksTaken
                              supervisor -> fork server: Fork, Preload, Stop
@@ -16,7 +17,7 @@ Who sends what, by the room that has it:
                              ActivationFailed, Withdrawn, Forget
                              worker -> supervisor: Activate, BindFailed, Attaches
     `front_end_messages`     supervisor -> front end: Routes, AdminReply, Pressure, RegionsChanged,
-                             LogLevel, TellCounts, Rehearse
+                             TellCounts, Rehearse
                              front end -> supervisor: Admin, Counters, Rehearsed
     `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad
                              mover -> supervisor: LoadDone, Populated
@@ -70,6 +71,12 @@ class Ready(Message, frozen=True):
     """The child has everything it needs and serves."""
 
     pid: int
+
+
+class LogLevel(Message, frozen=True):
+    """Log from this level on (a name as `logging` has it)."""
+
+    level: str
 
 
 class Drain(Message, frozen=True):
@@ -165,6 +172,7 @@ class Unfit(Message, frozen=True):
 ProcessMessage = (
     Start
     | Ready
+    | LogLevel
     | Drain
     | Stop
     | LinkUp

@@ -48,7 +48,7 @@ from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
-from overcommit.runtime.messages import Chunks, Message, Ready, Start, Stop
+from overcommit.runtime.messages import Chunks, LogLevel, Message, Ready, Start, Stop
 from overcommit.runtime.mover_messages import CancelLoad, Load, LoadDone, Populated, PromoteLoad
 
 log = logging.getLogger("overcommit.mover")
@@ -285,4 +285,6 @@ def _serve(mover: Mover, control: ControlSocket, shrink: Callable[[int], None]) 
             mover.promote(message.job)
         elif isinstance(message, Chunks):
             shrink(message.count)
+        elif isinstance(message, LogLevel):
+            logging.getLogger().setLevel(message.level)
     return True

@@ -2,7 +2,8 @@
 
 The server writes no trace files, so tracing is off and cannot be turned on; the other settings are kept
 as they are given, for clients that write them and read them back.  Log settings choose the level of the
-supervisor and the front ends: the finest that is on.  Where a log goes is the operator's business alone.
+supervisor, the front ends, the workers and the mover: the finest that is on.  Where a log goes is the
+operator's business alone.
 
 Invariants
  1. A change is taken whole or not at all.

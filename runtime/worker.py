@@ -45,7 +45,7 @@ from overcommit.runtime.garbage import Garbage
 from overcommit.runtime.heap import Heap
 from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Link, Links, link_key
-from overcommit.runtime.messages import Chunks, LinkDown, LinkUp, Ready, Start, Stop
+from overcommit.runtime.messages import Chunks, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
 from overcommit.runtime.mixing import Families
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
@@ -341,6 +341,8 @@ class Worker:
             self._drop_link(link_key(message.seat, message.epoch), now_ns)
         elif isinstance(message, Chunks):
             self.versions.ranges.shrink(message.count)
+        elif isinstance(message, LogLevel):
+            logging.getLogger().setLevel(message.level)
         elif isinstance(message, Stop):
             self.is_stopping = True
 

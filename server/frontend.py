@@ -35,7 +35,6 @@ from overcommit.runtime.front_end_messages import (
     Admin,
     AdminReply,
     Counters,
-    LogLevel,
     Pressure,
     RegionsChanged,
     Rehearse,
@@ -43,7 +42,7 @@ from overcommit.runtime.front_end_messages import (
     Routes,
     TellCounts,
 )
-from overcommit.runtime.messages import Drain, LinkDown, LinkUp, Ready, Start, Stop
+from overcommit.runtime.messages import Drain, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
 from overcommit.server.app import make_app
 from overcommit.server.dispatch import Dispatch
 from overcommit.server.heads import Heads

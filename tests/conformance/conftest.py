@@ -9,6 +9,12 @@ from model_rig import ADD, DATATYPES, ECHO, FAULTY, SLOW, add_extended_models, a
 from serving import Server
 
 MAX_BODY = "68MiB"
+CHATTY = FAULTY.replace(
+    "        if (x",
+    "        import logging\n"
+    '        logging.getLogger("m").debug("one says %d", x[0, 0])\n'
+    "        if (x",
+)
 CHAIN = """
 [[input]]
 name = "x"
@@ -40,6 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     add_model(root, "faulty", FAULTY, {"x": "FP32"})
     add_model(root, "loadable", FAULTY, {"x": "FP32"})
     add_model(root, "echo", FAULTY, {"x": "FP32"}, batch=64, columns=16)  # as the bench's Triton
+    add_model(root, "chatty", CHATTY, {"x": "FP32"})
     (root / "chain").mkdir()
     (root / "chain" / "model.toml").write_text(CHAIN)
     flags = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,3 +152,38 @@ def test_the_aio_client_infers(server: Server) -> None:
                 await client.infer("nope", [fp32([1.0])])
 
     asyncio.run(run())
+
+
+def test_log_settings_reach_running_workers_and_those_to_come(
+    server: Server, client: triton.InferenceServerClient
+) -> None:
+    def has_said(number: float) -> bool:
+        return any(f"one says {number:.0f}" in line for line in server.log)
+
+    def says(number: float) -> bool:
+        client.infer("chatty", [fp32([number])])
+        return has_said(number)
+
+    def has_failed() -> bool:
+        """Log an error, behind all that was logged before."""
+        failures = sum("too hot" in line for line in server.log)
+        with pytest.raises(InferenceServerException, match="too hot"):
+            client.infer("chatty", [fp32([200.0])])
+        return sum("too hot" in line for line in server.log) > failures
+
+    client.infer("chatty", [fp32([11.0])])
+    server.wait_until(has_failed)
+    assert not has_said(11)
+    client.update_log_settings({"log_verbose_level": 1})
+    server.wait_until(lambda: says(12))
+    (worker,) = server.pids("worker")
+    os.kill(worker, 9)
+    server.wait_until(lambda: server.pids("worker") not in ([], [worker]))
+    server.wait_until(lambda: says(13))
+    client.update_log_settings({"log_verbose_level": 0})
+    numbers = iter(range(14, 100))
+    server.wait_until(lambda: not says(next(numbers)))
+    last = next(numbers)
+    client.infer("chatty", [fp32([float(last)])])
+    server.wait_until(has_failed)
+    assert not has_said(last)
