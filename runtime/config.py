@@ -69,6 +69,21 @@ GPU_WATCH_S: Final = 1.0  # between two readings of NVML
 XIDS_KEPT: Final = 32
 FDS_SPARE: Final = 1024  # descriptors of the supervisor beside those of chunks
 
+# --- several devices ------------------------------------------------------------------------------
+DEVICES_MAX: Final = 16
+SPREAD_INTERVAL_S: Final = 1.0  # between two looks
+SPREAD_SLACK: Final = 0.1  # of a device's memory, by which a site may be ahead and still get kin
+QUEUE_BATCHES: Final = 2  # that wait for each worker of a version: one device is not enough ...
+REPLICA_LOOKS: Final = 3  # ... if so many looks in a row say so
+COLD_LOOKS: Final = 30  # in a row with hardly anybody waiting: one device is enough again
+REST_LOOKS: Final = 10  # in which a version that was moved is left alone
+SETTLE_LOOKS: Final = 10  # after which what was promised to a device is seen there, or was not used
+MOVES_MAX: Final = 8  # versions that leave one device at one look
+FULL_SHARE: Final = 1.0  # of DEVICE: the versions in use need more ...
+ROOM_SHARE: Final = 0.9  # ... and stay below this where they go
+LOST_STARTS: Final = 3  # a device whose processes die so often before they serve is lost
+LOST_XIDS: Final = frozenset((79,))  # what the driver says of a GPU that is off the bus
+
 # --- prefetch -----------------------------------------------------------------------------------
 PREFETCH_BYTES_PER_S: Final = 256 * MIB  # on average; the disk's and the copy's share for guesses
 PREFETCH_SHARE: Final = 0.5  # of a tier, for what was prefetched and not used yet
