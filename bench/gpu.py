@@ -37,7 +37,7 @@ NO_GPU: Final = "no GPU: nothing was measured"
 
 def run(options: Options, report: Report) -> None:
     """Run every part; one that fails is a missed condition, and the others go on."""
-    gpu = device_choice.choose(Settings())
+    gpu = device_choice.choose(Settings())[0]
     if gpu is None:
         report.notes.append(NO_GPU)
         report.step(NO_GPU)

@@ -76,11 +76,11 @@ class Accounts:
 
     def _account(self, entry: Entry) -> Account:
         house = self._house
-        last_ns = house.gate.usage(entry.slot).last_used_ns
+        last_ns = house.usage(entry.slot).last_used_ns
         last_ms = 0
         if last_ns:
             last_ms = int(time.time() * 1000) - (time.monotonic_ns() - last_ns) // 1_000_000
-        view = house.residency.view(entry.slot)
+        view = house.view(entry.slot)
         return Account(
             name=entry.name,
             version=entry.version,

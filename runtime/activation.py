@@ -15,14 +15,14 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from overcommit.runtime.config import NEVER_NS, SUSPECTS_KEPT, ModelConfig, Settings
+from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
@@ -76,8 +76,18 @@ class Activations:
     """Wishes in, messages out."""
 
     def __init__(
-        self, settings: Settings, residency: Residency, registry: Registry, fleet: Fleet
+        self,
+        settings: Settings,
+        residency: Residency,
+        registry: Registry,
+        fleet: Fleet,
+        quarantine: Quarantine,
+        site: int = 0,
+        pins: Callable[[int], bool] = lambda slot: True,
     ) -> None:
+        """`pins(slot)`: whether a version that its folder pins is pinned at this site."""
+        self._site = site
+        self._pins = pins
         self._settings = settings
         self._residency = residency
         self._registry = registry
@@ -85,13 +95,11 @@ class Activations:
         self._running: dict[int, Running] = {}
         self._verified: set[str] = set()
         self._terms: dict[Terms, Terms] = {}
-        self.quarantine = Quarantine()
+        self.quarantine = quarantine
         self._on_action: Callable[[Action, int], None] = lambda action, now_ns: None
         self._on_ready: Callable[[int, str], None] = lambda slot, name: None
         self._on_removed: Callable[[int], None] = lambda slot: None
         self.timings = Timings()
-        # Requests that were running when a worker died, of late.
-        self._suspects: collections.deque[int] = collections.deque(maxlen=SUSPECTS_KEPT)
 
     def watch(
         self,
@@ -148,9 +156,10 @@ class Activations:
         )
         # A popular version runs in any worker that is killed from outside.  What speaks against
         # a version is that a request which had killed one worker, retried alone, kills the next.
-        if any(request_id in self._suspects for request_id in request_ids):
+        suspects = self.quarantine.suspects
+        if any(request_id in suspects for request_id in request_ids):
             self.quarantine.on_worker_died(slot, now_ns)
-        self._suspects.extend(request_ids)
+        suspects.extend(request_ids)
 
     def on_attaches(self, worker: Child, message: Attaches) -> None:
         """A worker says when it mapped what."""
@@ -204,9 +213,10 @@ class Activations:
         if entry.config.steps:
             return  # an ensemble has nothing to load
         self._on_ready(entry.slot, entry.name)
-        if entry.config.pin or self._residency.view(entry.slot) is not None:
+        is_pinned = entry.config.pin and self._pins(entry.slot)
+        if is_pinned or self._residency.view(entry.slot) is not None:
             self._add(entry, now_ns)
-        if entry.config.pin:
+        if is_pinned:
             self.apply(self._residency.want(entry.slot, -1, now_ns), now_ns)
 
     def introduce(self, slot: int, now_ns: int) -> None:
@@ -217,6 +227,8 @@ class Activations:
 
     def _add(self, entry: Entry, now_ns: int) -> None:
         terms = self.terms(entry.config)
+        if terms.pinned and not self._pins(entry.slot):
+            terms = dataclasses.replace(terms, pinned=False)
         self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms, entry.parts)
 
     def terms(self, config: ModelConfig) -> Terms:
@@ -233,7 +245,7 @@ class Activations:
         self.timings.forget(slot)
         self._on_removed(slot)
         self.apply(self._residency.remove(slot, now_ns), now_ns)
-        for worker in self._fleet.of_kind("worker"):
+        for worker in self._fleet.of_kind("worker", site=self._site):
             if slot in worker.told:
                 worker.told.discard(slot)
                 worker.post(Forget(slot=slot))
@@ -330,5 +342,5 @@ class Activations:
 
     def _send(self, message: Message) -> None:
         # No mover now: the load stays in flight, and the next mover gets it when it is ready.
-        for mover in self._fleet.of_kind("mover"):
+        for mover in self._fleet.of_kind("mover", site=self._site):
             mover.post(message)

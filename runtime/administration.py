@@ -32,9 +32,9 @@ from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.gathering import Gathering
-from overcommit.runtime.gpu_watch import describe
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
+from overcommit.runtime.site_status import describe_site, tiers_of
 
 MODELS_PAGE_MAX = 1000
 _TOTALS = ("requests", "errors", "in_flight", "blocks_used", "late_completions", "retries")
@@ -249,11 +249,11 @@ class Administration:
         return msgspec.json.encode({"versions": versions})
 
     def _row(self, entry: Entry, now_ns: int) -> dict[str, object]:
-        usage = self.house.gate.usage(entry.slot)
+        usage = self.house.usage(entry.slot)
         known = entry.state is State.READY
-        view = self.house.residency.view(entry.slot) if known else None
+        view = self.house.view(entry.slot) if known else None
         last_ns = usage.last_used_ns
-        terms = self.house.activations.terms(entry.config)
+        terms = self.house.sites[0].activations.terms(entry.config)
         return {
             "name": entry.name,
             "version": entry.version,
@@ -279,20 +279,11 @@ class Administration:
         }
 
     def _tiers(self) -> dict[str, object]:
-        residency = self.house.residency
-        host = residency.host
-        saved = (*residency.saved_bytes(), 0)
+        """Both tiers, of all sites together."""
+        all_of = [tiers_of(site) for site in self.house.sites]
         return {
-            "device": {
-                "capacity": residency.device.capacity_bytes,
-                "used": residency.device.used_bytes,
-                "saved": saved[0],
-            },
-            "host": {
-                "capacity": host.capacity_bytes if host is not None else 0,
-                "used": host.used_bytes if host is not None else 0,
-                "saved": saved[1],
-            },
+            tier: {key: sum(each[tier][key] for each in all_of) for key in all_of[0][tier]}
+            for tier in ("device", "host")
         }
 
     def _prefetch(self) -> dict[str, object] | None:
@@ -307,12 +298,12 @@ class Administration:
             **msgspec.to_builtins(books.totals),
         }
 
-    def _gpu(self) -> dict[str, object] | None:
-        watch = self.house.gpu_watch
-        return None if watch is None else describe(watch.reading, self.house.gpu_pids())
-
     def _status(self, request: Admin) -> bytes:
-        activations = self.house.activations
+        house = self.house
+        devices = [describe_site(house, site) for site in house.sites]
+        timings = [site.activations.timings for site in house.sites]
+        activations = heapq.merge(*(t.activations for t in timings), key=lambda a: a.done_ns)
+        attaches = heapq.merge(*(t.attaches for t in timings), key=lambda a: a.attach.ready_ns)
         fronts = [
             {"seat": front.seat.index, **_totals(front.counters)}
             for front in self.house.fleet.of_kind("front_end")
@@ -321,17 +312,21 @@ class Administration:
             {
                 "processes": self.house.fleet.describe(),
                 **self._tiers(),
-                "gpu": self._gpu(),
+                "gpu": devices[0]["gpu"],
+                "devices": devices,
                 "totals": {
-                    **msgspec.to_builtins(self.house.residency.totals()),
-                    "bytes_read": activations.timings.bytes_read,
-                    "bytes_copied": activations.timings.bytes_copied,
+                    **msgspec.to_builtins(house.totals()),
+                    "bytes_read": sum(timing.bytes_read for timing in timings),
+                    "bytes_copied": sum(timing.bytes_copied for timing in timings),
                 },
-                "thrashing": self.house.pressure.describe(),
+                "thrashing": max(
+                    (site.pressure for site in house.sites),
+                    key=lambda pressure: pressure.reading.is_thrashing,
+                ).describe(),
                 "prefetch": self._prefetch(),
                 "packing": len(self.catalogue.packing),
-                "activations": list(activations.timings.activations),
-                "attaches": list(activations.timings.attaches),
+                "activations": list(activations),
+                "attaches": list(attaches),
                 "front_ends": fronts,
                 "requests": _totals(self.totals()),
             }

@@ -21,6 +21,7 @@ from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.entries import Entry, to_route
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
+from overcommit.runtime.spreading import Spreading
 
 SAY_NS: Final = 100_000_000
 
@@ -62,8 +63,9 @@ def route_messages(routes: Iterable[Route], removed: Iterable[int] = ()) -> list
 class Announcer:
     """What front ends were told, and what they are still to be told."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, spreading: Spreading | None = None) -> None:
         self._fleet = fleet
+        self._spreading = spreading
         self._told: set[tuple[int, int]] = set()  # front ends that have the whole table
         self._unsaid: dict[int, Entry] = {}  # by slot
         self._said_ns = 0
@@ -91,6 +93,8 @@ class Announcer:
         if not self._unsaid and not gone:
             return
         self._said_ns = now_ns
+        if self._spreading is not None:
+            self._spreading.tell()  # where it is served, before it is asked for
         messages = route_messages([to_route(entry) for entry in self._unsaid.values()], gone)
         self._unsaid.clear()
         for front in self._fleet.of_kind("front_end", ready=False):
@@ -118,6 +122,8 @@ class Announcer:
         messages = [*name_messages(names), *route_messages([to_route(entry) for entry in entries])]
         for front in new:
             self._told.add(_name(front))
+            if self._spreading is not None:
+                self._spreading.greet(front)
             for message in messages:
                 front.post(message)
 

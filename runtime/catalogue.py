@@ -63,7 +63,7 @@ class Catalogue:
         self._scan_now = threading.Event()
         self._thread: threading.Thread | None = None
         self._retiring: dict[int, int] = {}  # slot -> not before
-        self._announcer = Announcer(house.fleet)
+        self._announcer = Announcer(house.fleet, house.spreading)
         self.registry.rehearses = True
         self.rehearsals = Rehearsals(house.fleet, self._on_rehearsed)
         self.rollout = Rollout(settings.cache_dir, self.registry)
@@ -214,7 +214,7 @@ class Catalogue:
 
     def _on_usable(self, entry: Entry, now_ns: int) -> None:
         """A version has all that it needs; one on trial shows that it works first."""
-        self.house.activations.add(entry, now_ns)
+        self.house.add(entry, now_ns)
         self._note_program(entry)
         if not entry.on_trial:
             self._let_go(entry.name, now_ns)
@@ -267,7 +267,7 @@ class Catalogue:
         self.look_at(name)
         for entry in affected:
             if entry.state is State.READY:
-                self.house.activations.add(entry, now_ns)
+                self.house.add(entry, now_ns)
             elif entry.state is State.PACKING:
                 self.packing.add(entry.slot)
         self.announce_routes(affected, [], now_ns)
@@ -279,7 +279,7 @@ class Catalogue:
         self.announce_routes(affected, [], now_ns)
         for entry in affected:
             self.packing.drop(entry.slot)
-            self.house.activations.remove(entry.slot, now_ns)
+            self.house.remove(entry.slot, now_ns)
 
     def try_again(self, name: str, now_ns: int) -> None:
         """Somebody loads a model: its versions on trial get another one.  Raises NotFound."""
@@ -358,13 +358,11 @@ class Catalogue:
             self._announcer.tell_new(self.registry.entries(), self.rollout.told())
             self._announcer.step(now_ns)
         for slot, not_before_ns in list(self._retiring.items()):
-            usage = self.house.gate.usage(slot)
+            usage = self.house.usage(slot)
             if now_ns >= not_before_ns and not usage.waiting and not usage.leases:
                 del self._retiring[slot]
-                self.house.activations.remove(slot, now_ns)
-                self.house.gate.forget(slot)
-                self.house.ledger.forget(slot)
-                self.house.activations.quarantine.forget(slot)
+                self.house.remove(slot, now_ns)
+                self.house.forget(slot)
                 self.registry.release(slot)
         if not self._retiring and not self.overrides.is_clear:
             self.overrides.clear(self.registry.folders())
@@ -372,7 +370,7 @@ class Catalogue:
     def announce(self, age_s: str) -> None:
         """Say that the server serves, and show a request to try."""
         self._is_serving = True
-        fleet, residency = self.house.fleet, self.house.residency
+        fleet = self.house.fleet
         entries = list(self.registry.entries())
         ready = [entry for entry in entries if entry.state is State.READY]
         if fleet.grpc_port is not None:
@@ -382,7 +380,8 @@ class Catalogue:
             *(self.house.settings.host, fleet.port, age_s),
             *(len(entries), len(ready), len(self.packing)),
         )
-        log.info("%s", residency)
+        for site in self.house.sites:
+            log.info("%s", site.residency)
         for entry in ready:
             self._show_example(entry)
 

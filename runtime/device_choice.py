@@ -1,8 +1,9 @@
-"""What DEVICE is: host memory, or the memory of a GPU.
+"""What DEVICE is: host memory, or the memory of GPUs.
 
-    "cpu"   host memory, nothing is asked
-    "0"     that GPU, or the server does not start
-    "auto"  the first GPU that can be used; host memory where there is none, and why is in the log
+    "cpu"    host memory, nothing is asked
+    "cpu:2"  host memory, as two devices; on a machine with several NUMA nodes each lies on its own
+    "0,1"    these GPUs, or the server does not start
+    "auto"   every GPU that can be used; host memory where there is none, and why is in the log
 
 Invariants
  1. The supervisor calls no driver: a child does, for PROBE_TIMEOUT_S at most.
@@ -23,7 +24,7 @@ from typing import Final
 
 import msgspec
 
-from overcommit.runtime.config import FDS_SPARE, PROBE_TIMEOUT_S, Settings
+from overcommit.runtime.config import DEVICES_MAX, FDS_SPARE, PROBE_TIMEOUT_S, Settings
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.gpu import Gpu
 
@@ -31,43 +32,60 @@ log = logging.getLogger("overcommit")
 
 _CONTROL_DEVICE: Final = "/dev/nvidiactl"
 _NUMBERS: Final = re.compile(r"\d{1,3}(,\d{1,3})*")
+_CPUS: Final = re.compile(r"cpu:(\d{1,3})")
 _DECODER: Final = msgspec.json.Decoder(list[Gpu])
 
 
 def read_devices(text: str) -> str:
     """Check what an operator wrote for `devices`.  Raises ValueError."""
-    text = text.strip().lower()
+    text = re.sub(r"\s*,\s*", ",", text.strip().lower())
     if text in ("auto", "cpu"):
         return text
+    if (found := _CPUS.fullmatch(text)) is not None:
+        count = int(found[1])
+        if not 1 <= count <= DEVICES_MAX:
+            raise ValueError(f"cpu:N is for 1 to {DEVICES_MAX} devices")
+        return "cpu" if count == 1 else f"cpu:{count}"
     if _NUMBERS.fullmatch(text) is None:
-        raise ValueError("it is cpu, auto, or the number of a GPU")
-    if "," in text:
-        raise ValueError("a server uses one GPU; start one for each, or give one number")
-    return str(int(text))
+        raise ValueError("it is cpu, cpu:N, auto, or the numbers of GPUs: 0,1")
+    numbers = [int(each) for each in text.split(",")]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("a GPU is named twice")
+    if len(numbers) > DEVICES_MAX:
+        raise ValueError(f"a server uses {DEVICES_MAX} GPUs at most")
+    return ",".join(map(str, numbers))
 
 
-def choose(settings: Settings) -> Gpu | None:
-    """Return the GPU whose memory DEVICE is; None: host memory.
+def choose(settings: Settings) -> list[Gpu | None]:
+    """Return the devices, one at least: a GPU whose memory it is, or None for host memory.
 
     Raises ConfigurationError when a GPU was asked for by number and cannot be used.
     """
     wanted = settings.devices
+    if (cpus := _CPUS.fullmatch(wanted)) is not None:
+        return [None] * int(cpus[1])
     if wanted == "cpu":
-        return None
+        return [None]
     if wanted == "auto":
         if not settings.cuda_driver and not os.path.exists(_CONTROL_DEVICE):
-            return None
+            return [None]
         found = _ask(settings, [])
-        usable = next((each for each in found if not each.why), None)
-        if usable is None:
-            reasons = "; ".join(each.why for each in found) or "the driver shows none"
+        usable = [each for each in found if not each.why][:DEVICES_MAX]
+        reasons = "; ".join(each.why for each in found if each.why)
+        if not usable:
+            reasons = reasons or "the driver shows none"
             log.warning("no GPU can be used, DEVICE is host memory: %s", reasons)
-        return usable
-    found = _ask(settings, [int(wanted)])
-    if not found or found[0].why:
-        why = found[0].why if found else "the driver shows none"
-        raise ConfigurationError(f"--devices {wanted}: {why}; give --devices cpu to do without")
-    return found[0]
+        elif reasons:
+            log.warning("not every GPU can be used: %s", reasons)
+        return [*usable] or [None]
+    numbers = [int(each) for each in wanted.split(",")]
+    found = _ask(settings, numbers)
+    for number in numbers:
+        gpu = next((each for each in found if each.device == number), None)
+        if gpu is None or gpu.why:
+            why = "the driver shows none" if gpu is None else gpu.why
+            raise ConfigurationError(f"--devices {number}: {why}; give --devices cpu to do without")
+    return [*found]
 
 
 def _ask(settings: Settings, devices: list[int]) -> list[Gpu]:

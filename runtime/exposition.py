@@ -15,14 +15,15 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Counters
-from overcommit.runtime.gpu_watch import GpuReading
 from overcommit.runtime.ledger import FIELDS
+from overcommit.runtime.site_status import site_metrics, tiers_of
 from overcommit.runtime.views import Tier
 
 if TYPE_CHECKING:
     from overcommit.runtime.entries import Entry
     from overcommit.runtime.house import House
     from overcommit.runtime.prefetching import Prefetching
+    from overcommit.runtime.site import Site
 
 OTHER: Final = "_other"
 _TEXTS: Final = {
@@ -55,8 +56,8 @@ class _Snapshot(Collector):
         yield from self._models()
         yield from self._residency()
         yield from self._pressure()
-        if self._house.gpu_watch is not None and self._house.gpu_watch.reading is not None:
-            yield from _gpu(self._house.gpu_watch.reading, self._house.gpu_pids())
+        yield from site_metrics(self._house)
+        yield from _gpus(self._house.sites)
         if self._house.prefetching is not None:
             yield from _prefetching(self._house.prefetching)
         yield from self._processes()
@@ -89,18 +90,21 @@ class _Snapshot(Collector):
         yield from _model_families(rows)
 
     def _residency(self) -> Iterator[Metric]:
-        residency, activations = self._house.residency, self._house.activations
-        totals = residency.totals()
+        sites = self._house.sites
+        timings = [site.activations.timings for site in sites]
+        totals = self._house.totals()
         for name in totals.__slots__:
             text = f"Residency: {name.replace('_', ' ')}"
             yield CounterMetricFamily(f"overcommit_{name}", text, getattr(totals, name))
         yield CounterMetricFamily(
             "overcommit_read_bytes",
             "Bytes of weights read from disk",
-            activations.timings.bytes_read,
+            sum(timing.bytes_read for timing in timings),
         )
         yield CounterMetricFamily(
-            "overcommit_copied_bytes", "Bytes copied to DEVICE", activations.timings.bytes_copied
+            "overcommit_copied_bytes",
+            "Bytes copied to DEVICE",
+            sum(timing.bytes_copied for timing in timings),
         )
         capacity = GaugeMetricFamily(
             "overcommit_tier_capacity_bytes", "Bytes a tier may hold", labels=("tier",)
@@ -113,18 +117,18 @@ class _Snapshot(Collector):
             "Bytes that a tier would hold more if versions shared nothing",
             labels=("tier",),
         )
-        for tier, nbytes in zip(("device", "host"), residency.saved_bytes(), strict=False):
-            saved.add_metric((tier,), nbytes)
+        all_of = [tiers_of(site) for site in sites]
+        for tier in ("device", "host") if sites[0].residency.host is not None else ("device",):
+            for family, key in ((saved, "saved"), (capacity, "capacity"), (used, "used")):
+                family.add_metric((tier,), sum(each[tier][key] for each in all_of))
         yield saved
-        for tier, allocator in (("device", residency.device), ("host", residency.host)):
-            if allocator is not None:
-                capacity.add_metric((tier,), allocator.capacity_bytes)
-                used.add_metric((tier,), allocator.used_bytes)
         yield capacity
         yield used
 
     def _pressure(self) -> Iterator[Metric]:
-        reading = self._house.pressure.reading
+        # The worst of them; each device has series of its own.
+        readings = [site.pressure.reading for site in self._house.sites]
+        reading = max(readings, key=lambda each: (each.is_thrashing, each.busy_share))
         for name, text, value in (
             ("thrashing", "1 while models push each other out of DEVICE", reading.is_thrashing),
             ("working_set_bytes", "Bytes of the models used lately", reading.working_set_bytes),
@@ -154,35 +158,47 @@ class _Snapshot(Collector):
         yield live
 
 
-def _gpu(reading: GpuReading, pids: dict[int, str]) -> Iterator[Metric]:
-    label = (str(reading.device),)
-    for name, text, value in (
-        ("memory_total_bytes", "Bytes of GPU memory", reading.total_bytes),
-        ("memory_used_bytes", "Bytes of GPU memory that anybody holds", reading.used_bytes),
-        ("memory_free_bytes", "Bytes of GPU memory that are free", reading.free_bytes),
-        ("busy_percent", "Time in which kernels ran", reading.busy_percent),
-        ("temperature_celsius", "Temperature of the GPU", reading.temperature),
-        ("power_watts", "Power that the GPU takes", reading.power_watts),
-        ("ecc_uncorrected_errors", "Since the driver was loaded", reading.ecc_uncorrected),
-        ("ecc_corrected_errors", "Since the driver was loaded", reading.ecc_corrected),
-        ("pcie_to_gpu_bytes_per_second", "PCIe traffic to the GPU", reading.pcie_to_gpu),
-        ("pcie_from_gpu_bytes_per_second", "PCIe traffic from the GPU", reading.pcie_from_gpu),
-        ("xid_errors", "Xid events since the start, the last ones", len(reading.xids)),
-    ):
-        if value is not None:
-            gauge = GaugeMetricFamily(f"overcommit_gpu_{name}", text, labels=("gpu",))
-            gauge.add_metric(label, value)
-            yield gauge
-    held = GaugeMetricFamily(
-        "overcommit_gpu_process_bytes", "GPU memory by kind of process", labels=("gpu", "kind")
-    )
-    kinds: dict[str, int] = {}
-    for pid, nbytes in reading.processes.items():
-        kind = pids.get(pid, "other")
-        kinds[kind] = kinds.get(kind, 0) + nbytes
-    for kind, nbytes in sorted(kinds.items()):
-        held.add_metric((*label, kind), nbytes)
-    yield held
+def _gpus(sites: Sequence[Site]) -> Iterator[Metric]:
+    """Yield what NVML says, of every GPU that answers."""
+    families: dict[str, GaugeMetricFamily] = {}
+    for site in sites:
+        reading = None if site.gpu_watch is None else site.gpu_watch.reading
+        if reading is None:
+            continue
+        label = (str(reading.device),)
+        for name, text, value in (
+            ("memory_total_bytes", "Bytes of GPU memory", reading.total_bytes),
+            ("memory_used_bytes", "Bytes of GPU memory that anybody holds", reading.used_bytes),
+            ("memory_free_bytes", "Bytes of GPU memory that are free", reading.free_bytes),
+            ("busy_percent", "Time in which kernels ran", reading.busy_percent),
+            ("temperature_celsius", "Temperature of the GPU", reading.temperature),
+            ("power_watts", "Power that the GPU takes", reading.power_watts),
+            ("ecc_uncorrected_errors", "Since the driver was loaded", reading.ecc_uncorrected),
+            ("ecc_corrected_errors", "Since the driver was loaded", reading.ecc_corrected),
+            ("pcie_to_gpu_bytes_per_second", "PCIe traffic to the GPU", reading.pcie_to_gpu),
+            ("pcie_from_gpu_bytes_per_second", "PCIe traffic from the GPU", reading.pcie_from_gpu),
+            ("xid_errors", "Xid events since the start, the last ones", len(reading.xids)),
+        ):
+            if value is not None:
+                gauge = families.get(name)
+                if gauge is None:
+                    gauge = GaugeMetricFamily(f"overcommit_gpu_{name}", text, labels=("gpu",))
+                    families[name] = gauge
+                gauge.add_metric(label, value)
+        held = families.get("process_bytes")
+        if held is None:
+            held = families["process_bytes"] = GaugeMetricFamily(
+                "overcommit_gpu_process_bytes",
+                "GPU memory by kind of process",
+                labels=("gpu", "kind"),
+            )
+        pids, kinds = site.pids(), dict[str, int]()
+        for pid, nbytes in reading.processes.items():
+            kind = pids.get(pid, "other")
+            kinds[kind] = kinds.get(kind, 0) + nbytes
+        for kind, nbytes in sorted(kinds.items()):
+            held.add_metric((*label, kind), nbytes)
+    yield from families.values()
 
 
 def _prefetching(prefetching: Prefetching) -> Iterator[Metric]:
@@ -222,7 +238,7 @@ class _Detail(Collector):
         ):
             family = CounterMetricFamily(f"overcommit_model_{name}", text, labels=_LABELS)
             for entry in entries:
-                view = self._house.residency.view(entry.slot)
+                view = self._house.view(entry.slot)
                 value = 0 if view is None else getattr(view, name)
                 family.add_metric((entry.name, entry.version), value)
             yield family
@@ -230,7 +246,7 @@ class _Detail(Collector):
             "overcommit_model_bytes", "Bytes a tier holds of it", labels=(*_LABELS, "tier")
         )
         for entry in entries:
-            view = self._house.residency.view(entry.slot)
+            view = self._house.view(entry.slot)
             for tier in ("device", "host"):
                 value = 0 if view is None else getattr(view, f"{tier}_bytes")
                 held.add_metric((entry.name, entry.version, tier), value)

@@ -19,7 +19,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from overcommit.runtime import _shm
@@ -61,26 +61,29 @@ class Child:
 
 
 class Fleet:
-    """All seats of a server.
+    """All seats of a server: front ends, and for each site a mover and workers.
 
-    `on_gone(child)` is called after a child was reaped and its links were taken down, `on_shrunk(count)`
-    when a GPU turned out to have memory for so many chunks only.
+    `on_gone(child)` is called after a child was reaped and its links were taken down,
+    `on_shrunk(site, count)` when a GPU turned out to have memory for so many chunks only.
     """
 
     def __init__(
         self,
         settings: Settings,
-        memory: SharedMemory,
+        memories: Sequence[SharedMemory],
         on_forked: Callable[[Process], None],
         on_gone: Callable[[Child], None],
-        on_shrunk: Callable[[int], None] = lambda count: None,
+        on_shrunk: Callable[[int, int], None] = lambda site, count: None,
     ) -> None:
         self.settings = settings
-        self.memory = memory
+        self.memories = memories  # by site
         self.seats: list[Seat] = [
             *(Seat("front_end", index) for index in range(settings.front_ends)),
-            Seat("mover", 0),
-            *(Seat("worker", index) for index in range(settings.workers)),
+            *(Seat("mover", site, site) for site in range(len(memories))),
+            *(
+                Seat("worker", index, index // settings.workers)
+                for index in range(settings.workers * len(memories))
+            ),
         ]
         self.children: dict[int, Child] = {}  # by id(seat)
         self.listen_fds: dict[
@@ -88,7 +91,7 @@ class Fleet:
         ] = {}  # by what is spoken there; one for each front end
         self.port = settings.port
         self.grpc_port: int | None = None
-        self.chunks = None if memory.vault is None else ChunkFeed(memory.vault)
+        self.feeds = [None if m.vault is None else ChunkFeed(m.vault) for m in memories]
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.is_closing = False
         self.is_draining = False
@@ -98,20 +101,25 @@ class Fleet:
         self._on_shrunk = on_shrunk
 
     # --- looking --------------------------------------------------------------------------------
-    def of_kind(self, kind: Kind, *, ready: bool = True) -> Iterator[Child]:
+    def of_kind(
+        self, kind: Kind, *, ready: bool = True, site: int | None = None
+    ) -> Iterator[Child]:
         """Iterate over the children of a kind, by default only those that are ready."""
         for seat in self.seats:
             child = self.children.get(id(seat))
-            if child is not None and seat.kind == kind and (child.is_ready or not ready):
+            if child is None or seat.kind != kind or site not in (None, seat.site):
+                continue
+            if child.is_ready or not ready:
                 yield child
 
     def worker(self, index: int) -> Child | None:
         """Return the ready worker in this seat."""
         return next((c for c in self.of_kind("worker") if c.seat.index == index), None)
 
-    def lease_pages(self) -> tuple[_shm.LeasePage, ...]:
-        """Return the lease pages of every worker that is not reaped."""
-        return tuple(c.leases for c in self.of_kind("worker", ready=False) if c.leases is not None)
+    def lease_pages(self, site: int) -> tuple[_shm.LeasePage, ...]:
+        """Return the lease pages of every worker of a site that is not reaped."""
+        workers = self.of_kind("worker", ready=False, site=site)
+        return tuple(child.leases for child in workers if child.leases is not None)
 
     # --- starting -------------------------------------------------------------------------------
     def use_fork_server(self) -> None:
@@ -146,7 +154,7 @@ class Fleet:
 
     def _equip(self, child: Child) -> None:
         """Make what this incarnation owns and send Start."""
-        seat, memory = child.seat, self.memory
+        seat, memory = child.seat, self.memories[child.seat.site]
         send: dict[str, int] = {}
         if seat.kind in ("worker", "front_end"):
             child.fds["doorbell"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -170,6 +178,8 @@ class Fleet:
             seat=seat.index,
             epoch=child.epoch,
             settings=self.settings,
+            site=seat.site,
+            sites=len(self.memories),
             device_bytes=memory.device_bytes,
             host_bytes=memory.host_bytes,
             cuda_device=memory.cuda_device,
@@ -179,9 +189,10 @@ class Fleet:
             fds=tuple(send),
         )
         child.post(start, tuple(send.values()))
-        if self.chunks is not None and seat.kind in ("worker", "mover"):
-            limit = held if seat.kind == "mover" else self.chunks.vault.count
-            self.chunks.add(id(child), child.post, limit)
+        feed = self.feeds[seat.site]
+        if feed is not None and seat.kind in ("worker", "mover"):
+            limit = held if seat.kind == "mover" else feed.vault.count
+            feed.add(id(child), child.post, limit)
 
     @staticmethod
     def _make_page(child: Child) -> None:
@@ -195,26 +206,30 @@ class Fleet:
     def on_chunks(self, child: Child, message: Chunks, fds: dict[str, int]) -> None:
         """The mover made chunks.  Raises ProtocolError for what nobody asked for."""
         made = list(fds.values())
-        if self.chunks is None or child.seat.kind != "mover":
+        site = child.seat.site
+        feed = self.feeds[site]
+        if feed is None or child.seat.kind != "mover":
             for fd in made:
                 os.close(fd)
             raise ProtocolError(f"{child.seat!r} sent chunks")
-        self.chunks.on_made(message.first, made)
-        if 0 < message.count < self.chunks.vault.count:
-            self.shrink(message.count)
-        if self.chunks.vault.is_full:
-            log.info("DEVICE is made: %d chunks of GPU memory", self.chunks.vault.count)
+        feed.on_made(message.first, made)
+        if 0 < message.count < feed.vault.count:
+            self.shrink(site, message.count)
+        if feed.vault.is_full:
+            log.info("DEVICE is made: %d chunks of GPU memory", feed.vault.count)
 
-    def shrink(self, count: int) -> None:
+    def shrink(self, site: int, count: int) -> None:
         """DEVICE has only so many chunks from now on; nobody may use the others any more."""
-        assert self.chunks is not None
-        self.chunks.shrink(count)
-        self._on_shrunk(count)
+        feed = self.feeds[site]
+        assert feed is not None
+        feed.shrink(count)
+        self._on_shrunk(site, count)
 
     def on_chunks_taken(self, child: Child, count: int) -> None:
         """A child has so many."""
-        if self.chunks is not None:
-            self.chunks.on_taken(id(child), count)
+        feed = self.feeds[child.seat.site]
+        if feed is not None:
+            feed.on_taken(id(child), count)
 
     # --- links ----------------------------------------------------------------------------------
     def on_ready(self, child: Child, pid: int, now_ns: int) -> None:
@@ -246,6 +261,7 @@ class Fleet:
                 message = LinkUp(
                     seat=peer.seat.index,
                     epoch=peer.epoch,
+                    site=peer.seat.site,
                     slot_count=slots,
                     completion_offset=half,
                     payload_bytes=size,
@@ -277,8 +293,9 @@ class Fleet:
         if peers is not None and child.is_ready:
             for peer in self.of_kind(peers):
                 peer.post(LinkDown(seat=child.seat.index, epoch=child.epoch))
-        if self.chunks is not None:
-            self.chunks.forget(id(child))
+        feed = self.feeds[child.seat.site]
+        if feed is not None:
+            feed.forget(id(child))
         self._on_gone(child)
         # The page is read in on_gone, for what the worker was doing; only then it goes.
         child.status = child.leases = None
@@ -329,6 +346,7 @@ class Fleet:
                 {
                     "kind": seat.kind,
                     "seat": seat.index,
+                    "site": seat.site,
                     "epoch": seat.epoch,
                     "pid": child.process.pid if child else None,
                     "state": seat.state.name,

@@ -78,6 +78,12 @@ class Routes(Message, frozen=True):
     complete: bool = True
 
 
+class Homes(Message, frozen=True):
+    """Front end: which sites serve these versions, by slot; sent where a server has several."""
+
+    homes: dict[int, tuple[int, ...]]
+
+
 class Admin(Message, frozen=True):
     """Front end: an operation that only the supervisor can do.
 
@@ -180,6 +186,7 @@ FrontEndMessage = (
     | Rehearse
     | Rehearsed
     | Routes
+    | Homes
     | Admin
     | AdminReply
     | RegionsChanged

@@ -17,8 +17,10 @@ Called by the supervisor's loop.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from overcommit.runtime.activation import Activations
+from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import (
     GPU_FREE_GOAL_BYTES,
@@ -26,7 +28,6 @@ from overcommit.runtime.config import (
     GPU_KEEP_SHARE,
     GPU_SHRINK_PAUSE_NS,
 )
-from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.gpu_watch import GpuReading
 from overcommit.runtime.residency import Residency
 
@@ -37,28 +38,35 @@ class GpuPressure:
     """Watches the GPU's free bytes, and shrinks DEVICE."""
 
     def __init__(
-        self, table: ChunkTable, residency: Residency, activations: Activations, fleet: Fleet
+        self,
+        table: ChunkTable,
+        residency: Residency,
+        activations: Activations,
+        chunks: ChunkFeed,
+        shrink: Callable[[int], None],
     ) -> None:
+        """`shrink(count)` tells everybody of what is left."""
         self._table = table
         self._residency = residency
         self._activations = activations
-        self._fleet = fleet
+        self._chunks = chunks
+        self._shrink = shrink
         self._clearing: int | None = None  # chunks that there will be
         self._not_before_ns = 0
 
     def tick(self, reading: GpuReading | None, now_ns: int) -> None:
         """Look at the last reading; begin, go on with, or finish one step."""
-        chunks = self._fleet.chunks
-        if chunks is None or not chunks.vault.is_full:
+        vault = self._chunks.vault
+        if not vault.is_full:
             return
         if self._clearing is None and reading is not None and now_ns >= self._not_before_ns:
-            self._begin(reading, chunks.vault.count)
+            self._begin(reading, vault.count)
         if self._clearing is None:
             return
         offset = self._table.offset(self._clearing)
         self._activations.apply(self._residency.clear_from(offset, now_ns), now_ns)
         if not self._residency.device.retiring_bytes:
-            self._fleet.shrink(self._clearing)
+            self._shrink(self._clearing)
             self._clearing = None
             self._not_before_ns = now_ns + GPU_SHRINK_PAUSE_NS
 

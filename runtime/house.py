@@ -1,6 +1,7 @@
 """The parts of the supervisor, put together.
 
-Owns nothing but the order in which they are built and closed; each part's module says what it does.
+Owns the order in which they are built and closed, and what is said of all sites together; each part's
+module says what it does.
 """
 
 from __future__ import annotations
@@ -8,31 +9,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from overcommit.runtime.activation import Activations
-from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.chunk_table import ChunkTable
-from overcommit.runtime.config import CUDA_SMALL_SHARE, Settings
+from overcommit.runtime.config import WORKERS_MAX, Settings
 from overcommit.runtime.device_choice import allow_descriptors, choose
-from overcommit.runtime.drivers import open_nvml
+from overcommit.runtime.entries import Entry
+from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.fleet import Child, Fleet
-from overcommit.runtime.gate import SharedGate
-from overcommit.runtime.gpu_pressure import GpuPressure
-from overcommit.runtime.gpu_watch import GpuWatch
+from overcommit.runtime.front_end_messages import Pressure
 from overcommit.runtime.ledger import Ledger
-from overcommit.runtime.memory import SharedMemory
-from overcommit.runtime.policy import Policy, make_policy
 from overcommit.runtime.prefetching import Prefetching, local_s
-from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.process import Process
+from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Registry
-from overcommit.runtime.residency import Residency
-from overcommit.runtime.telemetry import Telemetry, budgets, show_bytes
+from overcommit.runtime.residents import Totals, Usage
+from overcommit.runtime.site import Site, SiteMemory
+from overcommit.runtime.spread import Spread
+from overcommit.runtime.spreading import Spreading
+from overcommit.runtime.telemetry import Telemetry, budgets
+from overcommit.runtime.views import View, joined
 
 log = logging.getLogger("overcommit")
 
 
 class House:
-    """Memory, seats, registry and residency of one server."""
+    """Sites, seats and registry of one server."""
 
     def __init__(
         self,
@@ -43,73 +43,151 @@ class House:
     ) -> None:
         self.settings = settings
         self.telemetry = Telemetry()
-        self.gpu = choose(settings)
-        self.gpu_watch: GpuWatch | None = None
-        self.gpu_pressure: GpuPressure | None = None
-        budget = budgets(settings, self.telemetry, self.gpu)
-        if self.gpu is None:
-            device = ChunkAllocator(budget.device_bytes)
-        else:
-            allow_descriptors(len(ChunkTable(budget.device_bytes)))
-            device = ChunkAllocator(
-                budget.device_bytes, can_split=False, small_share=CUDA_SMALL_SHARE
+        gpus = choose(settings)
+        if settings.workers * len(gpus) > WORKERS_MAX:
+            raise ConfigurationError(
+                f"--workers {settings.workers} for each of {len(gpus)} devices are more than "
+                f"{WORKERS_MAX}; lower it"
             )
-            log.info("DEVICE is %s of GPU %d", show_bytes(device.capacity_bytes), self.gpu.device)
-        host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
+        plans = [budgets(settings, self.telemetry, gpu, len(gpus)) for gpu in gpus]
+        chunks = [
+            len(ChunkTable(plan.device_bytes))
+            for gpu, plan in zip(gpus, plans, strict=True)
+            if gpu is not None
+        ]
+        if chunks:
+            allow_descriptors(sum(chunks))
+        memories = [
+            SiteMemory.make(number, gpu, plan)
+            for number, (gpu, plan) in enumerate(zip(gpus, plans, strict=True))
+        ]
         self.registry = Registry(settings.cache_dir)
         self.ledger = Ledger(settings.metrics_models)
-
-        def new_policy() -> Policy:
-            return make_policy(settings.policy, settings.policy_half_life_s)
-
-        self.memory = SharedMemory(
-            *(device.capacity_bytes, host.capacity_bytes if host else 0),
-            None if self.gpu is None else self.gpu.device,
+        self.quarantine = Quarantine()
+        self.fleet = Fleet(
+            *(settings, [memory.shared for memory in memories], on_forked, on_gone),
+            lambda site, count: self.sites[site].on_shrunk(count),
         )
-        self.fleet = Fleet(settings, self.memory, on_forked, on_gone, self._on_shrunk)
-        self.gate = SharedGate(self.memory.table, self.fleet.lease_pages)
-        self.residency = Residency(device, host, new_policy, self.gate, self._introduce)
-        self.activations = Activations(settings, self.residency, self.registry, self.fleet)
-        self.pressure = Pressure(settings, self.residency, self.activations, self.gate, self.fleet)
+        self.sites = [
+            Site(
+                *(memory, settings, self.fleet, self.registry, self.quarantine),
+                *(self._pins_at(memory.number), self._tell_pressure),
+            )
+            for memory in memories
+        ]
+        self.spreading: Spreading | None = None
+        if len(self.sites) > 1:
+            spread = Spread([memory.device.capacity_bytes for memory in memories])
+            self.spreading = Spreading(spread, self.sites, self.fleet, self.registry)
         self.prefetching: Prefetching | None = None
         if settings.prefetch:
             self.prefetching = Prefetching(
-                *(settings, self.residency, self.registry, self.fleet, self.gate),
-                *(self.activations, wall_s),
+                settings, self.sites, self.home, self.registry, self.fleet, wall_s
             )
 
-        if self.gpu is not None:
-            self.gpu_watch = GpuWatch(self.gpu, lambda: open_nvml(settings))
-            self.gpu_pressure = GpuPressure(
-                *(ChunkTable(self.memory.device_bytes), self.residency),
-                *(self.activations, self.fleet),
-            )
+    # --- sites ----------------------------------------------------------------------------------
+    def home(self, slot: int) -> Site:
+        """Return the site that serves a version, the first one if there are several."""
+        return self.sites[0] if self.spreading is None else self.spreading.home(slot)
 
-    def gpu_pids(self) -> dict[int, str]:
-        """Our processes that may hold memory of the GPU."""
-        return {
-            child.process.pid: child.seat.kind
-            for kind in ("mover", "worker")
-            for child in self.fleet.of_kind(kind, ready=False)
-            if child.process.pid is not None
-        }
+    def site_of(self, child: Child) -> Site:
+        """Return the site of a mover or a worker."""
+        return self.sites[child.seat.site]
 
-    def _on_shrunk(self, count: int) -> None:
-        device = self.residency.device
-        device.retire(ChunkTable(self.memory.device_bytes).offset(count))
-        log.warning(
-            "the GPU's memory is short: DEVICE has %d chunks, %s, from now on",
-            *(count, show_bytes(device.capacity_bytes)),
+    def _pins_at(self, number: int) -> Callable[[int], bool]:
+        """Say of a site which versions are pinned there: those that it serves."""
+
+        def pins(slot: int) -> bool:
+            spreading = self.spreading
+            return spreading is None or number in spreading.spread.sites_of(slot)
+
+        return pins
+
+    def next_tick_ns(self) -> int | None:
+        """Return when residency has something to do, None if only an event can change something."""
+        times = [site.residency.next_tick_ns() for site in self.sites]
+        return min((at for at in times if at is not None), default=None)
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due."""
+        for site in self.sites:
+            site.tick(now_ns)
+        if self.spreading is not None:
+            self.spreading.step(now_ns)
+
+    # --- versions -------------------------------------------------------------------------------
+    def add(self, entry: Entry, now_ns: int) -> None:
+        """A version can be served from now on."""
+        if self.spreading is not None and not entry.config.steps:
+            self.spreading.add(entry)
+        for site in self.sites:
+            site.activations.add(entry, now_ns)
+
+    def remove(self, slot: int, now_ns: int) -> None:
+        """A version is served no more."""
+        for site in self.sites:
+            site.activations.remove(slot, now_ns)
+        if self.spreading is not None:
+            self.spreading.remove(slot)
+
+    def forget(self, slot: int) -> None:
+        """The slot is free for another version."""
+        for site in self.sites:
+            site.gate.forget(slot)
+        self.ledger.forget(slot)
+        self.quarantine.forget(slot)
+
+    def usage(self, slot: int) -> Usage:
+        """Sum the workers' counters for one version."""
+        if self.spreading is None:
+            return self.sites[0].gate.usage(slot)
+        all_of = [site.gate.usage(slot) for site in self.sites]
+        return Usage(
+            waiting=sum(usage.waiting for usage in all_of),
+            uses=sum(usage.uses for usage in all_of),
+            last_used_ns=max(usage.last_used_ns for usage in all_of),
+            leases=sum(usage.leases for usage in all_of),
         )
 
-    def _introduce(self, slot: int, now_ns: int) -> None:
-        self.activations.introduce(slot, now_ns)
+    def view(self, slot: int) -> View | None:
+        """Return where a version is; None if nobody has asked for it."""
+        home = self.home(slot)
+        order = [home, *(site for site in self.sites if site is not home)]
+        views = (site.residency.view(slot) for site in order)
+        return joined([view for view in views if view is not None])
 
+    def totals(self) -> Totals:
+        """Sum what residency has counted."""
+        total = Totals()
+        for site in self.sites:
+            one = site.residency.totals()
+            for name in Totals.__slots__:
+                setattr(total, name, getattr(total, name) + getattr(one, name))
+        return total
+
+    # --- front ends -----------------------------------------------------------------------------
+    def greet(self, front: Child) -> None:
+        """A front end is new: it must know the state of the memory."""
+        front.post(self._pressure())
+
+    def _tell_pressure(self) -> None:
+        for front in self.fleet.of_kind("front_end"):
+            front.post(self._pressure())
+
+    def _pressure(self) -> Pressure:
+        complaints = [(site.name, site.pressure.complaint) for site in self.sites]
+        if len(complaints) == 1:
+            return Pressure(thrashing=complaints[0][1])
+        said = [f"device {name}: {text}" for name, text in complaints if text]
+        return Pressure(thrashing="; ".join(said))
+
+    # --- ending ---------------------------------------------------------------------------------
     def on_worker_gone(self, worker: Child, now_ns: int) -> None:
         """Settle what a dead worker held, before its page is released."""
+        site = self.site_of(worker)
         if worker.leases is not None:
-            self.gate.keep_uses(worker.leases, worker.told)
-        self.activations.on_worker_gone(worker, now_ns)
+            site.gate.keep_uses(worker.leases, worker.told)
+        site.activations.on_worker_gone(worker, now_ns)
 
     def close(self) -> None:
         """Kill every child, then let the memory go."""
@@ -117,7 +195,8 @@ class House:
             if self.prefetching is not None:
                 self.prefetching.close()
         finally:
-            if self.gpu_watch is not None:
-                self.gpu_watch.close()
+            for site in self.sites:
+                site.close()
             self.fleet.close()
-            self.memory.close()
+            for site in self.sites:
+                site.memory.close()

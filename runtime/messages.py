@@ -16,8 +16,8 @@ Who sends what, by the room that has it:
     `worker_messages`        supervisor -> worker: VersionInfo, Placed, Coming, Expected,
                              ActivationFailed, Withdrawn, Forget
                              worker -> supervisor: Activate, BindFailed, Attaches
-    `front_end_messages`     supervisor -> front end: Routes, AdminReply, Pressure, RegionsChanged,
-                             TellCounts, Rehearse
+    `front_end_messages`     supervisor -> front end: Routes, Homes, AdminReply, Pressure,
+                             RegionsChanged, TellCounts, Rehearse
                              front end -> supervisor: Admin, Counters, Rehearsed
     `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad
                              mover -> supervisor: LoadDone, Populated
@@ -56,6 +56,8 @@ class Start(Message, frozen=True):
     seat: int
     epoch: int
     settings: Settings
+    site: int = 0  # mover, worker: the device that it serves ...
+    sites: int = 1  # ... of so many
     device_bytes: int = 0
     cuda_device: int | None = None  # the GPU whose memory DEVICE is; None: host memory
     chunks_held: int = 0  # mover: so many of its chunks exist, and come first
@@ -102,6 +104,7 @@ class LinkUp(Message, frozen=True):
     slot_count: int
     completion_offset: int
     payload_bytes: int = 0
+    site: int = 0  # to the front end: the worker's
     fds: tuple[str, ...] = ()
 
 

@@ -1,6 +1,7 @@
 """Prefetching in the supervisor: counters in, loads before they are asked for out.
 
-Joins the workers' counters and the wall clock with the predictor (`prefetch`), its books, and residency.
+Joins the workers' counters and the wall clock with the predictor (`prefetch`), its books, and the
+residency of the site that serves a version.
 A step a second: read some counters, look after what is outstanding, begin at most one load.
 
 Invariants
@@ -20,21 +21,20 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.config import PREFETCH_INTERVAL_S, PREFETCH_LOOKS, Settings
 from overcommit.runtime.entries import State
 from overcommit.runtime.fleet import Fleet
-from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.memories import Memories
 from overcommit.runtime.prefetch import Candidate, Prefetcher, PrefetchWish
 from overcommit.runtime.prefetch_books import PrefetchBooks
 from overcommit.runtime.registry import Registry
-from overcommit.runtime.residency import Residency
 from overcommit.runtime.residents import (
     Action,
     CancelStarted,
@@ -45,6 +45,9 @@ from overcommit.runtime.residents import (
 )
 from overcommit.runtime.residents import State as Residence
 from overcommit.runtime.views import Tier
+
+if TYPE_CHECKING:
+    from overcommit.runtime.site import Site
 
 INTERVAL_NS: Final = int(PREFETCH_INTERVAL_S * 1e9)
 # Until loads were measured: seconds, and seconds a byte.
@@ -66,18 +69,16 @@ class Prefetching:
     def __init__(
         self,
         settings: Settings,
-        residency: Residency,
+        sites: Sequence[Site],
+        home: Callable[[int], Site],
         registry: Registry,
         fleet: Fleet,
-        gate: SharedGate,
-        activations: Activations,
         wall_s: Callable[[], float],
     ) -> None:
-        self._residency = residency
+        """`home(slot)` is the site that serves a version: one of `sites`."""
+        self._home = home
         self._registry = registry
         self._fleet = fleet
-        self._gate = gate
-        self._activations = activations
         self._wall_s = wall_s
         self.prefetcher = Prefetcher()
         self.books = PrefetchBooks(settings.prefetch_bytes_per_s, settings.prefetch_share)
@@ -88,7 +89,9 @@ class Prefetching:
         self._to_read: list[int] = []
         self._to_weigh: list[int] = []
         self._wished: list[int] = []  # slots of the last step's wishes, looked at again
-        activations.watch(self.on_action, self.on_ready, self.on_removed)
+        for site in sites:
+            on_action = functools.partial(self.on_action, site.activations)
+            site.activations.watch(on_action, self.on_ready, self.on_removed)
 
     # --- events ---------------------------------------------------------------------------------
     def on_ready(self, slot: int, name: str) -> None:
@@ -101,20 +104,20 @@ class Prefetching:
         self.books.forget(slot)
         self.memories.on_removed(slot, self._name_of(slot) or "")
 
-    def on_action(self, action: Action, now_ns: int) -> None:
+    def on_action(self, activations: Activations, action: Action, now_ns: int) -> None:
         """Residency has decided something: loads that requests wait for settle bets."""
         if isinstance(action, StartLoad):
             if action.urgency == "foreground":
                 self._on_demand(action, now_ns)
         elif isinstance(action, PromoteStarted):
-            running = self._activations.load(action.job)
+            running = activations.load(action.job)
             if running is not None and running.message.slot in self.books.outstanding:
                 ahead = self.books.outstanding[running.message.slot]
                 elapsed_s = (now_ns - running.asked_ns) / 1e9
                 self.books.totals.promoted += 1
                 self.books.use(ahead.slot, max(0.0, ahead.saves_s - elapsed_s))
         elif isinstance(action, CancelStarted):
-            running = self._activations.load(action.job)
+            running = activations.load(action.job)
             if running is not None and self.books.end(running.message.slot) is not None:
                 self.books.totals.cancelled += 1
 
@@ -124,7 +127,7 @@ class Prefetching:
             self.books.use(load.slot)
         else:
             self.books.lose(load.slot)  # it was there, and was evicted before this
-            self.books.miss(load.slot, self._cost_s(load.source, load.nbytes))
+            self.books.miss(load.slot, self._cost_s(load.slot, load.source, load.nbytes))
 
     # --- time -----------------------------------------------------------------------------------
     def step(self, now_ns: int) -> None:
@@ -150,7 +153,7 @@ class Prefetching:
         self._to_read = self._to_read or self._told()
         slots, self._to_read = self._to_read[-PREFETCH_LOOKS:], self._to_read[:-PREFETCH_LOOKS]
         for slot in slots:
-            usage = self._gate.usage(slot)
+            usage = self._home(slot).gate.usage(slot)
             if usage.uses == self._seen.get(slot, 0):
                 continue
             self.uses_seen += max(0, usage.uses - self._seen.get(slot, 0))
@@ -168,7 +171,7 @@ class Prefetching:
 
     def _settle(self, now_s: float) -> None:
         for slot, ahead in list(self.books.outstanding.items()):
-            view = self._residency.view(slot)
+            view = self._home(slot).residency.view(slot)
             state = Residence.DISK if view is None else view.state
             if ahead.tier is Tier.DEVICE:
                 is_there = state in (Residence.LOADING, Residence.DEVICE)
@@ -199,24 +202,25 @@ class Prefetching:
         entry = self._registry.by_slot(slot)
         if entry is None or entry.state is not State.READY or entry.config.pin:
             return
-        if self._activations.quarantine.blocked(slot, time.monotonic_ns()) is not None:
+        site = self._home(slot)
+        if site.activations.quarantine.blocked(slot, time.monotonic_ns()) is not None:
             return
-        view = self._residency.view(slot)
+        view = site.residency.view(slot)
         state = Residence.DISK if view is None else view.state
         nbytes = entry.nbytes
         if state is Residence.HOST:
-            yield Candidate(slot, Tier.DEVICE, nbytes, self._cost_s("host", nbytes))
+            yield Candidate(slot, Tier.DEVICE, nbytes, self._cost_s(slot, "host", nbytes))
         elif state is Residence.DISK:
-            disk_s = self._cost_s("disk", nbytes)
+            disk_s = self._cost_s(slot, "disk", nbytes)
             yield Candidate(slot, Tier.DEVICE, nbytes, disk_s)
-            if self._residency.host is not None:
-                saves_s = max(0.0, disk_s - self._cost_s("host", nbytes))
+            if site.residency.host is not None:
+                saves_s = max(0.0, disk_s - self._cost_s(slot, "host", nbytes))
                 yield Candidate(slot, Tier.HOST, nbytes, saves_s)
 
     def _try(self, wish: PrefetchWish, can_bet: bool, now_ns: int, wall_s: float) -> bool:
         wanted = wish.candidate
-        tier = wanted.tier
-        allocator = self._residency.device if tier is Tier.DEVICE else self._residency.host
+        tier, site = wanted.tier, self._home(wanted.slot)
+        allocator = site.residency.device if tier is Tier.DEVICE else site.residency.host
         assert allocator is not None
         capacity = allocator.capacity_bytes
         if not self.books.may_spend(tier, wanted.nbytes, capacity, now_ns / 1e9):
@@ -229,7 +233,7 @@ class Prefetching:
             nonlocal missing
             if tier is Tier.HOST and version.state is Residence.DEVICE:
                 return True  # a second copy costs nothing now
-            used_ns = max(self._gate.usage(version.slot).last_used_ns, version.published_ns)
+            used_ns = max(site.gate.usage(version.slot).last_used_ns, version.published_ns)
             idle_s = (now_ns - used_ns) / 1e9
             holder = Candidate(version.slot, tier, version.nbytes, self._loses_s(version, tier))
             if not self.prefetcher.may_displace(wish, holder, idle_s, wall_s):
@@ -241,7 +245,7 @@ class Prefetching:
                 missing -= version.nbytes
             return can_bet
 
-        actions = self._residency.prefetch(wanted.slot, tier, now_ns, judge)
+        actions = site.residency.prefetch(wanted.slot, tier, now_ns, judge)
         gone = [v.slot for v in accepted if not (v.device if tier is Tier.DEVICE else v.host)]
         if actions is None:
             self.books.displace(gone, now_ns / 1e9)  # and still it did not fit
@@ -251,19 +255,20 @@ class Prefetching:
         self.books.start(
             *(wanted.slot, tier, wanted.nbytes, wanted.saves_s, now_ns / 1e9), displaced=gone
         )
-        self._activations.apply(actions, now_ns)
+        site.activations.apply(actions, now_ns)
         return True
 
     def _loses_s(self, version: Version, tier: Tier) -> float:
         """Return the seconds of load that leaving the tier would cost the next request."""
-        host_s = self._cost_s("host", version.nbytes)
+        slot = version.slot
+        host_s = self._cost_s(slot, "host", version.nbytes)
         if tier is Tier.DEVICE and version.host:
             return host_s
-        disk_s = self._cost_s("disk", version.nbytes)
+        disk_s = self._cost_s(slot, "disk", version.nbytes)
         return disk_s if tier is Tier.DEVICE else max(0.0, disk_s - host_s)
 
-    def _cost_s(self, source: Source, nbytes: int) -> float:
-        pace = self._residency.forecast.channels[source].pace
+    def _cost_s(self, slot: int, source: Source, nbytes: int) -> float:
+        pace = self._home(slot).residency.forecast.channels[source].pace
         if pace.is_known:
             return pace.of(nbytes) / 1e9
         fixed_s, byte_s = _GUESSED_COSTS[source]

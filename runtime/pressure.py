@@ -1,27 +1,26 @@
-"""The pressure on DEVICE: looked at once a second, reported, and damped.
+"""The pressure on a site's DEVICE: looked at once a second, reported, and damped.
 
 Joins the judge of thrashing and the book of demand with what really happens: reads the counters of the
-versions on DEVICE and the activations, tells residency how long a version stays at least, tells the front
-ends (health) and the log when thrashing begins and ends.
+versions on DEVICE and the activations, tells residency how long a version stays at least, says (health,
+the log) when thrashing begins and ends.  Where there are several sites, `spreading` goes by its looks.
 
 Invariants
  1. It changes nothing but the order of eviction, and that only with the setting `damping`.
  2. A look costs at most LOOKED_AT_MAX readings of counters, however many versions there are.
 
-Called by the supervisor, from its one thread.
+Called by the site, from the supervisor's one thread.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.config import Settings
 from overcommit.runtime.displacement import Demand
-from overcommit.runtime.fleet import Child, Fleet
-from overcommit.runtime.front_end_messages import Pressure as Message
 from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.refusals import mib
 from overcommit.runtime.residency import Residency
@@ -42,13 +41,15 @@ class Pressure:
         residency: Residency,
         activations: Activations,
         gate: SharedGate,
-        fleet: Fleet,
+        on_change: Callable[[], None],
     ) -> None:
+        self.waiting: dict[int, int] = {}  # requests, by slot; of those looked at last
+        self.loaded: tuple[int, ...] = ()  # slots that came to DEVICE before that
         self._damps = settings.damping
         self._residency = residency
         self._activations = activations
         self._gate = gate
-        self._fleet = fleet
+        self._on_change = on_change
         self._thrashing = Thrashing(residency.device.capacity_bytes)
         self._demand = Demand()
         self._next_ns = 0
@@ -74,7 +75,10 @@ class Pressure:
         loads = self._new_loads(now_ns)
         slots = dict.fromkeys(itertools.islice(self._residency.device_slots(), LOOKED_AT_MAX))
         slots |= dict.fromkeys(load.slot for load in loads)
-        uses = {slot: self._gate.usage(slot).uses for slot in slots}
+        usages = {slot: self._gate.usage(slot) for slot in slots}
+        uses = {slot: usage.uses for slot, usage in usages.items()}
+        self.waiting = {slot: usage.waiting for slot, usage in usages.items() if usage.waiting}
+        self.loaded = tuple(load.slot for load in loads)
         self._demand.look(uses, now_ns)
         look = Look(now_ns, self._residency.forecast.busy_ns(now_ns), loads, uses)
         reading = self._thrashing.take(look, self._residency.unique_bytes)
@@ -83,9 +87,10 @@ class Pressure:
         if reading.is_thrashing != former.is_thrashing:
             self._announce(reading)
 
-    def greet(self, front: Child) -> None:
-        """A front end is new: it must know the state."""
-        front.post(self._message())
+    @property
+    def complaint(self) -> str:
+        """Say what is wrong and what helps; "": nothing is."""
+        return remedy(self.reading) if self.reading.is_thrashing else ""
 
     def describe(self) -> dict[str, object]:
         """Return what status shows."""
@@ -98,7 +103,7 @@ class Pressure:
             "busy_share": round(reading.busy_share, 3),
             "uses_per_load": round(reading.uses_per_load, 2),
             "stay_ms": round(reading.stay_ns / 1e6, 1) if self._damps else 0.0,
-            "remedy": remedy(reading) if reading.is_thrashing else "",
+            "remedy": self.complaint,
         }
 
     def _new_loads(self, now_ns: int) -> tuple[Load, ...]:
@@ -115,12 +120,7 @@ class Pressure:
             log.warning("thrashing: %s", remedy(reading))
         else:
             log.warning("thrashing has ended: the models in use fit again, or are asked less")
-        for front in self._fleet.of_kind("front_end"):
-            front.post(self._message())
-
-    def _message(self) -> Message:
-        reading = self.reading
-        return Message(thrashing=remedy(reading) if reading.is_thrashing else "")
+        self._on_change()
 
 
 def remedy(reading: Reading) -> str:

@@ -14,10 +14,16 @@ Called by the supervisor's activations: `on_worker_died`, `blocked`, `forget`.
 
 from __future__ import annotations
 
+import collections
 from dataclasses import dataclass, field
 from typing import Final
 
-from overcommit.runtime.config import QUARANTINE_DEATHS, QUARANTINE_S, RESTART_WINDOW_S
+from overcommit.runtime.config import (
+    QUARANTINE_DEATHS,
+    QUARANTINE_S,
+    RESTART_WINDOW_S,
+    SUSPECTS_KEPT,
+)
 
 QUARANTINE_S_MAX: Final = 600.0
 _WINDOW_NS: Final = int(RESTART_WINDOW_S * 1e9)
@@ -36,6 +42,8 @@ class Quarantine:
 
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}
+        # Requests that were running when a worker died, of late.
+        self.suspects: collections.deque[int] = collections.deque(maxlen=SUSPECTS_KEPT)
 
     def on_worker_died(self, slot: int, now_ns: int) -> None:
         """A worker died while it ran this version."""

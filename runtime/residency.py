@@ -303,6 +303,19 @@ class Residency:
                 actions += self.want(version.slot, NOBODY, now_ns)
         return actions
 
+    def release(self, slot: int, now_ns: int) -> bool:
+        """Give back what a version holds that is served elsewhere; False: not now, it is in use."""
+        version = self._versions.get(slot)
+        if version is None or version.state is State.DISK or version.pinned:
+            return True
+        if version.state is State.LOADING or version.waiters:
+            return False
+        if version.state is State.DEVICE and not self._on_device.try_expire(version, now_ns):
+            return False
+        if self._on_host is not None and not any(part.job for part in version.host):
+            self._on_host.drop(version)
+        return True
+
     def set_stay(self, stay_ns: int) -> None:
         """From now on who was published so lately leaves after all others; 0: as the policy says."""
         self._on_device.stay_ns = stay_ns

@@ -8,6 +8,9 @@ moves only the versions that it had or gets (rendezvous hashing).  A request goe
 `short` requests for its version are outstanding there; then it goes to the worker with the fewest
 outstanding requests of all versions, the home among them.
 
+Where a server has several devices, versions have sites, and all of this is among the workers of a
+version's sites, the home at the first of them: another would load the version for a device of its own.
+
 Invariants
  1. `outstanding(worker)` is the number of `on_submit` less the number of `on_done`, never negative.
  2. With the same workers and nothing outstanding, a slot always has the same home.
@@ -17,7 +20,7 @@ Pure; one per front end, called by its dispatch.  A worker is any number that na
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from overcommit.runtime.config import VERSIONS_MAX
@@ -42,9 +45,10 @@ def _mix(value: int) -> int:
 class _Load:
     """What is outstanding at one worker."""
 
-    __slots__ = ("requests", "slots")
+    __slots__ = ("requests", "site", "slots")
 
-    def __init__(self) -> None:
+    def __init__(self, site: int) -> None:
+        self.site = site
         self.requests = 0
         self.slots: dict[int, int] = {}  # requests by version; only what is outstanding
 
@@ -55,17 +59,24 @@ class Router:
     def __init__(self) -> None:
         self._loads: dict[int, _Load] = {}
         self._homes: dict[int, int] = {}
+        self._sites: dict[int, tuple[int, ...]] = {}  # by slot; empty where there is one site
 
     @property
     def workers(self) -> tuple[int, ...]:
         """The workers there are, in the order in which they came."""
         return tuple(self._loads)
 
-    def add(self, worker: int) -> None:
+    def add(self, worker: int, site: int = 0) -> None:
         """A worker was linked; nothing is outstanding there."""
         assert worker not in self._loads, "a worker is linked once"
-        self._loads[worker] = _Load()
+        self._loads[worker] = _Load(site)
         self._homes.clear()
+
+    def spread(self, sites: Mapping[int, tuple[int, ...]]) -> None:
+        """These versions, by slot, are served by these sites from now on."""
+        self._sites.update(sites)
+        for slot in sites:
+            self._homes.pop(slot, None)
 
     def remove(self, worker: int) -> None:
         """A worker is gone, and with it what was outstanding there."""
@@ -79,12 +90,12 @@ class Router:
         """
         home = self._homes.get(slot)
         if home is None:
-            if not self._loads:
+            home = self._find_home(slot)
+            if home is None:
                 return None
-            home = self._home(slot)
         if home not in avoid and self._loads[home].slots.get(slot, 0) < short:
             return home
-        others = [worker for worker in self._loads if worker not in avoid]
+        others = [worker for worker in self._among(slot) if worker not in avoid]
         if not others:
             return None
         # The home wins a tie: its weights are mapped and its program is bound.
@@ -118,7 +129,21 @@ class Router:
             return 0
         return load.requests if slot is None else load.slots.get(slot, 0)
 
-    def _home(self, slot: int) -> int:
-        home = max(self._loads, key=lambda worker: _mix(worker * VERSIONS_MAX + slot))
+    def _among(self, slot: int) -> Collection[int]:
+        """Return the workers that may get requests for a version."""
+        sites = self._sites.get(slot)
+        if sites is None:
+            return self._loads
+        return [worker for worker, load in self._loads.items() if load.site in sites]
+
+    def _find_home(self, slot: int) -> int | None:
+        among = self._among(slot)
+        if (sites := self._sites.get(slot)) is not None:
+            # At the first site, or at the next one that has a worker at the moment.
+            first = min((sites.index(self._loads[worker].site) for worker in among), default=0)
+            among = [worker for worker in among if self._loads[worker].site == sites[first]]
+        if not among:
+            return None
+        home = max(among, key=lambda worker: _mix(worker * VERSIONS_MAX + slot))
         self._homes[slot] = home
         return home

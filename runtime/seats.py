@@ -85,15 +85,19 @@ class Seat:
         "_started_ns",
         "deaths",
         "epoch",
+        "failed_starts",
         "index",
         "kind",
         "pid",
+        "site",
         "state",
     )
 
-    def __init__(self, kind: Kind, index: int) -> None:
+    def __init__(self, kind: Kind, index: int, site: int = 0) -> None:
         self.kind: Kind = kind
         self.index = index
+        self.site = site  # a mover's and a worker's
+        self.failed_starts = 0  # in a row: it died before it served
         self.epoch = 1
         self.state = SeatState.EMPTY
         self.pid = 0
@@ -138,6 +142,7 @@ class Seat:
         if self.state is SeatState.STARTING:
             self.state = SeatState.LIVE
             self._ready_ns = now_ns
+            self.failed_starts = 0
 
     def on_kill_sent(self, now_ns: int) -> None:
         """SIGKILL is on its way; the seat stays taken until `on_dead`."""
@@ -150,6 +155,7 @@ class Seat:
         self.state = SeatState.REAPED
         self.pid = 0
         lived_ns = 0 if self._ready_ns is None else now_ns - self._ready_ns
+        self.failed_starts += self._ready_ns is None
         self._ready_ns = None
         self._deaths_in_row = 1 if lived_ns > LIVED_S * 1e9 else self._deaths_in_row + 1
         self.deaths += 1

@@ -129,7 +129,7 @@ class Supervisor:
     def _timeout_s(self) -> float:
         now_ns = time.monotonic_ns()
         times = [now_ns + int(TICK_S * 1e9)]
-        if (tick_ns := self.house.residency.next_tick_ns()) is not None:
+        if (tick_ns := self.house.next_tick_ns()) is not None:
             times.append(tick_ns)
         # A seat that is already due waits for something else, which is an event of its own.
         starts = [seat.start_at_ns() for seat in self.house.fleet.seats]
@@ -146,10 +146,7 @@ class Supervisor:
         house.fleet.start_due(now_ns)
         for child in house.fleet.children.values():
             self._watch(child.process, child)
-        house.activations.tick(now_ns)
-        house.pressure.tick(now_ns)
-        if house.gpu_pressure is not None and house.gpu_watch is not None:
-            house.gpu_pressure.tick(house.gpu_watch.reading, now_ns)
+        house.tick(now_ns)
         if house.prefetching is not None and self.phase is Phase.SERVING:
             house.prefetching.step(now_ns)
         house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
@@ -241,9 +238,9 @@ class Supervisor:
         if isinstance(message, Ready):
             self._on_ready(child, message, now_ns)
         elif isinstance(message, Activate):
-            house.activations.on_activate(child, message, now_ns)
+            house.site_of(child).activations.on_activate(child, message, now_ns)
         elif isinstance(message, LoadDone):
-            house.activations.on_load_done(message, now_ns)
+            house.site_of(child).activations.on_load_done(message, now_ns)
         elif isinstance(message, Admin):
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):
@@ -251,7 +248,7 @@ class Supervisor:
         elif isinstance(message, Rehearsed):
             self.catalogue.rehearsals.on_rehearsed(child, message, now_ns)
         elif isinstance(message, Attaches):
-            house.activations.on_attaches(child, message)
+            house.site_of(child).activations.on_attaches(child, message)
         elif isinstance(message, BindFailed):
             self.catalogue.on_bind_failed(message.slot, message.message)
         elif isinstance(message, Chunks):
@@ -265,11 +262,14 @@ class Supervisor:
         house = self.house
         house.fleet.on_ready(child, message.pid, now_ns)
         if child.seat.kind == "front_end":
-            house.pressure.greet(child)
+            house.greet(child)
         if child.seat.kind == "mover":
-            house.activations.on_mover_ready(now_ns)
-        if self.phase is Phase.STARTING and all(
-            any(house.fleet.of_kind(kind)) for kind in ("front_end", "worker", "mover")
+            house.site_of(child).activations.on_mover_ready(now_ns)
+        if (
+            self.phase is Phase.STARTING
+            and any(house.fleet.of_kind("front_end"))
+            and all(site.is_complete or site.is_lost for site in house.sites)
+            and any(site.is_complete for site in house.sites)
         ):
             self.phase = Phase.SERVING
             self.catalogue.announce(self._age_s())
@@ -306,7 +306,9 @@ class Supervisor:
             os.eventfd_read(self.house.fleet.bell)
         except BlockingIOError:
             return
-        self.house.activations.tick(time.monotonic_ns())
+        now_ns = time.monotonic_ns()
+        for site in self.house.sites:
+            site.activations.tick(now_ns)
 
     def _on_scanned(self) -> None:
         try:

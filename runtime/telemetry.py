@@ -152,10 +152,14 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def budgets(
-    settings: Settings, telemetry: Telemetry | None = None, gpu: Gpu | None = None
+    settings: Settings,
+    telemetry: Telemetry | None = None,
+    gpu: Gpu | None = None,
+    count: int = 1,
 ) -> Budgets:
-    """Decide the size of both tiers.
+    """Decide the size of both tiers for one of `count` devices.
 
+    DEVICE is each device's own, `--device-memory` too; HOST is cut into equal shares.
     Without a `gpu` DEVICE is host memory, so both come from the same memory; with one it is what is
     free there, less what workers and models need beside weights.  A size from a flag is taken as it is
     or refused; what is left open gets its share of what is available after a reserve and the front
@@ -173,11 +177,13 @@ def budgets(
         on_gpu = _gpu_bytes(settings, gpu)
         device = 0
     elif device is None:
-        device = min(int(spare * DEVICE_SHARE), max(0, spare - (host or 0)))
+        device = min(int(spare * DEVICE_SHARE), max(0, spare - (host or 0))) // count
     if host is None:
         share = HOST_SHARE if gpu is None else CUDA_HOST_SHARE
-        host = max(0, min(int(spare * share), spare - device))
+        host = max(0, min(int(spare * share), spare - device * count)) // count
         host = host if host >= SMALL_CHUNK_BYTES else 0
+    else:
+        host //= count
     if gpu is None and device < SMALL_CHUNK_BYTES:
         if settings.device_memory_bytes is not None:
             raise ConfigurationError(
@@ -194,9 +200,10 @@ def budgets(
             f"--host-memory {show_bytes(host)} is less than one chunk of "
             f"{show_bytes(SMALL_CHUNK_BYTES)}; give it more, or 0 for no host tier"
         )
-    if device + host + payload > available:
+    if count * (device + host) + payload > available:
         raise ConfigurationError(
-            f"the tiers do not fit: device {show_bytes(device)}, host {show_bytes(host)} and "
+            f"the tiers do not fit: device {show_bytes(count * device)}, host "
+            f"{show_bytes(count * host)} and "
             f"payload {show_bytes(payload)} are more than the {show_bytes(available)} available; "
             f"lower --device-memory, --host-memory (0: no host tier) or --payload-memory"
         )

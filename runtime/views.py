@@ -63,6 +63,26 @@ def view_of(version: Version, device: Holdings, host: Holdings | None) -> View:
     )
 
 
+def joined(views: Sequence[View]) -> View | None:
+    """Join what several sites say of one version, the one that serves it first; None: nothing."""
+    if len(views) < 2:
+        return views[0] if views else None
+    best = max(views, key=lambda view: list(Tier).index(view.tier))
+    return View(
+        tier=best.tier,
+        device_bytes=sum(view.device_bytes for view in views),
+        host_bytes=sum(view.host_bytes for view in views),
+        device_shared_bytes=sum(view.device_shared_bytes for view in views),
+        host_shared_bytes=sum(view.host_shared_bytes for view in views),
+        generation=best.generation,
+        state=best.state,
+        loads_from_disk=sum(view.loads_from_disk for view in views),
+        loads_from_host=sum(view.loads_from_host for view in views),
+        evictions=sum(view.evictions for view in views),
+        last_error=views[0].last_error,
+    )
+
+
 def summary_of(
     versions: int, tiers: Sequence[tuple[ChunkAllocator, int]], loading: int, waiting: int
 ) -> str:

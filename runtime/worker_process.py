@@ -71,5 +71,5 @@ def serve(
 def _threads(start: Start) -> int:
     threads = start.settings.worker_threads
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) // start.settings.workers
+        threads = len(os.sched_getaffinity(0)) // (start.settings.workers * start.sites)
     return max(1, threads)

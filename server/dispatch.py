@@ -21,7 +21,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from overcommit.runtime import _shm
@@ -89,7 +89,15 @@ class Dispatch:
         """A worker is there: use it, and send it what was held."""
         link = WorkerLink.take(message, fds, self._epoch)
         self.links[link.key] = link
-        self._router.add(link.key)
+        self._router.add(link.key, message.site)
+        self._push_held()
+
+    def spread(self, homes: Mapping[int, tuple[int, ...]]) -> None:
+        """These versions, by slot, are served by other sites than before."""
+        self._router.spread(homes)
+        self._push_held()
+
+    def _push_held(self) -> None:
         held, self._held = self._held, {}
         for pending in held.values():
             self._push(pending)

@@ -31,7 +31,9 @@ WorkerThreads = Annotated[
 ]
 Devices = Annotated[
     str | None,
-    Option(metavar="WHAT", help="Where models run: cpu, the number of a GPU, or auto (auto)."),
+    Option(
+        metavar="WHAT", help="Where models run: cpu, cpu:N, numbers of GPUs (0,1), or auto (auto)."
+    ),
 ]
 DeviceMemory = Annotated[
     str | None,

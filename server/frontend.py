@@ -35,6 +35,7 @@ from overcommit.runtime.front_end_messages import (
     Admin,
     AdminReply,
     Counters,
+    Homes,
     Pressure,
     RegionsChanged,
     Rehearse,
@@ -100,7 +101,7 @@ class FrontEnd:
         self.plans.is_split = self.table.is_split
         self.dispatch = Dispatch(
             *(start.seat, start.epoch, self._ingress, egress, call_soon),
-            seats=start.settings.workers,
+            seats=start.settings.workers * start.sites,
         )
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
@@ -218,6 +219,9 @@ class FrontEnd:
                 self.on_bell()
             elif isinstance(message, LinkDown):
                 self.dispatch.link_down(message.seat, message.epoch)
+                self.on_bell()
+            elif isinstance(message, Homes):
+                self.dispatch.spread(message.homes)
                 self.on_bell()
             elif isinstance(message, AdminReply):
                 self._on_reply(message)

@@ -7,6 +7,7 @@ does with addresses that it holds.  Captures are said on stdout, for tests of th
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class FakeGraph:
 
 
 class FakeBackend:
-    """The device."""
+    """The device; what it does fails once `is_lost`."""
+
+    def __init__(self, is_lost: Callable[[], bool] = lambda: False) -> None:
+        self._is_lost = is_lost
 
     def entered(self) -> Any:
         return contextlib.nullcontext()
@@ -41,6 +45,8 @@ class FakeBackend:
 
     def settle(self) -> None:
         """Nothing is ever under way."""
+        if self._is_lost():
+            raise RuntimeError("CUDA error: unspecified launch failure")
 
     def capture(self, call: Call, inputs: Tensors) -> FakeGraph:
         print("fake backend: captured", flush=True)

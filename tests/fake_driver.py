@@ -1,10 +1,10 @@
 """A CUDA driver for tests: the calls of `driver.py`, their rules, and memory that is real.
 
-`FakeGpu` is the device, shared by all who use it; a `FakeDriver` is one process's driver.  A memory
-object is a memfd, an exported descriptor a descriptor of it, an address one of this very process: so
-descriptors can be passed on and imported elsewhere (in another process too), what nobody holds any
-more is gone by the kernel's own count, and what may not be touched faults.  Two things differ from a
-GPU, both on purpose: a CPU can read device addresses, and everything asynchronous waits until
+`FakeGpu` is the machine's devices, shared by all who use them; a `FakeDriver` is one process's driver.
+A memory object is a memfd, an exported descriptor a descriptor of it, an address one of this very
+process: so descriptors can be passed on and imported elsewhere (in another process too), what nobody
+holds any more is gone by the kernel's own count, and what may not be touched faults.  Two things differ
+from a GPU, both on purpose: a CPU can read device addresses, and everything asynchronous waits until
 somebody synchronises or queries.
 
 Failures on demand: `fail_at(n, result)` makes the n-th call from now fail, `die_at(n)` ends the
@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,21 +48,29 @@ class Died(BaseException):
 
 
 class FakeGpu:
-    """A device, and what is allocated on it."""
+    """Devices of one size, and what is allocated there.  None reaches another's memory.
+
+    `is_lost(device)`: whether it is off the bus; every call that needs it fails then, for good.
+    """
 
     def __init__(
         self,
         total_bytes: int = 1 << 40,
         *,
+        count: int = 1,
         has_vmm: bool = True,
         has_fd_export: bool = True,
+        is_lost: Callable[[int], bool] = lambda device: False,
     ) -> None:
         self.total_bytes = total_bytes
+        self.count = count
+        self.is_lost = is_lost
         self.attributes = {
             Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: int(has_vmm),
             Attribute.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: int(has_fd_export),
         }
         self.inodes: dict[int, int] = {}  # of every object that was ever made here -> bytes
+        self.places: dict[int, int] = {}  # and the device that it lies on
         self.drivers: list[FakeDriver] = []
         self.export_numbers = itertools.count(10_000)
 
@@ -75,9 +84,18 @@ class FakeGpu:
                 continue
         return kept & self.inodes.keys()
 
-    def used_bytes(self) -> int:
-        """Bytes of the objects that live."""
-        return sum(self.inodes[inode] for inode in self.live())
+    def used_bytes(self, device: int | None = None) -> int:
+        """Bytes of the objects that live, on a device or on all."""
+        return sum(
+            self.inodes[inode]
+            for inode in self.live()
+            if device is None or self.places[inode] == device
+        )
+
+    def note(self, inode: int, nbytes: int, device: int) -> None:
+        """An object was made, or was heard of first."""
+        self.inodes[inode] = nbytes
+        self.places[inode] = device
 
 
 def _inode(fd: int) -> int:
@@ -90,6 +108,7 @@ class _Memory:
 
     fd: int
     nbytes: int
+    device: int = 0
 
 
 @dataclass(slots=True)
@@ -199,16 +218,26 @@ class FakeDriver:
             raise DriverError(call, Result.NOT_INITIALIZED)
         if self._sticky is not None:
             raise DriverError(call, self._sticky)
-        if needs_context and getattr(self._current, "context", None) not in self._contexts:
+        context = getattr(self._current, "context", None)
+        if needs_context and context not in self._contexts:
             raise DriverError(call, Result.INVALID_CONTEXT)
+        if context is not None and self.gpu.is_lost(context - 1):
+            self._sticky = Result.UNKNOWN
+            raise DriverError(call, Result.UNKNOWN)
+
+    def _here(self) -> int:
+        """The device of the context of this thread."""
+        return int(self._current.context) - 1
 
     @staticmethod
     def _refuse(call: str, why: str, result: Result = Result.INVALID_VALUE) -> DriverError:
         return DriverError(call, result, f"CUDA_ERROR_{result.name} ({why})")
 
     def _check_device(self, call: str, device: int) -> None:
-        if device != 0:
+        if not 0 <= device < self.gpu.count:
             raise DriverError(call, Result.INVALID_DEVICE)
+        if self.gpu.is_lost(device):
+            raise DriverError(call, Result.UNKNOWN)
 
     def _drop_mapping(self, address: int) -> None:
         memory = self._mappings.pop(address).memory
@@ -241,7 +270,7 @@ class FakeDriver:
 
     def device_count(self) -> int:
         self._enter("cuDeviceGetCount")
-        return 1
+        return self.gpu.count
 
     def device_attribute(self, attribute: Attribute, device: int) -> int:
         self._enter("cuDeviceGetAttribute")
@@ -251,12 +280,12 @@ class FakeDriver:
     def device_uuid(self, device: int) -> str:
         self._enter("cuDeviceGetUuid")
         self._check_device("cuDeviceGetUuid", device)
-        return "GPU-fa4e0000-0000-0000-0000-000000000000"
+        return f"GPU-fa4e0000-0000-0000-0000-{device:012}"
 
     def device_bus_id(self, device: int) -> str:
         self._enter("cuDeviceGetPCIBusId")
         self._check_device("cuDeviceGetPCIBusId", device)
-        return "ffff:ff:00.0"
+        return f"ffff:ff:{device:02}.0"
 
     def torch_device(self, device: int) -> str:
         return "cpu"  # its memory is host memory, so torch for the CPU computes on it
@@ -264,13 +293,13 @@ class FakeDriver:
     def torch_backend(self, device: int) -> FakeBackend:
         from fake_backend import FakeBackend
 
-        return FakeBackend()
+        return FakeBackend(lambda: self.gpu.is_lost(device))
 
     def primary_context_retain(self, device: int) -> Context:
         self._enter("cuDevicePrimaryCtxRetain")
         self._check_device("cuDevicePrimaryCtxRetain", device)
-        self._contexts.add(1)
-        return Context(1)
+        self._contexts.add(device + 1)
+        return Context(device + 1)
 
     def context_set_current(self, context: Context) -> None:
         self._enter("cuCtxSetCurrent")
@@ -280,7 +309,8 @@ class FakeDriver:
 
     def mem_get_info(self) -> tuple[int, int]:
         self._enter("cuMemGetInfo", needs_context=True)
-        return self.gpu.total_bytes - self.gpu.used_bytes(), self.gpu.total_bytes
+        used = self.gpu.used_bytes(self._here())
+        return self.gpu.total_bytes - used, self.gpu.total_bytes
 
     # --- memory objects -------------------------------------------------------------------------
     def mem_granularity(self, device: int) -> int:
@@ -296,12 +326,12 @@ class FakeDriver:
             raise DriverError(call, Result.NOT_SUPPORTED)
         if nbytes <= 0 or nbytes % GRANULARITY:
             raise self._refuse(call, "the size is no multiple of the granularity")
-        if self.gpu.used_bytes() + nbytes > self.gpu.total_bytes:
+        if self.gpu.used_bytes(device) + nbytes > self.gpu.total_bytes:
             raise DriverError(call, Result.OUT_OF_MEMORY)
-        fd = os.memfd_create("fake-gpu", os.MFD_CLOEXEC)
+        fd = os.memfd_create(f"fake-gpu-{device}", os.MFD_CLOEXEC)
         os.ftruncate(fd, nbytes)
-        self.gpu.inodes[_inode(fd)] = nbytes
-        return self._hand_out(_Memory(fd, nbytes))
+        self.gpu.note(_inode(fd), nbytes, device)
+        return self._hand_out(_Memory(fd, nbytes, device))
 
     def _hand_out(self, memory: _Memory) -> MemoryHandle:
         handle = next(self._numbers)
@@ -332,10 +362,11 @@ class FakeDriver:
             name = os.readlink(f"/proc/self/fd/{fd}")
         except OSError as error:
             raise self._refuse(call, "not an open descriptor") from error
-        if "memfd:fake-gpu" not in name:
+        if (found := re.match(r"/memfd:fake-gpu-(\d+)", name)) is None:
             raise self._refuse(call, "not an exported memory object")
-        self.gpu.inodes.setdefault(status.st_ino, status.st_size)
-        return self._hand_out(_Memory(os.dup(fd), status.st_size))
+        device = int(found[1])
+        self.gpu.note(status.st_ino, status.st_size, device)
+        return self._hand_out(_Memory(os.dup(fd), status.st_size, device))
 
     def mem_release(self, handle: MemoryHandle) -> None:
         self._enter("cuMemRelease")
@@ -380,7 +411,7 @@ class FakeDriver:
         for at, other in self._mappings.items():
             if at < address + nbytes and address < at + other.memory.nbytes:
                 raise self._refuse(call, "something is mapped there")
-        self._mappings[address] = _Mapping(_Memory(os.dup(memory.fd), nbytes))
+        self._mappings[address] = _Mapping(_Memory(os.dup(memory.fd), nbytes, memory.device))
 
     def mem_unmap(self, address: int, nbytes: int) -> None:
         call = "cuMemUnmap"
@@ -394,6 +425,8 @@ class FakeDriver:
         self._check_device(call, device)
         for at in self._inside(call, address, nbytes):
             mapping = self._mappings[at]
+            if mapping.memory.device != device:
+                raise self._refuse(call, "the memory of another device, and no peer access")
             mapping.writable = writable
             _shm.map_fixed(at, mapping.memory.fd, 0, mapping.memory.nbytes, writable, False)
 
@@ -473,6 +506,8 @@ class FakeDriver:
         """Whether mappings with access cover the range without a gap."""
         at = address
         for start, mapping in sorted(self._mappings.items()):
+            if mapping.memory.device != self._here():
+                continue
             if start <= at < start + mapping.memory.nbytes and at < address + nbytes:
                 if mapping.writable is None or (writes and not mapping.writable):
                     return False

@@ -1,7 +1,8 @@
 """`overcommit serve` on the fake driver: run this file with the arguments of `serve`.
 
 Every process of the server gets its driver by import path; the tests' folder is on the path of all.
-`FAKE_GPU_BYTES` is how much memory the device has.
+`FAKE_GPU_BYTES` is how much memory each of `FAKE_GPUS` devices has; `FAKE_LOST` names a folder in which a
+file `1` says that device 1 is off the bus.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ GPU_BYTES = 4 << 30
 
 def open_fake() -> FakeDriver:
     """A process's driver."""
-    return FakeDriver(FakeGpu(int(os.environ.get("FAKE_GPU_BYTES", GPU_BYTES))))
+    total_bytes = int(os.environ.get("FAKE_GPU_BYTES", GPU_BYTES))
+    count = int(os.environ.get("FAKE_GPUS", "1"))
+    return FakeDriver(FakeGpu(total_bytes, count=count, is_lost=is_lost))
+
+
+def is_lost(device: int) -> bool:
+    """Whether somebody pulled the device out."""
+    folder = os.environ.get("FAKE_LOST")
+    return folder is not None and os.path.exists(os.path.join(folder, str(device)))
 
 
 def main(arguments: list[str]) -> None:

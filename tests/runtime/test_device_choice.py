@@ -34,13 +34,17 @@ def fake_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "is_read_as"), [(" CPU", "cpu"), ("auto", "auto"), ("0", "0"), ("07", "7")]
+    ("text", "is_read_as"),
+    [
+        *((" CPU", "cpu"), ("auto", "auto"), ("0", "0"), ("07", "7"), ("1, 0", "1,0")),
+        *(("cpu:1", "cpu"), ("CPU:2", "cpu:2")),
+    ],
 )
 def test_what_is_written_is_read(text: str, is_read_as: str) -> None:
     assert read_devices(text) == is_read_as
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "-1", "0x1", "0,1"])
+@pytest.mark.parametrize("text", ["", "gpu", "-1", "0x1", "0,0", "cpu:0", "cpu:17", "0,", "cpu,0"])
 def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         read_devices(text)
@@ -49,7 +53,7 @@ def test_what_makes_no_sense_is_refused(text: str) -> None:
 @pytest.mark.usefixtures("fake_path")
 def test_a_gpu_by_its_number_is_probed_by_another_process() -> None:
     for devices in ("0", "auto"):
-        gpu = choose(Settings(devices=devices, cuda_driver=FAKE))
+        (gpu,) = choose(Settings(devices=devices, cuda_driver=FAKE))
         assert gpu is not None
         assert (gpu.device, gpu.bus_id, gpu.total_bytes) == (0, "ffff:ff:00.0", 4 * GIB)
     assert "fake_driver" not in vars(device_choice)
@@ -62,7 +66,7 @@ def test_without_a_usable_gpu_auto_is_host_memory_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FAKE_GPU_BYTES", "0")
-    assert choose(Settings(devices="auto", cuda_driver=FAKE)) is None
+    assert choose(Settings(devices="auto", cuda_driver=FAKE)) == [None]
     assert "DEVICE is host memory: GPU 0 cannot be used: cuMemCreate failed" in caplog.text
     with pytest.raises(ConfigurationError, match=r"OUT_OF_MEMORY.*--devices cpu"):
         choose(Settings(devices="0", cuda_driver=FAKE))
@@ -76,8 +80,9 @@ def test_a_probe_that_crashes_is_a_reason() -> None:
 def test_where_no_driver_is_loaded_auto_and_cpu_ask_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_choice, "_CONTROL_DEVICE", "/nowhere")
     monkeypatch.setattr(device_choice, "_ask", None)
-    assert choose(Settings()) is None
-    assert choose(Settings(devices="cpu", cuda_driver=FAKE)) is None
+    assert choose(Settings()) == [None]
+    assert choose(Settings(devices="cpu", cuda_driver=FAKE)) == [None]
+    assert choose(Settings(devices="cpu:3")) == [None] * 3
 
 
 @pytest.mark.parametrize("number", range(1, 20))

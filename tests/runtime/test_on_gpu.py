@@ -81,7 +81,7 @@ def memory(driver: Driver, report: Report) -> Iterator[GpuMemory]:
 def test_the_probe_finds_the_gpu_and_torch_calls_it_the_same() -> None:
     import torch
 
-    gpu = choose(Settings(devices="0"))
+    (gpu,) = choose(Settings(devices="0"))
     assert gpu is not None
     assert not gpu.why
     assert gpu.total_bytes >= gpu.free_bytes > 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -54,11 +55,11 @@ class Rig:
         # The three parts that are played here have one method each that is asked.
         self.quarantine = self
         chosen.setdefault("prefetch_share", 1.0)
+        parts = {"residency": self.world.residency, "activations": self, "gate": self.world.port}
+        site = cast(Any, SimpleNamespace(**parts))
         self.prefetching = Prefetching(
             Settings(cache_dir=str(folder), **chosen),
-            self.world.residency,
-            *(cast(Any, self), cast(Any, self), cast(Any, self.world.port), cast(Any, self)),
-            lambda: self.wall_s,
+            *([site], lambda slot: site, cast(Any, self), cast(Any, self), lambda: self.wall_s),
         )
         for slot in self.entries:
             self.world.add(slot)

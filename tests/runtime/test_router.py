@@ -115,3 +115,46 @@ def test_counts_are_the_submits_less_the_dones(steps: list[tuple[int, bool]]) ->
         for one in range(3):
             assert router.outstanding(one) == sum(n for (w, _), n in model.items() if w == one)
             assert router.outstanding(one, slot) == model[one, slot]
+
+
+# --- several devices ----------------------------------------------------------------------------
+def spread(sites: dict[int, int], homes: dict[int, tuple[int, ...]]) -> Router:
+    """A router with workers on sites, and versions that are served there."""
+    router = Router()
+    for worker, site in sites.items():
+        router.add(worker, site)
+    router.spread(homes)
+    return router
+
+
+def test_a_version_stays_with_the_workers_of_its_site_however_long_the_queue() -> None:
+    router = spread({10: 0, 11: 0, 20: 1, 21: 1}, {slot: (slot % 2,) for slot in range(50)})
+    for slot in range(50):
+        seen = set()
+        for _ in range(20):
+            worker = router.choose(slot, 2)
+            assert worker is not None
+            router.on_submit(worker, slot)
+            seen.add(worker)
+        assert seen == ({10, 11} if slot % 2 == 0 else {20, 21})
+
+
+def test_a_second_site_gets_what_the_first_has_no_time_for() -> None:
+    router = spread({10: 0, 20: 1}, {7: (1, 0)})
+    assert home(router, 7) == 20
+    for _ in range(2):
+        router.on_submit(20, 7)
+    assert router.choose(7, 2) == 10
+    router.spread({7: (1,)})
+    assert router.choose(7, 2) == 20, "the copy is gone, the queue is as long as it is"
+
+
+def test_where_its_sites_have_no_worker_a_version_has_none() -> None:
+    router = spread({10: 0}, {7: (1,), 8: (1, 0)})
+    assert router.choose(7, 2) is None
+    assert router.choose(8, 2) == 10, "at the next one, as long as the first has none"
+    router.add(20, 1)
+    assert router.choose(7, 2) == 20
+    assert router.choose(8, 2) == 20
+    router.spread({7: (0,)})
+    assert router.choose(7, 2) == 10

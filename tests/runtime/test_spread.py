@@ -149,7 +149,7 @@ def test_versions_of_a_lost_device_are_served_by_the_others(spread: Spread) -> N
     for slot in range(10):
         spread.add(slot, GB)
     lost = {slot for slot in range(10) if spread.sites_of(slot) == (0,)}
-    assert spread.lose(0) == {slot: (1,) for slot in lost}
+    assert spread.lose(0) == dict.fromkeys(lost, (1,))
     spread.add(10, GB)
     assert spread.sites_of(10) == (1,)
     assert spread.regain(0) == {}
