@@ -50,6 +50,7 @@ from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
 from overcommit.runtime.messages import Chunks, LogLevel, Message, Ready, Start, Stop
 from overcommit.runtime.mover_messages import CancelLoad, Load, LoadDone, Populated, PromoteLoad
+from overcommit.runtime.numa import move_to_site
 
 log = logging.getLogger("overcommit.mover")
 
@@ -241,6 +242,7 @@ def main(control_fd: int) -> None:
     copier: Copier = MEMCPY
     shrink: Callable[[int], None] = _cannot_shrink
     if start.cuda_device is None:
+        move_to_site(start.site, start.sites)
         memory = Arena.from_fd(fds["device"], start.device_bytes)
         device = Base("device", memory.map_all(True), memory.nbytes)
     else:

@@ -1,9 +1,11 @@
-"""Which cores are near a GPU: host memory that they touch first is near it too.
+"""Which cores are near a device: host memory that they touch first is near it too.
 
 A copy from the other socket's memory reaches a half to a third of the link on some machines, and pinned
 pages never move; so the mover runs where the GPU is before it touches HOST.
 
-Called by the mover, before it has threads.
+Where DEVICE is host memory in several sites, each has a node of its own as far as there are nodes.
+
+Called by the mover and by workers, before they have threads.
 """
 
 from __future__ import annotations
@@ -45,9 +47,32 @@ def move_near(bus_id: str, root: Path = Path("/sys")) -> frozenset[int]:
     node = node_of(bus_id, root)
     if node is None:
         return frozenset()
-    near = cores_of(node, root) & os.sched_getaffinity(0)
-    if not near:
+    near = _move(cores_of(node, root))
+    if near:
+        log.info("HOST lies on NUMA node %d, where the GPU is", node)
+    return near
+
+
+def nodes(root: Path = Path("/sys")) -> list[int]:
+    """Return the nodes that have cores which we may use."""
+    folders = (root / "devices/system/node").glob("node[0-9]*")
+    numbers = sorted(int(folder.name.removeprefix("node")) for folder in folders)
+    return [n for n in numbers if cores_of(n, root) & os.sched_getaffinity(0)]
+
+
+def move_to_site(site: int, sites: int, root: Path = Path("/sys")) -> frozenset[int]:
+    """Run this thread, and those that it starts, on the site's node; nothing changes where there is one."""
+    there = nodes(root) if sites > 1 else []
+    if len(there) < 2:
         return frozenset()
-    os.sched_setaffinity(0, near)
-    log.info("HOST lies on NUMA node %d, where the GPU is", node)
+    node = there[site % len(there)]
+    near = _move(cores_of(node, root))
+    log.info("device cpu:%d is NUMA node %d", site, node)
+    return near
+
+
+def _move(cores: frozenset[int]) -> frozenset[int]:
+    near = cores & os.sched_getaffinity(0)
+    if near:
+        os.sched_setaffinity(0, near)
     return near

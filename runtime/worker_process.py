@@ -21,6 +21,7 @@ from overcommit.runtime.config import START_TIMEOUT_S
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.messages import Start
+from overcommit.runtime.numa import move_to_site
 from overcommit.runtime.worker import Worker
 from overcommit.runtime.worker_memory import open_memory
 from overcommit.runtime.worker_messages import VersionInfo
@@ -42,7 +43,10 @@ def main(control_fd: int) -> None:
     memory = open_memory(control, start, fds)
     if memory is None:
         return
-    engines.set_up(_threads(start), memory.place, memory.backend)
+    threads = _threads(start)
+    if start.cuda_device is None:
+        move_to_site(start.site, start.sites)
+    engines.set_up(threads, memory.place, memory.backend)
 
     code_is_allowed = start.settings.allow_code
 

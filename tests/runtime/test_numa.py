@@ -50,3 +50,18 @@ def test_where_nobody_says_nothing_changes(
 ) -> None:
     assert numa.move_near(BUS, machine(tmp_path, node, cores)) == frozenset()
     assert os.sched_getaffinity(0) == same_cores
+
+
+def test_sites_of_host_memory_lie_on_nodes_of_their_own(
+    tmp_path: Path, same_cores: set[int]
+) -> None:
+    cores = sorted(same_cores)
+    for node, core in enumerate([cores[0], cores[-1], 4000]):
+        folder = tmp_path / f"devices/system/node/node{node}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(str(core))
+    assert numa.nodes(tmp_path) == [0, 1], "of the third we may use no core"
+    assert numa.move_to_site(0, 1, tmp_path) == frozenset(), "one site is everywhere"
+    assert numa.move_to_site(3, 4, tmp_path) == {cores[-1]}
+    assert os.sched_getaffinity(0) == {cores[-1]}
+    assert numa.move_to_site(1, 2, tmp_path / "nowhere") == frozenset()
