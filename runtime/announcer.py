@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.entries import Entry, to_route
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
 from overcommit.runtime.spreading import Spreading
 
@@ -98,7 +98,7 @@ class Announcer:
         messages = route_messages([to_route(entry) for entry in self._unsaid.values()], gone)
         self._unsaid.clear()
         for front in self._fleet.of_kind("front_end", ready=False):
-            if _name(front) in self._told:
+            if front.incarnation in self._told:
                 for message in messages:
                     front.post(message)
 
@@ -106,7 +106,7 @@ class Announcer:
         """Tell what names mean from now on."""
         for message in name_messages(names):
             for front in self._fleet.of_kind("front_end", ready=False):
-                if _name(front) in self._told:
+                if front.incarnation in self._told:
                     front.post(message)
 
     def tell_new(self, entries: Iterable[Entry], names: Iterable[ModelNames] = ()) -> None:
@@ -114,19 +114,15 @@ class Announcer:
         new = [
             front
             for front in self._fleet.of_kind("front_end", ready=False)
-            if _name(front) not in self._told
+            if front.incarnation not in self._told
         ]
         if not new:
             return
         # Names first: a front end serves as soon as its table is complete.
         messages = [*name_messages(names), *route_messages([to_route(entry) for entry in entries])]
         for front in new:
-            self._told.add(_name(front))
+            self._told.add(front.incarnation)
             if self._spreading is not None:
                 self._spreading.greet(front)
             for message in messages:
                 front.post(message)
-
-
-def _name(front: Child) -> tuple[int, int]:
-    return front.seat.index, front.epoch

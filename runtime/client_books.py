@@ -119,7 +119,7 @@ class ClientBooks:
 
 
 def _key(child: Child) -> _Key:
-    return child.seat.kind, child.seat.index, child.epoch
+    return child.seat.kind, *child.incarnation
 
 
 def _object(text: str) -> dict[str, object]:

@@ -53,7 +53,7 @@ class ClientLoads:
     def on_admin(self, front: Child, request: Admin, now_ns: int) -> None:
         """Carry one of the operations out; raises OvercommitError, or answers now or later."""
         overrides = self._catalogue.overrides
-        owner = (front.seat.index, front.epoch)
+        owner = front.incarnation
         folder = str(request.arguments.get("folder", ""))
         if request.operation == "load_begin":
             try:
@@ -99,7 +99,7 @@ class ClientLoads:
 
     def on_front_end_gone(self, front: Child) -> None:
         """Nobody waits any more; what it was about to give comes to nothing."""
-        self._catalogue.overrides.abandon((front.seat.index, front.epoch))
+        self._catalogue.overrides.abandon(front.incarnation)
         for load in self._loads.values():
             load.is_answered = load.is_answered or load.front is front
 

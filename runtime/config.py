@@ -8,6 +8,7 @@ was inferred.  Units are the last word of a name.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal
 
 import msgspec
@@ -139,6 +140,7 @@ LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 # --- requests -----------------------------------------------------------------------------------
 NAME_CHARS_MAX: Final = 256
 ID_CHARS_MAX: Final = 1024
+FOREIGN_ERROR_CHARS_MAX: Final = 2000  # a shape mismatch deep inside a model can list megabytes
 TENSORS_MAX: Final = 256
 RANK_MAX: Final = 16
 ALIASES_MAX: Final = 64  # of one model
@@ -231,6 +233,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str = "info"
     cuda_driver: str = ""  # for tests, as is nvml: see drivers.py
     nvml: str = ""
+
+
+def smallest(shape: Iterable[int]) -> tuple[int, ...]:
+    """Return the smallest shape that this one, with sizes that vary (-1), allows."""
+    return tuple(max(1, size) if size < 0 else size for size in shape)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

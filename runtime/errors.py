@@ -9,6 +9,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from overcommit.runtime.config import FOREIGN_ERROR_CHARS_MAX
+
+
+def said_by(error: Exception) -> str:
+    """Write an exception that is not ours in a line: its name, and what it says."""
+    return f"{type(error).__name__}: {error}"[:FOREIGN_ERROR_CHARS_MAX]
+
 
 class OvercommitError(Exception):
     """Base of everything this package raises on purpose."""
@@ -101,6 +108,11 @@ class ModelError(OvercommitError):
     http_status = 500
     grpc_code = "INTERNAL"
     code = "model_error"
+
+    @classmethod
+    def of(cls, error: Exception) -> ModelError:
+        """Say what a model's own code, or its library, raised."""
+        return cls(said_by(error))
 
 
 class Forbidden(OvercommitError):

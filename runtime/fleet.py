@@ -50,6 +50,11 @@ class Child:
     told: set[int] = field(default_factory=set)  # slots whose VersionInfo this worker has
     counters: Counters = field(default_factory=Counters)
 
+    @property
+    def incarnation(self) -> tuple[int, int]:
+        """Seat and epoch: no two children of a kind have the same ones."""
+        return self.seat.index, self.epoch
+
     def post(self, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Send; a child that leaves too many messages unread is hung and is killed."""
         try:

@@ -46,7 +46,7 @@ class Gathering:
             answer()
             return
         self._count += 1
-        missing = {_key(front) for front in others}
+        missing = {front.incarnation for front in others}
         self._questions[self._count] = _Question(answer, missing, now_ns + GATHER_NS)
         for front in others:
             front.post(TellCounts(id=self._count))
@@ -55,13 +55,13 @@ class Gathering:
         """A front end has told its counts, all of them."""
         question = self._questions.get(number)
         if question is not None:
-            question.missing.discard(_key(front))
+            question.missing.discard(front.incarnation)
             self._settle(number, question)
 
     def on_gone(self, front: Child) -> None:
         """A front end is dead: it tells nothing more."""
         for number, question in list(self._questions.items()):
-            question.missing.discard(_key(front))
+            question.missing.discard(front.incarnation)
             self._settle(number, question)
 
     def step(self, now_ns: int) -> None:
@@ -74,7 +74,3 @@ class Gathering:
     def _settle(self, number: int, question: _Question) -> None:
         if not question.missing and self._questions.pop(number, None) is not None:
             question.answer()
-
-
-def _key(front: Child) -> _Key:
-    return front.seat.index, front.epoch

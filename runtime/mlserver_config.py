@@ -17,6 +17,7 @@ import msgspec
 
 from overcommit.runtime.config import BATCH_SIZE_LIMIT
 from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.model_names import VERSION
 
 FILE_NAME: Final = "model-settings.json"
 SERVER_FILE_NAME: Final = "settings.json"
@@ -28,7 +29,7 @@ _ENGINES: Final = {
     "mlserver_huggingface.HuggingFaceRuntime": "torch",
     "mlserver_onnx.OnnxModel": "onnx",
 }
-_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+_VERSION: Final = re.compile(VERSION)
 
 
 class _Parameters(msgspec.Struct):

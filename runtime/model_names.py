@@ -1,4 +1,4 @@
-"""What a model may be called.
+"""What a model and a version may be called.
 
 Pure.  Called wherever a name comes in: by the repository scan, for aliases, for what clients load.
 """
@@ -11,6 +11,7 @@ from typing import Final
 
 from overcommit.runtime.config import NAME_CHARS_MAX
 
+VERSION: Final = r"[1-9][0-9]{0,17}"  # a pattern
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -52,6 +52,7 @@ from overcommit.runtime.config import (
     WarmupInput,
 )
 from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.model_names import VERSION
 from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import with_all_tensors
 
@@ -62,8 +63,8 @@ _DIMENSION_MAX: Final = 2**40
 _Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
 _Dimension = Annotated[int, Meta(ge=-1, le=_DIMENSION_MAX)]
 _Path = Annotated[str, Meta(min_length=1, max_length=1024)]
-_Version = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,17}$")]
-_AnyVersion = Annotated[str, Meta(pattern=r"^(|latest|[1-9][0-9]{0,17})$")]
+_Version = Annotated[str, Meta(pattern=f"^{VERSION}$")]
+_AnyVersion = Annotated[str, Meta(pattern=f"^(|latest|{VERSION})$")]
 _Shape = Annotated[tuple[_Dimension, ...], Meta(max_length=RANK_MAX)]
 
 

@@ -38,6 +38,7 @@ from torch import nn
 
 from overcommit.runtime import checkpoint, engines, foreign, reshape, sources, trials
 from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
+from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.engines import (
     archive,
@@ -192,7 +193,7 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
         return _done(job, path, key, header)
     if source.kind in foreign.KINDS:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = store.TEMPORARY_PREFIX
+        prefix = TEMPORARY_PREFIX
         with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as scratch:
             made, tensors_of = foreign.make(job, source, Path(scratch))
             return _done(job, path, key, write_image(path, made, tensors_of, on_progress))
@@ -391,7 +392,7 @@ def _sweep(cache_dir: str) -> None:
     """Remove what packers that were killed have left half written."""
     oldest = time.time() - STALE_S
     for pattern in ("images", "parts", "programs/*"):
-        for path in Path(cache_dir).glob(f"{pattern}/{store.TEMPORARY_PREFIX}*"):
+        for path in Path(cache_dir).glob(f"{pattern}/{TEMPORARY_PREFIX}*"):
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

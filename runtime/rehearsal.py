@@ -64,7 +64,7 @@ class Rehearsals:
     def on_rehearsed(self, front: Child, said: Rehearsed, now_ns: int) -> None:
         """A front end has an answer."""
         trial = self._trials.get(said.slot)
-        if trial is None or trial.asked != _name(front):
+        if trial is None or trial.asked != front.incarnation:
             return
         if said.retry and trial.tries < TRIES_MAX:
             trial.asked, trial.not_before_ns = None, now_ns + RETRY_NS
@@ -76,7 +76,7 @@ class Rehearsals:
         """Ask those who wait, again where who was asked has died."""
         if not self._trials:
             return
-        fronts = {_name(front): front for front in self._fleet.of_kind("front_end")}
+        fronts = {front.incarnation: front for front in self._fleet.of_kind("front_end")}
         for slot, trial in list(self._trials.items()):
             if now_ns - trial.began_ns > REHEARSAL_NS or (
                 trial.tries >= TRIES_MAX and trial.asked not in fronts
@@ -91,7 +91,3 @@ class Rehearsals:
                 name, front = next(iter(fronts.items()))
                 trial.asked, trial.tries, free = name, trial.tries + 1, free - 1
                 front.post(Rehearse(route=trial.route))
-
-
-def _name(front: Child) -> tuple[int, int]:
-    return front.seat.index, front.epoch

@@ -51,12 +51,12 @@ from overcommit.runtime.folder_walk import (
     walk,
 )
 from overcommit.runtime.known_configs import KnownConfigs
-from overcommit.runtime.model_names import name_error, printable
+from overcommit.runtime.model_names import VERSION, name_error, printable
 from overcommit.runtime.model_toml import read_file
 
 SETTLE_NS: Final = 1_000_000_000
 
-_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+_VERSION: Final = re.compile(VERSION)
 
 
 @dataclass(slots=True, frozen=True)

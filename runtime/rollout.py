@@ -24,19 +24,19 @@ from msgspec import Meta
 from overcommit.runtime.config import ALIASES_MAX, NAME_CHARS_MAX, Naming
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.front_end_messages import ModelNames
-from overcommit.runtime.model_names import name_error
+from overcommit.runtime.model_names import VERSION, name_error
 from overcommit.runtime.registry import Registry
 
 log = logging.getLogger("overcommit.rollout")
 
 FILE_NAME: Final = "rollout.json"
 _NOTHING: Final = Naming()
-_Version = Annotated[str, Meta(pattern=r"^[1-9][0-9]{0,17}$")]
+_Version = Annotated[str, Meta(pattern=f"^{VERSION}$")]
 _Weights = Annotated[dict[_Version, Annotated[float, Meta(ge=0, le=100)]], Meta(max_length=64)]
 _Aliases = Annotated[
     dict[
         Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)],
-        Annotated[str, Meta(pattern=r"^(|latest|[1-9][0-9]{0,17})$")],
+        Annotated[str, Meta(pattern=f"^(|latest|{VERSION})$")],
     ],
     Meta(max_length=ALIASES_MAX),
 ]

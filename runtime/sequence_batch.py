@@ -29,6 +29,7 @@ from overcommit.runtime.config import (
     ModelConfig,
     SequenceState,
     TensorSpec,
+    smallest,
 )
 from overcommit.runtime.errors import ImageError, ModelError
 from overcommit.runtime.sequence_terms import ASK_NAME, Ask
@@ -198,7 +199,7 @@ def _scattered(array: Array, index: list[int], rows: int) -> Array:
 def _first(state: SequenceState, batches: bool) -> Array:
     """Make a row of a sequence's first state."""
     row = state.shape[1:] if batches else state.shape
-    shape = state.initial or tuple(max(1, size) if size < 0 else size for size in row)
+    shape = state.initial or smallest(row)
     kind = NUMPY_TYPES[state.datatype]
     if not state.file:
         return _empty(shape, kind)

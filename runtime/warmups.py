@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from overcommit.runtime.config import BODY_BYTES_MAX, ModelConfig, TensorSpec, WarmupInput
+from overcommit.runtime.config import BODY_BYTES_MAX, ModelConfig, TensorSpec, WarmupInput, smallest
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.signature import NUMPY_TYPES
 
@@ -45,7 +45,7 @@ def requests_of(config: ModelConfig) -> Iterator[tuple[str, dict[str, Array]]]:
 
 def zeros(spec: TensorSpec) -> Array:
     """One row, the smallest that the spec allows."""
-    shape = tuple(max(1, size) if size < 0 else size for size in spec.shape)
+    shape = smallest(spec.shape)
     kind = NUMPY_TYPES[spec.datatype]
     return np.full(shape, b"", object) if kind == np.dtype(object) else np.zeros(shape, kind)
 

@@ -15,8 +15,8 @@ from rich.table import Table
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.telemetry import show_bytes
 from overcommit.server.check import Checker, ModelReport, Report
+from overcommit.server.tables import ROWS_MAX
 
-_ROWS_MAX: Final = 200
 _STEP: Final = 64  # models between two steps of the bar
 
 
@@ -56,7 +56,7 @@ def _show(report: Report, console: Console) -> None:
     table.add_column("size", justify="right")
     table.add_column("result")
     rows = [(model, each) for model in report.models for each in model.versions]
-    for model, each in rows[:_ROWS_MAX]:
+    for model, each in rows[:ROWS_MAX]:
         result = "[green]packed[/]" if each.is_packed else "to be packed"
         cells = (
             model.name,
@@ -67,8 +67,8 @@ def _show(report: Report, console: Console) -> None:
         )
         size = show_bytes(each.nbytes) if each.nbytes else ""
         table.add_row(*map(escape, cells), size, "[red]not served[/]" if each.problem else result)
-    if len(rows) > _ROWS_MAX:
-        table.caption = f"and {len(rows) - _ROWS_MAX} more"
+    if len(rows) > ROWS_MAX:
+        table.caption = f"and {len(rows) - ROWS_MAX} more"
     console.print(table)
     for model in report.models:
         for line in _lines(model):

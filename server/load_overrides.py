@@ -24,7 +24,7 @@ from overcommit.runtime import model_files
 from overcommit.runtime.config import OVERRIDE_CONFIG_BYTES_MAX
 from overcommit.runtime.errors import BadRequest, Forbidden, OutOfMemory, PayloadTooLarge
 from overcommit.runtime.folder_walk import DEPTH_MAX
-from overcommit.runtime.model_names import name_error
+from overcommit.runtime.model_names import VERSION, name_error
 from overcommit.server.limits import OVERRIDE_FILES_MAX
 from overcommit.server.questions import ask_value
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
 
 _FILE: Final = "file:"
-_PATH: Final = re.compile(r"([1-9][0-9]{0,17})/([^\0]{1,1024})")
+_PATH: Final = re.compile(rf"({VERSION})/([^\0]{{1,1024}})")
 Files = dict[str, bytes | str]  # path -> content, as it is or in base64
 
 

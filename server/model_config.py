@@ -20,6 +20,7 @@ from overcommit.runtime.config import (
     Sequence,
     SequenceState,
     TensorSpec,
+    smallest,
 )
 from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 from overcommit.server.questions import ask_typed
@@ -151,7 +152,7 @@ def _state(state: SequenceState, batches: bool) -> Object:
     row = list(state.shape[1:] if batches else state.shape)
     first: Object = {
         "data_type": _type(state.datatype),
-        "dims": list(state.initial) or [max(1, size) if size < 0 else size for size in row],
+        "dims": list(state.initial or smallest(row)),
         "name": "first",
     }
     if state.file:

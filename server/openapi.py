@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from overcommit.runtime.payload import DATATYPES
+
 Object = dict[str, Any]
 
 _ERROR: Final[Object] = {
@@ -59,10 +61,6 @@ _TEXT: Final[Object] = {"type": "string"}
 _COUNT: Final[Object] = {"type": "integer", "minimum": 0}
 _PARAMETERS: Final[Object] = {"type": "object", "additionalProperties": True}
 _SHAPE: Final[Object] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-DATATYPES: Final = (
-    *("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64"),
-    *("FP16", "FP32", "FP64", "BF16", "BYTES"),
-)
 _INPUT: Final = object_of(
     {
         "name": _TEXT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from overcommit.runtime.config import smallest
 from overcommit.runtime.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -35,7 +36,7 @@ def zeros(route: Route) -> list[Tensor]:
     for spec in route.inputs:
         if spec.optional:
             continue
-        shape = tuple(max(1, size) if size < 0 else size for size in spec.shape)
+        shape = smallest(spec.shape)
         count = math.prod(shape)
         width = DATATYPES[spec.datatype][1]
         data = bytes(count * (width or 4))  # of BYTES: elements without bytes

@@ -20,7 +20,7 @@ _STATE_STYLE: Final = {"READY": "green", "PACKING": "yellow", "UNAVAILABLE": "re
 _TIER_STYLE: Final = {"DEVICE": "green", "HOST": "cyan", "DISK": "dim"}
 _CHROME_ROWS: Final = 7  # header, footer and frame of the table
 _PREVIEW_VALUES: Final = 8
-_ROWS_MAX: Final = 200
+ROWS_MAX: Final = 200
 
 Page = dict[str, Any]
 
@@ -111,14 +111,14 @@ def pack_table(rows: Sequence[PackRow]) -> Table:
     for title in ("size", "seconds"):
         table.add_column(title, justify="right")
     table.add_column("result")
-    for row in rows[:_ROWS_MAX]:
+    for row in rows[:ROWS_MAX]:
         seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
         result = "[green]packed[/]" if row.seconds is not None else "[dim]was packed[/]"
         result = "[red]broken[/]" if row.error else result
         cells = (escape(row.name), escape(row.version), escape(row.engine))
         table.add_row(*cells, _size(row.nbytes), seconds, result)
-    if len(rows) > _ROWS_MAX:
-        table.caption = f"and {len(rows) - _ROWS_MAX} more"
+    if len(rows) > ROWS_MAX:
+        table.caption = f"and {len(rows) - ROWS_MAX} more"
     return table
 
 

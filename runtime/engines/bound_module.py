@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from overcommit.runtime.errors import ModelError
 Array = np.ndarray[Any, Any]
 Value = torch.Tensor | Array
 Arguments = dict[str, Value]
-ERROR_CHARS_MAX: Final = 2000  # a shape mismatch deep inside a model can list megabytes
 
 
 class BoundModule:
@@ -53,7 +52,7 @@ class BoundModule:
         except ModelError:
             raise
         except Exception as error:  # the batch boundary: whatever the model's code raises
-            raise _as_model_error(error) from error
+            raise ModelError.of(error) from error
 
     def compute(self, arguments: Arguments) -> dict[str, Value]:
         """Call it; return the outputs that the signature lists.  Raises what the model raises."""
@@ -79,7 +78,7 @@ class BoundModule:
         except ModelError:
             raise
         except Exception as error:  # as above
-            raise _as_model_error(error) from error
+            raise ModelError.of(error) from error
 
     def _arguments(self, inputs: dict[str, Array]) -> Arguments:
         arguments: Arguments = {}
@@ -88,10 +87,6 @@ class BoundModule:
             if array is not None:
                 arguments[name] = array if datatype == "BYTES" else to_tensor(array, datatype)
         return arguments
-
-
-def _as_model_error(error: Exception) -> ModelError:
-    return ModelError(f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX])
 
 
 def flatten_outputs(result: object, names: Sequence[str]) -> dict[str, Value]:

@@ -33,14 +33,13 @@ from overcommit.runtime import engines
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.device_bytes import Memory
 from overcommit.runtime.engines.private_copies import PrivateCopy
-from overcommit.runtime.errors import BadRequest, ImageError, ModelError, RepositoryError
+from overcommit.runtime.errors import BadRequest, ImageError, ModelError, RepositoryError, said_by
 from overcommit.runtime.image import ImageHeader, TensorEntry
 
 Array = np.ndarray[Any, Any]
 
 GRAPH_FILE: Final = "graph.onnx"
 GRAPH_TENSOR: Final = "graph"  # the whole file, where the weights are attributes of its nodes
-ERROR_CHARS_MAX: Final = 2000
 
 
 @dataclass(slots=True, frozen=True)
@@ -249,7 +248,7 @@ class SessionCall:
         try:
             results = session.run(self._names, inputs)
         except Exception as error:  # its exceptions have no common base
-            text = f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX]
+            text = said_by(error)
             if type(error).__name__ == "InvalidArgument" or isinstance(error, ValueError):
                 raise BadRequest(text) from error
             raise ModelError(text) from error

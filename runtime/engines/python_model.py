@@ -30,7 +30,6 @@ from overcommit.runtime.errors import ImageError, ModelError
 from overcommit.runtime.image import ImageHeader, TensorEntry
 
 Array = np.ndarray[Any, Any]
-ERROR_CHARS_MAX = 2000
 _loads = itertools.count(1)
 
 
@@ -51,7 +50,7 @@ def start(program: dict[str, str]) -> Hosted | PythonProcess:
     try:
         return Hosted(source, str(path), program["class"], program["folder"], parameters)
     except Exception as error:  # whatever its own code raises
-        raise _as_model_error(error) from error
+        raise ModelError.of(error) from error
 
 
 def run(model: Hosted | PythonProcess, inputs: dict[str, Array]) -> dict[str, Array]:
@@ -61,11 +60,7 @@ def run(model: Hosted | PythonProcess, inputs: dict[str, Array]) -> dict[str, Ar
     except ModelError:
         raise
     except Exception as error:  # the batch boundary: whatever the model's code raises
-        raise _as_model_error(error) from error
-
-
-def _as_model_error(error: Exception) -> ModelError:
-    return ModelError(f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX])
+        raise ModelError.of(error) from error
 
 
 class PythonProgram:
@@ -84,7 +79,7 @@ class PythonProgram:
             try:
                 self.hosted.bind({entry.name: _view(entry, memory) for entry in header.tensors})
             except Exception as error:  # its own code
-                raise _as_model_error(error) from error
+                raise ModelError.of(error) from error
         names = [spec.name for spec in header.config.outputs]
         return PythonModel(self.hosted, names, self.load)
 

@@ -12,9 +12,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
-TEMPORARY_PREFIX: Final = ".packing-"
+from overcommit.runtime.container import TEMPORARY_PREFIX
 
 
 def folder_of(cache_dir: str, program_key: str) -> Path:

@@ -29,14 +29,13 @@ import numpy as np
 from overcommit.runtime import engines
 from overcommit.runtime.device_bytes import Memory
 from overcommit.runtime.engines.private_copies import PrivateCopy
-from overcommit.runtime.errors import ImageError, ModelError, RepositoryError
+from overcommit.runtime.errors import ImageError, ModelError, RepositoryError, said_by
 from overcommit.runtime.image import ImageHeader
 
 Array = np.ndarray[Any, Any]
 
 FILE_TENSOR: Final = "file"
 INPUT: Final = "input"
-ERROR_CHARS_MAX: Final = 2000
 
 
 class Loaded:
@@ -67,7 +66,7 @@ def load(engine: str, content: bytes) -> Loaded:
     except RepositoryError:
         raise
     except Exception as error:  # each library raises its own
-        text = f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX]
+        text = said_by(error)
         raise RepositoryError(f"{engine} cannot read the model: {text}") from error
 
 
@@ -170,4 +169,4 @@ def run(loaded: Loaded, inputs: dict[str, Array]) -> dict[str, Array]:
     try:
         return {name: np.ascontiguousarray(array) for name, array in loaded.run(rows).items()}
     except Exception as error:  # each library raises its own
-        raise ModelError(f"{type(error).__name__}: {error}"[:ERROR_CHARS_MAX]) from error
+        raise ModelError.of(error) from error

@@ -16,8 +16,7 @@ class Front:
     """A front end that keeps what it is told."""
 
     def __init__(self, index: int = 0) -> None:
-        self.seat = SimpleNamespace(index=index)
-        self.epoch = 1
+        self.incarnation = (index, 1)
         self.told: list[Routes] = []
 
     def post(self, message: Routes) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 from overcommit.runtime.front_end_messages import TellCounts
 from overcommit.runtime.gathering import GATHER_NS, Gathering
@@ -19,8 +17,8 @@ class Front:
     asked: list[int] = field(default_factory=list)
 
     @property
-    def seat(self) -> Any:
-        return SimpleNamespace(index=self.index)
+    def incarnation(self) -> tuple[int, int]:
+        return self.index, self.epoch
 
     def post(self, message: TellCounts) -> None:
         self.asked.append(message.id)
