@@ -41,7 +41,7 @@ class SequenceSignature(Signature):
         return AskForm(form.places, form.rows, form.row_bytes, form.key, form.sizes, form.end, ask)
 
     def _check_ask(self, ask: Ask) -> None:
+        self._sequences.check(ask, time.monotonic_ns())
         problem = None if self._key is None else key_problem(self._key, ask.key)
         if problem is not None:
             raise BadRequest(problem)
-        self._sequences.check(ask, time.monotonic_ns())

@@ -7,7 +7,7 @@ inputs and outputs, as the program has them; clients send and get the rest.
 To a worker a request says which sequence it is of by one more tensor, the ask: always as long, so that
 requests of any sequences share a layout.
 
-    flags, kind, length of the id (2 bytes), 4 bytes of nothing, the id
+    flags, kind, length of the id (2 bytes), 4 bytes of nothing, when it was sent (8 bytes), the id
 
 Invariants
  1. `decode(encode(ask))` is the same; bytes of a peer that are no ask raise ProtocolError.
@@ -37,14 +37,14 @@ from overcommit.runtime.payload import align
 Key = int | str  # a correlation id; 0 and "" are none
 
 ASK_NAME: Final = ""  # no client's tensor is called that
-ASK_BYTES: Final = 8 + SEQUENCE_ID_BYTES_MAX
+_HEAD: Final = struct.Struct("<BBH4xQ")
+ASK_BYTES: Final = _HEAD.size + SEQUENCE_ID_BYTES_MAX
 ASK_ROOM_BYTES: Final = align(ASK_BYTES)  # it is the last tensor of its block
 _START: Final = 1
 _END: Final = 2
 _AGAIN: Final = 4
 _NUMBER: Final = 1
 _TEXT: Final = 2
-_HEAD: Final = struct.Struct("<BBH4x")
 _UINT64: Final = struct.Struct("<Q")
 
 # Integers that a correlation id may be, by datatype: the highest.
@@ -65,6 +65,7 @@ class Ask(NamedTuple):
     is_start: bool = False
     is_end: bool = False
     is_again: bool = False  # it has run; only its answer did not fit its block
+    sent_ns: int = 0  # it was not idle while it waited in a ring
 
 
 def encode(ask: Ask) -> bytes:
@@ -75,14 +76,14 @@ def encode(ask: Ask) -> bytes:
     else:
         kind, data = _TEXT, ask.key.encode()
     assert len(data) <= SEQUENCE_ID_BYTES_MAX, "ids are checked where they come in"
-    return (_HEAD.pack(flags, kind, len(data)) + data).ljust(ASK_BYTES, b"\0")
+    return (_HEAD.pack(flags, kind, len(data), ask.sent_ns) + data).ljust(ASK_BYTES, b"\0")
 
 
 def decode(data: bytes | memoryview) -> Ask:
     """Read an ask that a peer has written.  Raises ProtocolError."""
     if len(data) != ASK_BYTES:
         raise ProtocolError(f"a sequence's ask has {len(data)} bytes, not {ASK_BYTES}")
-    flags, kind, length = _HEAD.unpack_from(data)
+    flags, kind, length, sent_ns = _HEAD.unpack_from(data)
     text = bytes(data[_HEAD.size : _HEAD.size + length])
     try:
         key: Key = _UINT64.unpack(text)[0] if kind == _NUMBER else text.decode()
@@ -90,7 +91,7 @@ def decode(data: bytes | memoryview) -> Ask:
         raise ProtocolError(f"a sequence's ask holds no id: {error}") from error
     if kind not in (_NUMBER, _TEXT) or not key:
         raise ProtocolError(f"a sequence's ask is of kind {kind}, for no sequence")
-    return Ask(key, bool(flags & _START), bool(flags & _END), bool(flags & _AGAIN))
+    return Ask(key, bool(flags & _START), bool(flags & _END), bool(flags & _AGAIN), sent_ns)
 
 
 def mark_again(block: memoryview) -> None:

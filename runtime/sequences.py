@@ -108,7 +108,10 @@ class Sequences:
     # --- in -------------------------------------------------------------------------------------
     def check(self, ask: Ask, now_ns: int) -> None:
         """Raise BadRequest for a request that belongs to no sequence, WorkerLost if it may have."""
-        self.expire_idle(now_ns)
+        run = self._idle.get(ask.key)
+        if run is not None and ask.sent_ns - run.used_ns >= self.idle_ns:
+            self._close(run)
+            self._fill_slots()
         if ask.is_start or ask.is_again:
             return
         run = self._runs.get(ask.key)
@@ -244,7 +247,7 @@ class Sequences:
         return self.remove(lambda job: job.deadline_ns <= now_ns or job.request_id in lost)
 
     def expire_idle(self, now_ns: int) -> None:
-        """End what has had no request for too long."""
+        """End what has had no request for too long; to be called when all rings were looked at."""
         for run in list(self._idle.values()):
             if now_ns - run.used_ns < self.idle_ns:
                 break

@@ -139,7 +139,8 @@ class Worker:
             self._heartbeat_ns = now_ns
             self._status.heartbeat(now_ns)
             self.wishes.tell_attaches()
-            self.versions.end_idle_sequences(now_ns)
+            # Later than their time: a request may have come while this worker was busy.
+            self.versions.end_idle_sequences(now_ns - HEARTBEAT_NS)
         if self._was_helped or now_ns - self._control_ns >= CONTROL_PERIOD_NS:
             self._was_helped = False
             self._control_ns = now_ns

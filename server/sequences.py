@@ -20,6 +20,7 @@ Called by `inference` (`read`), and by the dispatch.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
@@ -56,7 +57,7 @@ def read(parameters: codec.Parameters | None, name: str) -> Ask:
         raise BadRequest(
             f"inference request to model '{name}' must specify a non-zero or non-empty correlation ID"
         )
-    return Ask(key, _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end"))
+    return _ask(parameters, key)
 
 
 def read_if_any(parameters: codec.Parameters | None) -> Ask | None:
@@ -64,7 +65,13 @@ def read_if_any(parameters: codec.Parameters | None) -> Ask | None:
     key = _key(parameters)
     if not key:
         return None
-    return Ask(key, _flag(parameters, "sequence_start"), _flag(parameters, "sequence_end"))
+    return _ask(parameters, key)
+
+
+def _ask(parameters: codec.Parameters | None, key: Key) -> Ask:
+    start = _flag(parameters, "sequence_start")
+    end = _flag(parameters, "sequence_end")
+    return Ask(key, start, end, sent_ns=time.monotonic_ns())
 
 
 def parameters_of(ask: Ask) -> codec.Parameters:

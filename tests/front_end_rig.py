@@ -77,7 +77,7 @@ class Peer:
         """Answer one submission with y = 2x."""
         request_id, _, _, in_offset, out_offset, in_length, *_ = submission
         block = self._rig.ingress[in_offset : in_offset + in_length]
-        (place,) = payload.decode(block)
+        place, *_ = payload.decode(block)  # of a sequence's request, its ask follows
         x = np.frombuffer(block[place.offset : place.offset + place.nbytes], np.float32)
         places, total = payload.plan([(0, "FP32", place.nbytes, place.shape)])
         out = self._rig.egress[out_offset : out_offset + total]

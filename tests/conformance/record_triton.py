@@ -1,9 +1,10 @@
-"""Record what a real Triton answers to the differential test's requests; needs no test run.
+"""Record what a real Triton answers to the differential tests' requests; needs no test run.
 
-    python tests/conformance/record_triton.py [WORK]
+    python tests/conformance/record_triton.py [all|sequences] [WORK]
 
 WORK is where the benches keep their peers (~/.cache/overcommit/bench): the environment with the package
-nvidia-pytriton is made there the first time (80 MB, a minute).  Writes `triton_answers.json`.
+nvidia-pytriton is made there the first time (80 MB, a minute).  Writes `triton_answers.json`, or
+`triton_sequences.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import differential_sequences
 from differential import ask_all
 
 from overcommit.bench.peers import environments
@@ -25,6 +27,7 @@ from overcommit.bench.peers.process import PeerProcess
 from overcommit.bench.peers.triton import PEER, command
 
 RECORDING = Path(__file__).with_name("triton_answers.json")
+SEQUENCES = Path(__file__).with_name("triton_sequences.json")
 WORK = Path("~/.cache/overcommit/bench").expanduser()
 CODE = """
 import triton_python_backend_utils as pb
@@ -83,14 +86,19 @@ def write_models(root: Path) -> None:
     _model(root, "labelled", ECHO, "FP32", "x", "y", "cat\ndog\nbird\n")
 
 
-def main(work: Path) -> None:
+def main(what: str, work: Path) -> None:
     """Start Triton, ask it everything, write it down."""
     environment = environments.ensure(work, PEER.name, PEER.requirements, print)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(tempfile.mkdtemp(prefix="overcommit-triton-"))
-    write_models(root / "models")
+    ask, recorded = ask_all, RECORDING
+    if what == "sequences":
+        ask, recorded = differential_sequences.ask_all, SEQUENCES
+        differential_sequences.write_models(root / "models", differential_sequences.TRITON_CODE)
+    else:
+        write_models(root / "models")
     argv, variables = command(environment, root / "models")
     argv += ["--http-address", "127.0.0.1", "--http-port", str(port), "--allow-grpc", "false"]
     argv += ["--model-control-mode", "explicit", "--load-model", "*"]
@@ -104,13 +112,14 @@ def main(work: Path) -> None:
 
     try:
         with PeerProcess("triton", argv, root / "log", variables, is_ready):
-            answers = ask_all(port)
+            answers = ask(port)
     finally:
         shutil.rmtree(root)
     recording = {"server": f"triton {PEER.requirements.version}", "answers": answers}
-    RECORDING.write_text(json.dumps(recording, indent=1, ensure_ascii=False) + "\n")
-    print(f"{len(answers)} answers in {RECORDING}")
+    recorded.write_text(json.dumps(recording, indent=1, ensure_ascii=False) + "\n")
+    print(f"{len(answers)} answers in {recorded}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else WORK)
+    arguments = dict(enumerate(sys.argv))
+    main(arguments.get(1, "all"), Path(arguments.get(2, WORK)))

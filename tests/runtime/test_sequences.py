@@ -38,7 +38,7 @@ def job(
     again: bool = False,
     alone: bool = False,
 ) -> Job:
-    form = AskForm((), 1, 8, shape, (), 0, Ask(key, start, end, again))
+    form = AskForm((), 1, 8, shape, (), 0, Ask(key, start, end, again, now))
     return Job(
         *(next(_ids), 0, 0, deadline, now), alone=alone, shape_key=shape, form=form, row_bytes=8
     )
@@ -75,12 +75,8 @@ def test_a_number_and_its_digits_are_different_sequences() -> None:
 
 
 def test_an_ask_that_is_none_breaks_the_protocol() -> None:
-    for data in (
-        b"",
-        bytes(ASK_BYTES),
-        b"\1\3\1\0" + bytes(ASK_BYTES - 4),
-        b"\1\1\2\0" + bytes(132),
-    ):
+    wrong = (b"\1\3\1\0", b"\1\1\2\0", b"\1\2\0\0", b"\0\2\1\0" + bytes(12) + b"\xff")
+    for data in (b"", bytes(ASK_BYTES), *(head.ljust(ASK_BYTES, b"\0") for head in wrong)):
         with pytest.raises(ProtocolError):
             decode(data)
 
@@ -141,7 +137,16 @@ def test_an_idle_sequence_gives_its_slot_to_one_that_waits() -> None:
     assert run(sequences, lane, now=49 + IDLE_NS) == []
     assert run(sequences, lane, now=50 + IDLE_NS) == [second]
     with pytest.raises(BadRequest, match="must specify the START flag"):
-        sequences.check(Ask(1), 50 + IDLE_NS)
+        sequences.check(Ask(1, sent_ns=50 + IDLE_NS), 50 + IDLE_NS)
+
+
+def test_a_request_that_was_sent_in_time_finds_its_sequence_however_late_it_is_read() -> None:
+    sequences, lane = lane_with(1)
+    lane.push(job(1, start=True))
+    run(sequences, lane)
+    sequences.check(Ask(1, sent_ns=IDLE_NS - 1), 100 * IDLE_NS)
+    with pytest.raises(BadRequest):
+        sequences.check(Ask(1, sent_ns=IDLE_NS), 100 * IDLE_NS)
 
 
 def test_a_sequence_that_finds_no_slot_in_time_is_refused_whole() -> None:

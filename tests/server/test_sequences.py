@@ -290,5 +290,6 @@ def test_unloading_ends_the_sequences(server: Server) -> None:
     assert server.post("/v2/repository/models/text/unload", {}).status == 200
     server.wait_until(lambda: ask(server, "text", 1, sequence_id="gone").status == 404)
     assert server.post("/v2/repository/models/text/load", {}).status == 200
-    server.wait_until(lambda: ask(server, "text", 1, sequence_id="gone").status == 400)
+    # Or 502 from a worker whose predecessor was killed: it might have been there.
+    server.wait_until(lambda: ask(server, "text", 1, sequence_id="gone").status in (400, 502))
     assert step(server, "text", "gone", 1, start=True, end=True) == 1
