@@ -13,7 +13,7 @@ Pure.  Called by `model_toml`, the packer and workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -104,6 +104,11 @@ class Reshaped:
         self._model = model
         self._inputs = [spec for spec in config.inputs if spec.reshape is not None]
         self._outputs = [spec for spec in config.outputs if spec.reshape is not None]
+
+    @property
+    def incarnation(self) -> Hashable:
+        """The model's own, if it has one."""
+        return getattr(self._model, "incarnation", None)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Run one batch.  Raises ModelError."""
