@@ -83,14 +83,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Se
         yield running
 
 
-@pytest.fixture(params=["http", "grpc"])
+def over_http(server: Server) -> Client:
+    return http.InferenceServerClient(f"127.0.0.1:{server.port}", network_timeout=60)
+
+
+def over_grpc(server: Server) -> Client:
+    return grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}")
+
+
+@pytest.fixture(params=[over_http, over_grpc])
 def client(server: Server, request: pytest.FixtureRequest) -> Iterator[Client]:
-    if request.param == "http":
-        with http.InferenceServerClient(f"127.0.0.1:{server.port}", network_timeout=60) as made:
-            yield made
-    else:
-        with grpc.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as made:
-            yield made
+    with request.param(server) as made:
+        yield made
 
 
 def ask(client: Client, name: str, version: str = "") -> tuple[str, float]:
@@ -153,6 +157,7 @@ def test_files_make_a_model_of_a_new_name_that_goes_when_it_is_unloaded(
         ask(client, "visitor")
 
 
+@pytest.mark.parametrize("client", [over_grpc], indirect=True)
 def test_what_fails_leaves_serving_what_served(server: Server, client: Client, cache: Path) -> None:
     before = ask(client, "scale")
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
@@ -202,6 +207,7 @@ def is_ready(server: Server, *names: str) -> list[bool]:
     return [server.get(f"/v2/models/{name}/ready").status == 200 for name in names]
 
 
+@pytest.mark.parametrize("client", [over_http], indirect=True)
 def test_an_ensemble_takes_along_what_nobody_else_has_or_loaded(
     server: Server, client: Client
 ) -> None:
