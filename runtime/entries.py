@@ -31,7 +31,7 @@ _BROKEN_CONFIG: Final = ModelConfig()
 
 
 class State(enum.Enum):
-    """What a version is good for; the values are those of `messages.Route.state`."""
+    """What a version is good for; the values are those of `Route.state`."""
 
     PACKING = "packing"
     READY = "ready"
@@ -103,11 +103,13 @@ def is_renamed(entry: Entry, source: VersionSource) -> bool:
 
 
 def order(entry: Entry) -> tuple[str, int, str]:
+    """Return what entries are sorted by: the name, then the version as a number."""
     number = int(entry.version) if entry.version.isdecimal() and len(entry.version) < 20 else -1
     return entry.name, number, entry.version
 
 
 def take_facts(entry: Entry, done: PackDone) -> None:
+    """Put in what packing found out."""
     entry.config = done.config
     entry.image_path = done.image_path
     entry.nbytes = done.nbytes
@@ -117,6 +119,7 @@ def take_facts(entry: Entry, done: PackDone) -> None:
 
 
 def facts_of(entry: Entry) -> PackDone:
+    """Return what packing found out, as the packer said it."""
     return PackDone(
         job=0,
         ok=True,

@@ -66,7 +66,7 @@ class Spreading:
     # --- front ends -----------------------------------------------------------------------------
     def greet(self, front: Child) -> None:
         """A front end is about to get its table."""
-        self._told.add(_name(front))
+        self._told.add(front.incarnation)
         self._post([front], self.spread.all())
 
     def tell(self) -> None:
@@ -76,7 +76,7 @@ class Spreading:
         fronts = [
             front
             for front in self._fleet.of_kind("front_end", ready=False)
-            if _name(front) in self._told
+            if front.incarnation in self._told
         ]
         self._post(fronts, self._unsaid)
         self._unsaid = {}
@@ -165,7 +165,3 @@ def _share_of(entry: Entry) -> str:
     """Name the largest part that the version may share with others; "": none."""
     largest = max(entry.parts, key=lambda part: part.nbytes, default=None)
     return "" if largest is None else largest.digest
-
-
-def _name(front: Child) -> tuple[int, int]:
-    return front.seat.index, front.epoch
