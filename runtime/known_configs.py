@@ -29,7 +29,8 @@ import msgspec
 from overcommit import __version__
 from overcommit.runtime import model_files
 from overcommit.runtime.config import ModelConfig
-from overcommit.runtime.model_toml import rules, significant
+from overcommit.runtime.model_keys import rules
+from overcommit.runtime.model_toml import significant
 
 log = logging.getLogger("overcommit.scanner")
 

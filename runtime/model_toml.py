@@ -15,29 +15,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final
 
 import msgspec
-from msgspec import Meta
 
+from overcommit.runtime import model_keys as keys
 from overcommit.runtime import reshape
 from overcommit.runtime.config import (
-    ALIASES_MAX,
-    BATCH_SIZE_LIMIT,
-    BATCH_SIZE_MAX,
     KIB,
-    NAME_CHARS_MAX,
-    QUEUE_DELAY_US,
-    QUEUE_SIZE_MAX,
-    RANK_MAX,
-    SEQUENCE_CANDIDATES,
-    SEQUENCE_CANDIDATES_MAX,
-    SEQUENCE_IDLE_US,
-    STAY_S_MAX,
-    STEPS_MAX,
-    TENSORS_MAX,
-    WARMUP_RUNS_MAX,
-    WARMUPS_MAX,
     Batching,
     Control,
     ModelConfig,
@@ -52,146 +37,11 @@ from overcommit.runtime.config import (
     WarmupInput,
 )
 from overcommit.runtime.errors import RepositoryError
-from overcommit.runtime.model_names import VERSION
 from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import with_all_tensors
 
 FILE_NAME: Final = "model.toml"
 FILE_BYTES_MAX: Final = 256 * KIB
-
-_DIMENSION_MAX: Final = 2**40
-_Name = Annotated[str, Meta(min_length=1, max_length=NAME_CHARS_MAX)]
-_Dimension = Annotated[int, Meta(ge=-1, le=_DIMENSION_MAX)]
-_Path = Annotated[str, Meta(min_length=1, max_length=1024)]
-_Version = Annotated[str, Meta(pattern=f"^{VERSION}$")]
-_AnyVersion = Annotated[str, Meta(pattern=f"^(|latest|{VERSION})$")]
-_Shape = Annotated[tuple[_Dimension, ...], Meta(max_length=RANK_MAX)]
-
-
-class _Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    name: _Name
-    datatype: str
-    shape: _Shape
-    pad: float | None = None
-    optional: bool = False
-    labels: _Path | None = None
-    reshape: _Shape | None = None
-
-
-class _Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    max_batch_size: Annotated[int, Meta(ge=0, le=BATCH_SIZE_LIMIT)] = BATCH_SIZE_MAX
-    max_queue_delay_us: Annotated[int, Meta(ge=0, le=10_000_000)] = QUEUE_DELAY_US
-    max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = QUEUE_SIZE_MAX
-    across_versions: bool = True
-    preferred_sizes: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(max_length=256)] = ()
-    queue_timeout_us: Annotated[int, Meta(ge=0, le=86_400_000_000)] = 0
-    priority_levels: Annotated[int, Meta(ge=0, le=2**32)] = 0
-    default_priority: Annotated[int, Meta(ge=0, le=2**32)] = 0
-
-
-class _Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    all: bool = False
-    latest: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
-    specific: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(max_length=4096)] | None = None
-
-
-class _Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    weights: Annotated[dict[_Version, Annotated[float, Meta(ge=0, le=100)]], Meta(max_length=64)]
-
-
-class _WarmupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    datatype: str
-    shape: _Shape
-    data: Literal["zero", "random", "file"] = "zero"
-    file: _Path | None = None
-
-
-class _Warmup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
-    batch_size: Annotated[int, Meta(ge=1, le=BATCH_SIZE_LIMIT)] = 1
-    count: Annotated[int, Meta(ge=1, le=WARMUP_RUNS_MAX)] = 1
-    inputs: Annotated[dict[_Name, _WarmupInput], Meta(max_length=TENSORS_MAX)] = {}
-
-
-class _Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    kind: Literal["start", "end", "ready", "corrid"]
-    name: _Name
-    datatype: str
-    values: tuple[float, float] = (0, 1)
-
-
-class _State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    input: _Name
-    output: _Name
-    datatype: str
-    shape: _Shape
-    initial: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(max_length=RANK_MAX)] = ()
-    file: _Path | None = None
-
-
-class _Sequence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    idle_us: Annotated[int, Meta(ge=1, le=86_400_000_000)] = SEQUENCE_IDLE_US
-    strategy: Literal["direct", "oldest"] = "direct"
-    candidates: Annotated[int, Meta(ge=1, le=SEQUENCE_CANDIDATES_MAX)] = SEQUENCE_CANDIDATES
-    utilization: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    controls: Annotated[tuple[_Control, ...], Meta(max_length=16)] = ()
-    states: Annotated[tuple[_State, ...], Meta(max_length=TENSORS_MAX)] = ()
-
-
-class _Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    model: _Name
-    version: _AnyVersion = ""
-    inputs: Annotated[dict[_Name, _Name], Meta(max_length=TENSORS_MAX)] = {}
-    outputs: Annotated[dict[_Name, _Name], Meta(max_length=TENSORS_MAX)] = {}
-
-
-class _Ensemble(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    step: Annotated[tuple[_Step, ...], Meta(min_length=1, max_length=STEPS_MAX)]
-
-
-class _Onnx(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    prepack: bool = False
-    keep_quantised: bool = False
-
-
-class _Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    process: bool = False
-    venv: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
-
-
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    engine: _Name | None = None
-    pin: bool = False
-    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
-    min_resident: Annotated[float, Meta(ge=0, le=STAY_S_MAX)] | None = None
-    ttl: Annotated[float, Meta(ge=0, le=STAY_S_MAX)] | None = None
-    weight: Annotated[int, Meta(ge=1, le=100)] = 1
-    warm_up: bool = True
-    timeout_ms: Annotated[int, Meta(ge=1, le=86_400_000)] | None = None
-    allow_code: bool = False
-    entry: _Name | None = None
-    batching: _Batching = _Batching()
-    input: Annotated[tuple[_Tensor, ...], Meta(max_length=TENSORS_MAX)] = ()
-    output: Annotated[tuple[_Tensor, ...], Meta(max_length=TENSORS_MAX)] = ()
-    parameters: dict[str, str | int | float | bool] = {}
-    versions: _Versions = _Versions()
-    aliases: Annotated[dict[_Name, _AnyVersion], Meta(max_length=ALIASES_MAX)] = {}
-    rollout: _Rollout | None = None
-    warmup: Annotated[tuple[_Warmup, ...], Meta(max_length=WARMUPS_MAX)] = ()
-    sequence: _Sequence | None = None
-    ensemble: _Ensemble | None = None
-    onnx: _Onnx | None = None
-    python: _Python | None = None
-
-
-def rules() -> str:
-    """Name the keys that are known here, and their defaults: what a parsed file depends on."""
-    structs: list[type[msgspec.Struct]] = [_File, _Batching, _Tensor, _Versions, _Rollout, _Warmup]
-    structs += [_WarmupInput, _Control, _State, _Sequence, _Step, _Ensemble, ModelConfig, Batching]
-    structs += [SequenceState]
-    structs += [TensorSpec, Naming, Warmup, WarmupInput, Control, Sequence, Step]
-    structs += [_Onnx, _Python, OnnxOptions, PythonOptions]
-    return repr([(s.__name__, s.__struct_fields__, s.__struct_defaults__) for s in structs])
 
 
 def read_file(path: str | Path) -> bytes:
@@ -237,7 +87,7 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
     """
     _refuse_unknown(table, origin)
     try:
-        file = msgspec.convert(table, _File)
+        file = msgspec.convert(table, keys.File)
     except msgspec.ValidationError as error:
         raise RepositoryError(f"{origin}: {error}".replace("`$.", "`")) from error
     batching = file.batching
@@ -280,7 +130,7 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
         raise RepositoryError(f"{origin}: {error.message}") from error
 
 
-def _to_naming(origin: str, file: _File) -> Naming | None:
+def _to_naming(origin: str, file: keys.File) -> Naming | None:
     versions = file.versions
     if sum((versions.all, versions.latest is not None, versions.specific is not None)) > 1:
         raise RepositoryError(
@@ -298,7 +148,7 @@ def _to_naming(origin: str, file: _File) -> Naming | None:
     return naming if naming != Naming() else None
 
 
-def _to_warmup(origin: str, warmup: _Warmup) -> Warmup:
+def _to_warmup(origin: str, warmup: keys.Warmup) -> Warmup:
     inputs = []
     for name, given in warmup.inputs.items():
         _check_datatype(origin, "warmup input", name, given.datatype)
@@ -321,7 +171,7 @@ def _to_warmup(origin: str, warmup: _Warmup) -> Warmup:
     )
 
 
-def _to_sequence(origin: str, sequence: _Sequence | None) -> Sequence | None:
+def _to_sequence(origin: str, sequence: keys.Sequence | None) -> Sequence | None:
     if sequence is None:
         return None
     for control in sequence.controls:
@@ -352,7 +202,7 @@ def _to_sequence(origin: str, sequence: _Sequence | None) -> Sequence | None:
     )
 
 
-def _to_step(step: _Step) -> Step:
+def _to_step(step: keys.Step) -> Step:
     return Step(
         model=step.model,
         version="" if step.version == "latest" else step.version,
@@ -363,12 +213,12 @@ def _to_step(step: _Step) -> Step:
 
 def _refuse_unknown(table: dict[str, object], origin: str) -> None:
     # msgspec finds unknown keys too, but does not say which ones would have been right.
-    _check_keys(origin, "", table, _File)
+    _check_keys(origin, "", table, keys.File)
     parts: tuple[tuple[str, type[msgspec.Struct]], ...] = (
-        *(("batching", _Batching), ("input", _Tensor), ("output", _Tensor)),
-        *(("versions", _Versions), ("rollout", _Rollout), ("warmup", _Warmup)),
-        *(("sequence", _Sequence), ("ensemble", _Ensemble)),
-        *(("onnx", _Onnx), ("python", _Python)),
+        *(("batching", keys.Batching), ("input", keys.Tensor), ("output", keys.Tensor)),
+        *(("versions", keys.Versions), ("rollout", keys.Rollout), ("warmup", keys.Warmup)),
+        *(("sequence", keys.Sequence), ("ensemble", keys.Ensemble)),
+        *(("onnx", keys.Onnx), ("python", keys.Python)),
     )
     for name, struct in parts:
         part = table.get(name)
@@ -394,7 +244,7 @@ def _check_datatype(origin: str, kind: str, name: str, datatype: str) -> None:
         )
 
 
-def _specs(origin: str, kind: str, tensors: tuple[_Tensor, ...]) -> tuple[TensorSpec, ...]:
+def _specs(origin: str, kind: str, tensors: tuple[keys.Tensor, ...]) -> tuple[TensorSpec, ...]:
     names = set()
     specs = []
     for tensor in tensors:
