@@ -43,13 +43,12 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.backlog import Foresight
 from overcommit.runtime.config import NEVER_NS
 from overcommit.runtime.joining import common_form, may_join
-from overcommit.runtime.lanes import Job, Lane, Limits
+from overcommit.runtime.lanes import Batch, Job, Lane, Limits
 from overcommit.runtime.turns import Ranks, Rooms, State, Turn
 
 PASSED_MAX: Final = 64  # lanes that are looked at and left, for one batch
@@ -60,15 +59,6 @@ _RUNNING: Final = State.RUNNING
 _WAITING: Final = State.WAITING
 LONG_NS: Final = 1_000_000  # batches from here on teach their lane's pace each time
 SWEEP_NS: Final = 2_000_000  # a job that waits may be answered EXPIRED this much late
-
-
-@dataclass(slots=True, frozen=True)
-class Batch:
-    """Jobs of one form that run together: of one version, or of some versions of one family."""
-
-    slot: int  # of the lane whose turn it was
-    jobs: list[Job]
-    others: tuple[tuple[int, list[Job]], ...] = ()  # further slots with their jobs
 
 
 class Batcher:

@@ -103,6 +103,15 @@ def _first(heap: Heap) -> tuple[int, int]:
     return heap[0][0], heap[0][1]
 
 
+@dataclass(slots=True, frozen=True)
+class Batch:
+    """Jobs of one form that run together: of one version, or of some versions of one family."""
+
+    slot: int  # of the lane whose turn it was
+    jobs: list[Job]
+    others: tuple[tuple[int, list[Job]], ...] = ()  # further slots with their jobs
+
+
 class Lane:
     """The jobs that wait for one version."""
 

@@ -35,7 +35,7 @@ from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import MemfdRanges, Ranges
-from overcommit.runtime.batcher import Batch, Batcher
+from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Loader, Opener, Version, Versions
 from overcommit.runtime.config import HEARTBEAT_NS, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
@@ -43,7 +43,7 @@ from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, Overloaded, ProtocolError, WorkerLost
 from overcommit.runtime.garbage import Garbage
 from overcommit.runtime.heap import Heap
-from overcommit.runtime.lanes import Job
+from overcommit.runtime.lanes import Batch, Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import Chunks, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
 from overcommit.runtime.mixing import Families

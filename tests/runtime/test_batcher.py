@@ -6,10 +6,17 @@ import itertools
 
 import pytest
 
-from overcommit.runtime.batcher import SWEEP_NS, Batch, Batcher
+from overcommit.runtime.batcher import SWEEP_NS, Batcher
 from overcommit.runtime.config import NEVER_NS, Batching, ModelConfig
 from overcommit.runtime.joining import LANE_JOBS_MAX
-from overcommit.runtime.lanes import BATCH_BYTES_MAX, BATCH_REQUESTS_MAX, Job, Limits, limits_of
+from overcommit.runtime.lanes import (
+    BATCH_BYTES_MAX,
+    BATCH_REQUESTS_MAX,
+    Batch,
+    Job,
+    Limits,
+    limits_of,
+)
 from overcommit.runtime.signature import Form
 from overcommit.runtime.turns import LOWER_SHARE
 

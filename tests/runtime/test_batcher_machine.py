@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from overcommit.runtime.batcher import SWEEP_NS, Batch, Batcher
-from overcommit.runtime.lanes import Job, Limits
+from overcommit.runtime.batcher import SWEEP_NS, Batcher
+from overcommit.runtime.lanes import Batch, Job, Limits
 from overcommit.runtime.signature import Form
 
 _ids = itertools.count(1)
