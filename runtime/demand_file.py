@@ -8,7 +8,7 @@ Invariants
  2. Facts are keyed by the model's name, so that a new version begins with what the former one was
     known for; there are at most PREFETCH_MODELS_MAX.
 
-Pure but for `read` and `write`.  Called by `prefetching`.
+Pure but for `read` and `write`.  Called by `memories`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Why a wish ends without weights, in the words that a client reads.
 
-Each names the model, the limit or reason, and the remedy.  Called by residency.
+Each names the model, the limit or reason, and the remedy.  Called by residency, its pump, and a
+worker's door.
 """
 
 from __future__ import annotations

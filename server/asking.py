@@ -1,7 +1,7 @@
 """An inference for somebody inside this front end: tensors in, tensors out, awaited.
 
-What is not on the hot path (embeddings, MessagePack bodies) asks models through this, over the same
-rings and with the same checks as everybody.
+What is not on the hot path (ensembles, embeddings, rehearsals, MessagePack bodies) asks models
+through this, over the same rings and with the same checks as everybody.
 
     _Waiter:  ASKED --[succeed, fail]--> DONE        ASKED --caller is cancelled--> ABANDONED
 
@@ -9,7 +9,7 @@ Invariants
  1. Every answer is a copy: nothing of an egress block is kept after `succeed` returns.
  2. A caller that is cancelled gives its request up; the blocks come back by the dispatch.
 
-Called by `embeddings` and by the exchanges of MessagePack bodies.
+Called by `ensembles`, by `rehearsing`, and by the exchanges of MessagePack bodies.
 """
 
 from __future__ import annotations
