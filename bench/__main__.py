@@ -25,6 +25,7 @@ class Scenario(enum.Enum):
     front_ends = "front_ends"
     many_models = "many_models"
     large_payload = "large_payload"
+    same_host = "same_host"
     embedding = "embedding"
     overcommit = "overcommit"
     pressure = "pressure"

@@ -30,6 +30,7 @@ from overcommit.bench import (
     overcommit,
     pressure,
     replay,
+    same_host,
     sharing,
     small_requests,
     variants,
@@ -44,6 +45,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "front_ends": front_ends.run,
     "many_models": many_models.run,
     "large_payload": large_payload.run,
+    "same_host": same_host.run,
     "embedding": encoder.run,
     "overcommit": overcommit.run,
     "pressure": pressure.run,
@@ -57,8 +59,8 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "gpu": gpu.run,
 }
 SERVING: Final = (  # how requests are served; the others are about where models are
-    *("micro", "small_requests", "front_ends", "many_models", "large_payload", "embedding"),
-    *("overcommit", "variants", "chaos"),
+    *("micro", "small_requests", "front_ends", "many_models", "large_payload", "same_host"),
+    *("embedding", "overcommit", "variants", "chaos"),
 )
 GROUPS: Final = ("serving", "memory", "all")
 AGAINST: Final = {"small_requests": ("triton", "mosec"), "overcommit": ("ray", "ray-haproxy")}

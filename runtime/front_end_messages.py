@@ -109,13 +109,17 @@ class AdminReply(Message, frozen=True):
     more: bool = False
 
 
-class Region(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of a client's shared memory, by the name that requests call it: `/dev/shm` + `key`."""
+class Region(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A piece of a client's shared memory, by the name that requests call it: `/dev/shm` + `key`.
+
+    A leased one lasts as long as somebody holds a lock on the file.
+    """
 
     name: str
     key: str
     offset: int
     byte_size: int
+    leased: bool = False
 
 
 class RegionsChanged(Message, frozen=True):

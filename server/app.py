@@ -19,7 +19,7 @@ from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.front_end_messages import Route
 from overcommit.server import app_extensions, embeddings, load_overrides, openapi
-from overcommit.server.app_extensions import EXTENSIONS
+from overcommit.server.app_extensions import EXTENSIONS, LEASED_REGIONS
 from overcommit.server.bodies import error_response, field, json_response, read_object
 from overcommit.server.exchange import retry_headers
 from overcommit.server.limits import ADMIN_PAGE_MAX
@@ -83,8 +83,10 @@ def _add_health(app: FastAPI, front: FrontEnd) -> None:
     @app.get("/v2", tags=["health"], responses=answers())
     @app.get("/v2/", include_in_schema=False)
     async def server_metadata() -> Response:
+        more = (LEASED_REGIONS,) if front.regions.is_allowed else ()
+        extensions = EXTENSIONS + more
         return json_response(
-            {"name": "overcommit", "version": overcommit.__version__, "extensions": EXTENSIONS}
+            {"name": "overcommit", "version": overcommit.__version__, "extensions": extensions}
         )
 
 

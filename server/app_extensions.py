@@ -30,6 +30,8 @@ EXTENSIONS: Final = (
     *("schedule_policy", "model_configuration", "system_shared_memory", "cuda_shared_memory"),
     *("binary_tensor_data", "parameters", "statistics", "trace", "logging"),
 )
+# Listed where clients may use shared memory: leased regions, and bodies whose tensors lie there.
+LEASED_REGIONS: Final = "system_shared_memory(leased)"
 _CUDA_HANDLE_BYTES: Final = 64
 _OFFSET_MAX: Final = (1 << 63) - 1
 
@@ -88,8 +90,12 @@ def add_shared_memory(app: FastAPI, front: FrontEnd) -> None:
         byte_size = field(body, "byte_size", int)
         if not (0 <= offset <= _OFFSET_MAX and 0 <= byte_size <= _OFFSET_MAX):
             raise BadRequest("'offset' and 'byte_size' are whole numbers of at least 0")
-        await register(front, Region(name=region, key=key, offset=offset, byte_size=byte_size))
-        return json_response({})
+        leased = field(body, "leased", bool, False)
+        proof = await register(
+            front,
+            Region(name=region, key=key, offset=offset, byte_size=byte_size, leased=leased),
+        )
+        return json_response({"proof": proof} if leased else {})
 
     @app.post(
         "/v2/systemsharedmemory/region/{region}/unregister",

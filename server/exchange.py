@@ -43,7 +43,7 @@ log = logging.getLogger("overcommit.http")
 STATUS_LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus
 }
-_OK_JSON: Final = (
+OK_JSON: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\n"
 )
 _OK_BINARY: Final = (
@@ -158,9 +158,12 @@ class Exchange:
 
     def _begin_ensemble(self, plans: RoutePlans) -> None:
         """Run it through its steps; the answer comes back here."""
-        self.prepared, data = self.prepare(plans, bytes(self.body), self.json_bytes)
+        self._run_ensemble(*self.prepare(plans, bytes(self.body), self.json_bytes))
+
+    def _run_ensemble(self, prepared: Prepared, data: Sequence[Data]) -> None:
+        self.prepared = prepared
         self.drop_body()
-        self.run = Run(self.protocol.front, self.prepared, data, self)
+        self.run = Run(self.protocol.front, prepared, data, self)
 
     def _submit(self, prepared: Prepared, data: Sequence[Data]) -> None:
         """Hand the request to a worker."""
@@ -243,7 +246,7 @@ class Exchange:
             self._compress(b"".join(pieces), answer.json_bytes, close)
             return
         if answer.json_bytes is None:
-            head = _OK_JSON % (length, close)
+            head = OK_JSON % (length, close)
         else:
             head = _OK_BINARY % (answer.json_bytes, length, close)
             if length > JOIN_BYTES_MAX:

@@ -55,6 +55,7 @@ from overcommit.server.limits import (
     COUNTERS_PERIOD_S,
     DRAIN_GRACE_S,
     DRAIN_ROUNDS_MAX,
+    LEASES_PERIOD_S,
     POPULATE_STEP_BYTES,
     SWEEP_S,
 )
@@ -270,7 +271,7 @@ class FrontEnd:
         asyncio.get_running_loop().call_soon(self.on_bell)
 
     async def _tick(self) -> None:
-        next_s = 0.0
+        next_s = leases_s = 0.0
         while True:
             await asyncio.sleep(SWEEP_S)
             self.dispatch.expire(time.monotonic_ns())
@@ -285,6 +286,15 @@ class FrontEnd:
                     connection.check_times(now_s)
             if self._grpc is not None:
                 self._grpc.check_times(now_s)
+            if now_s >= leases_s:
+                leases_s = now_s + LEASES_PERIOD_S
+                self._drop_abandoned()
+
+    def _drop_abandoned(self) -> None:
+        """Forget the regions of clients that are gone."""
+        for name in self.regions.abandoned():
+            log.info("shared memory region '%s' is dropped: its owner is gone", name)
+            self._control.send(Admin(id=0, operation="region_remove", arguments={"name": name}))
 
     def _populate(self) -> None:
         """Touch the ingress pages before requests do: a fresh page costs ten times a warm one."""

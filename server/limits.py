@@ -73,5 +73,6 @@ ADMIN_TIMEOUT_S: Final = 60.0
 ADMIN_PENDING_MAX: Final = 256
 ADMIN_PAGE_MAX: Final = 1000  # rows of one page of a listing
 COUNTERS_PERIOD_S: Final = 1.0
+LEASES_PERIOD_S: Final = 5.0  # between looks at who still holds the locks of leased regions
 COUNTERS_MODELS_MAX: Final = 850  # of one message; with BatchCounters, at most 145 bytes long
 POPULATE_STEP_BYTES: Final = 16 * MIB

@@ -138,11 +138,3 @@ class MsgpackExchange(Exchange):
             self.fail(error)
             return
         self._finish([_HEAD % (len(body), self._close_header()) + body])
-
-
-def is_msgpack(headers: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether a request's headers say that its body is MessagePack."""
-    for name, value in headers:
-        if name == b"content-type":
-            return value.split(b";", 1)[0].strip().lower() in MEDIA_TYPES
-    return False

@@ -106,7 +106,10 @@ UNLOAD: Final = body_of(
     object_of({"parameters": object_of({"unload_dependents": {"type": "boolean"}})})
 )
 REGION: Final = body_of(
-    object_of({"key": _TEXT, "offset": _COUNT, "byte_size": _COUNT}, required=("key", "byte_size")),
+    object_of(
+        {"key": _TEXT, "offset": _COUNT, "byte_size": _COUNT, "leased": {"type": "boolean"}},
+        required=("key", "byte_size"),
+    ),
     is_required=True,
 )
 CUDA_REGION: Final = body_of(

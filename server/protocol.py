@@ -32,7 +32,8 @@ from overcommit.runtime.errors import (
     Overloaded,
     PayloadTooLarge,
 )
-from overcommit.server import compression, heads, msgpack_body
+from overcommit.server import compression, heads
+from overcommit.server.body_kinds import exchange_of
 from overcommit.server.bulk import BulkReceiver
 from overcommit.server.connection import Connection
 from overcommit.server.exchange import Exchange
@@ -183,8 +184,8 @@ class HotProtocol(Connection):
     def _go_hot(self, raw_name: bytes, raw_version: bytes | None, raw_head: bytes) -> None:
         name = unquote(raw_name.decode("latin-1"))
         version = unquote(raw_version.decode("latin-1")) if raw_version is not None else None
-        is_msgpack = msgpack_body.is_msgpack(self.headers)
-        exchange = (msgpack_body.MsgpackExchange if is_msgpack else Exchange)(self, name, version)
+        kind = exchange_of(self.headers)
+        exchange = kind(self, name, version)
         assert self.parser is not None
         exchange.keep_alive = (
             self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
@@ -202,7 +203,8 @@ class HotProtocol(Connection):
             and exchange.keep_alive
             and exchange.body_bytes is not None
             and exchange.body_bytes <= SMALL_BODY_BYTES
-            and not (exchange.encoding or self.expect_100_continue or is_msgpack)
+            and kind is Exchange
+            and not (exchange.encoding or self.expect_100_continue)
         ):
             fields = heads.Fields(
                 *(exchange.body_bytes, exchange.json_bytes, exchange.accepts, exchange.asks)

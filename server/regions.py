@@ -5,12 +5,16 @@ tensor's bytes.  The supervisor keeps the list (`runtime/client_books.py`); each
 when it is used first.  Bytes are copied with pread and pwrite and the memory is never mapped: a client may
 shrink its file at any time, which would end a process that had mapped it (SIGBUS).
 
+A region may be leased (`leases.py`): its owner holds a lock on its file, and when the lock is gone so is the
+region.  `overcommit.Client` registers such ones.
+
 Invariants
  1. Nothing outside of /dev/shm is opened, no symlink is followed, and only a regular file is taken.
  2. No byte outside of the registered region is read or written, and no file is made longer.
  3. Without `--client-shared-memory` nothing is registered and nothing is opened.
  4. Before a region is used, what the supervisor has said is read: another front end may have been told
     of it, or of its end, a moment ago.
+ 5. A leased region is forgotten only when nobody holds its lock.
 
 Called by both protocols: `register`, `unregister` and `listed` by their methods, `read` and `write` by
 `inference` and the answers.
@@ -21,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -30,13 +34,13 @@ import msgspec
 from overcommit.runtime.config import BLOCK_BYTES_MAX, NAME_CHARS_MAX
 from overcommit.runtime.errors import BadRequest, Forbidden, NotFound, PayloadTooLarge
 from overcommit.runtime.front_end_messages import Region, RegionsChanged
+from overcommit.server import leases
 from overcommit.server.codec import Parameters, whole
 from overcommit.server.questions import ask_value
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
 
-FOLDER: Final = "/dev/shm"
 _KEY_BYTES_MAX: Final = 255
 _OFFSET_MAX: Final = (1 << 63) - 1
 _STRING: Final = msgspec.json.Decoder(str)
@@ -74,7 +78,7 @@ def window_of(parameters: Parameters | None) -> Window | None:
 class Regions:
     """The regions that this front end has heard of, and the files that it has opened."""
 
-    def __init__(self, *, is_allowed: bool = False, folder: str = FOLDER) -> None:
+    def __init__(self, *, is_allowed: bool = False, folder: str = leases.FOLDER) -> None:
         self.is_allowed = is_allowed
         self.look: Callable[[], None] = lambda: None  # read what the supervisor has said
         self._folder = folder
@@ -124,6 +128,41 @@ class Regions:
                 f"and byte_size {nbytes} need more"
             )
 
+    def prove(self, region: Region) -> str:
+        """See that a region's owner holds its lock; return what proves that we see the same file.
+
+        Raises BadRequest.
+        """
+        file = self._open(region.key)
+        try:
+            if region.byte_size < leases.NONCE_BYTES or not leases.is_held(file):
+                raise BadRequest(
+                    f"shared memory region '{region.name}' cannot be leased: its owner must hold a "
+                    f"lock (F_OFD_SETLK) on '{region.key}' of at least {leases.NONCE_BYTES} bytes"
+                )
+            return leases.proof_of(os.pread(file, leases.NONCE_BYTES, region.offset))
+        finally:
+            os.close(file)
+
+    def abandoned(self) -> list[str]:
+        """Names of leased regions whose owner is gone; their files lose their names here."""
+        found = []
+        for region in [each for each in self._regions.values() if each.leased]:
+            file = self._files.get(region.name)
+            try:
+                opened = self._open(region.key) if file is None else file
+            except BadRequest:  # the owner removed it
+                found.append(region.name)
+                continue
+            try:
+                if not leases.is_held(opened):
+                    leases.remove(opened, region.key.removeprefix("/"), self._folder)
+                    found.append(region.name)
+            finally:
+                if file is None:
+                    os.close(opened)
+        return found
+
     # --- bytes ----------------------------------------------------------------------------------
     def read(self, window: Window) -> bytes:
         """Copy a tensor out.  Raises NotFound, BadRequest, Forbidden."""
@@ -134,6 +173,14 @@ class Regions:
                 f"shared memory region '{window.region}' has become shorter than it was registered"
             )
         return data
+
+    def read_into(self, window: Window, space: list[memoryview]) -> None:
+        """Copy tensors that lie one behind the other to where they go.  Raises as `read`."""
+        file, at = self._place(window)
+        if os.preadv(file, space, at) != window.nbytes:
+            raise BadRequest(
+                f"shared memory region '{window.region}' has become shorter than it was registered"
+            )
 
     def reserve(self, window: Window) -> None:
         """See that an output may go there, before it is computed.  Raises as `read`."""
@@ -146,13 +193,16 @@ class Regions:
                 f"shared memory size specified with the request for output '{output}' "
                 f"({window.nbytes} bytes) should be at least {len(data)} bytes to hold the results"
             )
+        self.write_all(window, [data], len(data))
+
+    def write_all(self, window: Window, data: Sequence[bytes | memoryview], nbytes: int) -> None:
+        """Copy pieces of together `nbytes` in, one behind the other.  Raises as `read`."""
         file, at = self._place(window)
-        if os.fstat(file).st_size < at + len(data):
+        if os.fstat(file).st_size < at + nbytes:
             raise BadRequest(
                 f"shared memory region '{window.region}' has become shorter than it was registered"
             )
-        done = os.pwrite(file, data, at)
-        if done != len(data):
+        if os.pwritev(file, data, at) != nbytes:
             raise BadRequest(f"shared memory region '{window.region}' takes no more bytes")
 
     # --- files ----------------------------------------------------------------------------------
@@ -188,7 +238,7 @@ class Regions:
             or "\0" in name
         ):
             raise BadRequest(
-                f"Unable to open shared memory region: '{key}': a key names a file in {FOLDER}, "
+                f"Unable to open shared memory region: '{key}': a key names a file in {leases.FOLDER}, "
                 f"without any further '/'"
             )
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -210,9 +260,13 @@ class Regions:
                 os.close(file)
 
 
-async def register(front: FrontEnd, region: Region) -> None:
-    """Register a region with all front ends.  Raises BadRequest, Forbidden."""
+async def register(front: FrontEnd, region: Region) -> str:
+    """Register a region with all front ends; return the proof of a leased one, "" of another.
+
+    Raises BadRequest, Forbidden.
+    """
     front.regions.check(region)
+    proof = front.regions.prove(region) if region.leased else ""
     await ask_value(
         front,
         "region_add",
@@ -220,7 +274,9 @@ async def register(front: FrontEnd, region: Region) -> None:
         key=region.key,
         offset=region.offset,
         byte_size=region.byte_size,
+        leased=region.leased,
     )
+    return proof
 
 
 async def unregister(front: FrontEnd, name: str) -> None:

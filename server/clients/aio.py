@@ -10,6 +10,7 @@ Invariants
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -21,10 +22,12 @@ from overcommit.runtime.errors import (
     BadRequest,
     DeadlineExceeded,
     NotFound,
+    OvercommitError,
     Unavailable,
 )
-from overcommit.server.clients import exchange
+from overcommit.server.clients import exchange, sharing
 from overcommit.server.clients.exchange import (
+    Inference,
     ModelInfo,
     ModelState,
     Received,
@@ -32,6 +35,7 @@ from overcommit.server.clients.exchange import (
     Sent,
     ServerError,
 )
+from overcommit.server.clients.sharing import ASK_TIMEOUT_S, Region, Sharing
 from overcommit.server.clients.sync import TIMEOUT_S
 from overcommit.server.clients.tensors import Array
 from overcommit.server.urls import DEFAULT_URL, place_of
@@ -48,8 +52,15 @@ class AsyncClient:
     ```
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        shared_memory: bool = True,
+    ) -> None:
         self.url = url
+        self._sharing = Sharing() if shared_memory else None
         place = place_of(url)
         host = f"[{place.host}]" if ":" in place.host else place.host
         scheme = "https" if place.is_https else "http"
@@ -70,7 +81,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close all connections; the client can be used again."""
+        """Close all connections, give shared memory back; the client can be used again."""
+        if self._sharing is not None:
+            await self._drop(self._sharing.close())
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -92,8 +105,14 @@ class AsyncClient:
         try:
             if info is None:
                 info = self._infos[key] = await self.model(model, version=version)
-            sent = exchange.infer_request(model, version, inputs, outputs, info, timeout_s, id)
-            return exchange.infer_result(await self._send_patiently(sent, timeout_s))
+            asked = exchange.inference(model, version, inputs, outputs, info, timeout_s, id)
+            result = await self._infer_shared(asked, timeout_s)
+            if result is None:
+                received = await self._send_patiently(asked.in_body(), timeout_s)
+                result = exchange.infer_result(received)
+            if self._sharing is not None:
+                self._sharing.learn(asked, result)
+            return result
         except (NotFound, BadRequest):
             self._infos.pop(key, None)  # it may have become another model
             raise
@@ -144,6 +163,83 @@ class AsyncClient:
         status: dict[str, Any] = await self._get("/v2/overcommit/status", dict[str, Any])
         return status
 
+    # --- shared memory: as `Client` has it, awaited ----------------------------------------------
+    async def _infer_shared(self, asked: Inference, timeout_s: float | None) -> Result | None:
+        region = await self._region(asked)
+        if region is None:
+            return None
+        assert self._sharing is not None
+        try:
+            received = await self._send_patiently(sharing.sent_in(region, asked), timeout_s)
+        except BaseException:
+            self._sharing.retire(region)
+            raise
+        if sharing.is_refusal(received):
+            self._sharing.give_back(region)
+            received = await self._send_patiently(asked.in_body(), timeout_s)
+            if not sharing.is_refusal(received):
+                await self._drop(self._sharing.fail())
+            return exchange.infer_result(received)
+        try:
+            return sharing.result_of(received, region)
+        finally:
+            if exchange.is_servers_own(received):
+                self._sharing.give_back(region)
+            else:
+                self._sharing.retire(region)
+
+    async def _region(self, asked: Inference) -> Region | None:
+        own = self._sharing
+        if own is None or not (nbytes := own.wanted_bytes(asked)):
+            return None
+        if not own.is_on and not await self._begin(own):
+            return None
+        region = own.lend(nbytes)
+        if region is not None:
+            return region
+        region, gone = own.make(nbytes)
+        proof = ""
+        try:
+            await self._drop(gone)
+            if region is None:
+                return None
+            sent = exchange.region_request(region.name, "register", region.name, region.nbytes)
+            with contextlib.suppress(OvercommitError):
+                proof = exchange.region_proof(await self._send(sent, ASK_TIMEOUT_S))
+        except BaseException:
+            if region is not None:
+                own.retire(region)
+            raise
+        if proof == region.proof:
+            return region
+        own.refuse(region)
+        return None
+
+    async def _begin(self, own: Sharing) -> bool:
+        if not own.begin():
+            return False
+        is_on = False
+        try:
+            with contextlib.suppress(OvercommitError):
+                is_on = exchange.takes_regions(await self._send(Sent("GET", "/v2"), ASK_TIMEOUT_S))
+        finally:
+            own.end(is_on)
+        return is_on
+
+    async def _drop(self, regions: Sequence[Region]) -> None:
+        is_there = True
+        try:
+            for region in regions:
+                try:
+                    if is_there:
+                        sent = exchange.region_request(region.name, "unregister")
+                        await self._send(sent, ASK_TIMEOUT_S)
+                except OvercommitError:
+                    is_there = False
+        finally:
+            for region in regions:
+                region.close()
+
     # --- inside ---------------------------------------------------------------------------------
     async def _get(self, path: str, kind: type[Any]) -> Any:
         return exchange.decode(await self._send(Sent("GET", path), self._timeout_s), kind)
@@ -154,7 +250,7 @@ class AsyncClient:
         end_s = loop.time() + (self._timeout_s if timeout_s is None else timeout_s)
         for tries in itertools.count():
             received = await self._send(sent, max(0.001, end_s - loop.time()))
-            wait_s = exchange.pause_s(received, tries, end_s - loop.time())
+            wait_s = exchange.pause_s(sent, received, tries, end_s - loop.time())
             if wait_s is None:
                 return received
             await asyncio.sleep(wait_s)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -23,7 +23,11 @@ from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.server.clients import tensors
 from overcommit.server.clients.tensors import Array
 
+T = TypeVar("T")
+
 RETRIES: Final = 2  # of a request that was refused with a time to come back after
+SHARED_TYPE: Final = "application/vnd.overcommit.shared+json"
+_SHARED_BYTES: Final = "shared_memory_byte_size"
 _JSON_LENGTH: Final = "inference-header-content-length"
 
 
@@ -31,6 +35,10 @@ class ServerError(OvercommitError):
     """The server answered with an error that has no class of its own, or with nonsense."""
 
     code = "server_error"
+
+
+class ConnectionWasClosed(errors.Unavailable):
+    """An idle connection turned out to be closed, and the request may not be repeated as it is."""
 
 
 _BY_STATUS: Final[Mapping[int, type[OvercommitError]]] = {
@@ -99,6 +107,7 @@ class Sent:
     path: str
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+    may_repeat: bool = True  # over another connection, when an idle one turns out to be closed
 
 
 @dataclass(slots=True)
@@ -119,7 +128,34 @@ def model_path(model: str, version: str | None, what: str = "") -> str:
 
 
 # --- inference ----------------------------------------------------------------------------------
-def infer_request(
+@dataclass(slots=True, frozen=True)
+class Inference:
+    """An inference, checked and converted, whose tensors can be sent in the body or beside it."""
+
+    path: str
+    request: Mapping[str, Any]  # the JSON
+    tensors: Sequence[bytes | memoryview]  # in the order of its inputs
+    nbytes: int  # of all tensors
+
+    def in_body(self) -> Sent:
+        """Give it as a request with binary tensors behind the JSON."""
+        text = msgspec.json.encode(self.request)
+        headers = {"content-type": "application/octet-stream", _JSON_LENGTH: str(len(text))}
+        return Sent("POST", self.path, b"".join((text, *self.tensors)), headers)
+
+    def in_region(self, region: str, nbytes: int) -> Sent:
+        """Give it as a request whose tensors lie at the start of a region of so many bytes."""
+        where = {
+            "shared_memory_region": region,
+            "shared_memory_byte_size": self.nbytes,
+            "shared_memory_answer_byte_size": nbytes,
+        }
+        request = {**self.request, "parameters": {**self.request["parameters"], **where}}
+        headers = {"content-type": SHARED_TYPE}
+        return Sent("POST", self.path, msgspec.json.encode(request), headers, may_repeat=False)
+
+
+def inference(
     model: str,
     version: str | None,
     inputs: Mapping[str, ArrayLike],
@@ -127,13 +163,13 @@ def infer_request(
     info: ModelInfo | None,
     timeout_s: float | None,
     id: str | None,
-) -> Sent:
-    """Make an inference request with binary tensors.  Raises ValueError that names the input."""
+) -> Inference:
+    """Make an inference request.  Raises ValueError that names the input."""
     if not inputs:
         raise ValueError(f"model '{model}': no inputs are given")
     datatypes = {} if info is None else {each.name: each.datatype for each in info.inputs}
     described: list[dict[str, Any]] = []
-    blobs: list[bytes] = []
+    blobs: list[bytes | memoryview] = []
     for name, value in inputs.items():
         datatype = datatypes.get(name) or tensors.datatype_of(name, value)
         shape, data = tensors.to_wire(name, value, datatype)
@@ -155,10 +191,7 @@ def infer_request(
         request["outputs"] = [{"name": name} for name in outputs]
     if id is not None:
         request["id"] = id
-    text = msgspec.json.encode(request)
-    headers = {"content-type": "application/octet-stream", _JSON_LENGTH: str(len(text))}
-    path = model_path(model, version, "/infer")
-    return Sent("POST", path, b"".join((text, *blobs)), headers)
+    return Inference(model_path(model, version, "/infer"), request, blobs, sum(map(len, blobs)))
 
 
 class _Output(msgspec.Struct):
@@ -174,19 +207,25 @@ class _Answer(msgspec.Struct):
     outputs: list[_Output]
     model_version: str = ""
     id: str | None = None
+    parameters: dict[str, Any] | None = None
 
 
 _ANSWER: Final = msgspec.json.Decoder(_Answer)
 
 
-def infer_result(received: Received) -> Result:
-    """Read the answer.  Raises what the server refused it with, ServerError for nonsense."""
+def infer_result(received: Received, region: memoryview | None = None) -> Result:
+    """Read the answer; its tensors may lie in the region that the request has named.
+
+    Raises what the server refused it with, ServerError for nonsense.
+    """
     check(received)
     body = memoryview(received.body)
     try:
         length = int(received.headers.get(_JSON_LENGTH, len(body)))
         answer = _ANSWER.decode(body[:length])
         at = length
+        if region is not None and (size := (answer.parameters or {}).get(_SHARED_BYTES)):
+            body, at = region[:size], 0
         outputs: dict[str, Array] = {}
         for output in answer.outputs:
             size = (output.parameters or {}).get("binary_data_size")
@@ -207,6 +246,43 @@ def infer_result(received: Received) -> Result:
 def repository_request(name: str, what: str) -> Sent:
     """Ask for a model to be loaded or unloaded."""
     return _post(f"/v2/repository/models/{quote(name, safe='')}/{what}")
+
+
+def region_request(region: str, what: str, key: str = "", nbytes: int = 0) -> Sent:
+    """Ask for a leased region to be registered or unregistered."""
+    sent = _post(f"/v2/systemsharedmemory/region/{region}/{what}")
+    if key:
+        sent.body = msgspec.json.encode(
+            {"key": key, "offset": 0, "byte_size": nbytes, "leased": True}
+        )
+    return sent
+
+
+class _Proof(msgspec.Struct):
+    proof: str = ""
+
+
+class _Server(msgspec.Struct):
+    extensions: tuple[str, ...] = ()
+
+
+def region_proof(received: Received) -> str:
+    """What the server says of the region's first bytes; "" when it has not registered it."""
+    return _said(received, _Proof, _Proof()).proof
+
+
+def takes_regions(received: Received) -> bool:
+    """Whether this server says that its clients may use shared memory."""
+    return "system_shared_memory(leased)" in _said(received, _Server, _Server()).extensions
+
+
+def _said(received: Received, kind: type[T], default: T) -> T:
+    if received.status != 200:
+        return default
+    try:
+        return msgspec.json.decode(received.body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return default
 
 
 def index_request() -> Sent:
@@ -274,6 +350,11 @@ def check(received: Received) -> None:
     raise kind(message, retry_after_s=_retry_after_s(received.headers))
 
 
+def is_servers_own(received: Received) -> bool:
+    """Whether the server itself has answered; a gateway's error says nothing of what it does."""
+    return received.status in (200, 400, 403, 404, 413) or "retry-after-ms" in received.headers
+
+
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "")
@@ -282,11 +363,14 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def pause_s(received: Received, tries: int, left_s: float) -> float | None:
+def pause_s(sent: Sent, received: Received, tries: int, left_s: float) -> float | None:
     """How long to wait before this request is sent again; None: this is its answer.
 
-    Only who is told when to come back does, because the server keeps a place until then.
+    Only who is told when to come back does, because the server keeps a place until then.  What may not
+    be repeated is, where the server itself has refused it and no gateway before it.
     """
+    if not (sent.may_repeat or is_servers_own(received)):
+        return None
     wait_s = _retry_after_s(received.headers)
     if received.status != 503 or wait_s is None or tries >= RETRIES or wait_s >= left_s:
         return None

@@ -11,6 +11,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import threading
@@ -25,10 +26,13 @@ from overcommit.runtime.errors import (
     BadRequest,
     DeadlineExceeded,
     NotFound,
+    OvercommitError,
     Unavailable,
 )
-from overcommit.server.clients import exchange
+from overcommit.server.clients import exchange, sharing
 from overcommit.server.clients.exchange import (
+    ConnectionWasClosed,
+    Inference,
     ModelInfo,
     ModelState,
     Received,
@@ -36,6 +40,7 @@ from overcommit.server.clients.exchange import (
     Sent,
     ServerError,
 )
+from overcommit.server.clients.sharing import ASK_TIMEOUT_S, Region, Sharing
 from overcommit.server.clients.tensors import Array
 from overcommit.server.urls import DEFAULT_URL, place_of
 
@@ -54,12 +59,22 @@ class Client:
 
     `timeout_s` bounds each call.  Raises errors of `overcommit.runtime.errors`: NotFound, BadRequest,
     Unavailable (with `retry_after_s`), DeadlineExceeded, ServerError for anything else.
+
+    Where the server is on the same machine and allows it (`--client-shared-memory`), long tensors go
+    through shared memory by themselves; `shared_memory=False` sends them in bodies all the same.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        shared_memory: bool = True,
+    ) -> None:
         self.url = url
         self._place = place_of(url)
         self._timeout_s = timeout_s
+        self._sharing = Sharing() if shared_memory else None
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
         self._infos: dict[tuple[str, str | None], ModelInfo] = {}
@@ -76,7 +91,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close all idle connections; the client can be used again."""
+        """Close all idle connections, give shared memory back; the client can be used again."""
+        if self._sharing is not None:
+            self._drop(self._sharing.close())
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
@@ -104,8 +121,14 @@ class Client:
         try:
             if info is None:
                 info = self._infos[key] = self.model(model, version=version)
-            sent = exchange.infer_request(model, version, inputs, outputs, info, timeout_s, id)
-            return exchange.infer_result(self._send_patiently(sent, timeout_s))
+            asked = exchange.inference(model, version, inputs, outputs, info, timeout_s, id)
+            result = self._infer_shared(asked, timeout_s)
+            if result is None:
+                received = self._send_patiently(asked.in_body(), timeout_s)
+                result = exchange.infer_result(received)
+            if self._sharing is not None:
+                self._sharing.learn(asked, result)
+            return result
         except (NotFound, BadRequest):
             self._infos.pop(key, None)  # it may have become another model
             raise
@@ -155,6 +178,88 @@ class Client:
         status: dict[str, Any] = self._get("/v2/overcommit/status", dict[str, Any])
         return status
 
+    # --- shared memory ---------------------------------------------------------------------------
+    def _infer_shared(self, asked: Inference, timeout_s: float | None) -> Result | None:
+        """Run a model over shared memory; None: the tensors are to be sent in the body."""
+        region = self._region(asked)
+        if region is None:
+            return None
+        assert self._sharing is not None
+        try:
+            received = self._send_patiently(sharing.sent_in(region, asked), timeout_s)
+        except ConnectionWasClosed:
+            self._sharing.retire(region)
+            return None
+        except BaseException:
+            self._sharing.retire(region)
+            raise
+        if sharing.is_refusal(received):
+            self._sharing.give_back(region)
+            received = self._send_patiently(asked.in_body(), timeout_s)
+            if not sharing.is_refusal(received):  # so it was the region
+                self._drop(self._sharing.fail())
+            return exchange.infer_result(received)
+        try:
+            return sharing.result_of(received, region)
+        finally:
+            if exchange.is_servers_own(received):
+                self._sharing.give_back(region)
+            else:
+                self._sharing.retire(region)
+
+    def _region(self, asked: Inference) -> Region | None:
+        """Have a region that the server has proved to see; None: there is none."""
+        own = self._sharing
+        if own is None or not (nbytes := own.wanted_bytes(asked)):
+            return None
+        if not own.is_on and not self._begin(own):
+            return None
+        region = own.lend(nbytes)
+        if region is not None:
+            return region
+        region, gone = own.make(nbytes)
+        self._drop(gone)
+        if region is None:
+            return None
+        sent = exchange.region_request(region.name, "register", region.name, region.nbytes)
+        proof = ""
+        try:
+            with contextlib.suppress(OvercommitError):
+                proof = exchange.region_proof(self._send(sent, ASK_TIMEOUT_S))
+        except BaseException:
+            own.retire(region)
+            raise
+        if proof == region.proof:
+            return region
+        own.refuse(region)
+        return None
+
+    def _begin(self, own: Sharing) -> bool:
+        if not own.begin():
+            return False
+        is_on = False
+        try:
+            with contextlib.suppress(OvercommitError):
+                is_on = exchange.takes_regions(self._send(Sent("GET", "/v2"), ASK_TIMEOUT_S))
+        finally:
+            own.end(is_on)
+        return is_on
+
+    def _drop(self, regions: Sequence[Region]) -> None:
+        """Unregister and remove regions; the server finds out by itself if it cannot be told."""
+        is_there = True
+        try:
+            for region in regions:
+                try:
+                    if is_there:
+                        sent = exchange.region_request(region.name, "unregister")
+                        self._send(sent, ASK_TIMEOUT_S)
+                except OvercommitError:
+                    is_there = False
+        finally:
+            for region in regions:
+                region.close()
+
     # --- inside ---------------------------------------------------------------------------------
     def _get(self, path: str, kind: type[Any]) -> Any:
         return exchange.decode(self._send(Sent("GET", path), self._timeout_s), kind)
@@ -164,7 +269,7 @@ class Client:
         end_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         for tries in itertools.count():
             received = self._send(sent, max(0.001, end_s - time.monotonic()))
-            wait_s = exchange.pause_s(received, tries, end_s - time.monotonic())
+            wait_s = exchange.pause_s(sent, received, tries, end_s - time.monotonic())
             if wait_s is None:
                 return received
             time.sleep(wait_s)
@@ -183,6 +288,8 @@ class Client:
                 raise self._too_late(sent, timeout_s) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
+                if was_idle and not sent.may_repeat:
+                    raise ConnectionWasClosed(f"{self.url} has closed the connection") from error
                 if was_idle:
                     continue  # the server closed it meanwhile; nothing of an answer came
                 raise Unavailable(

@@ -44,8 +44,13 @@ NUMPY_TYPES: Final = {
 _DATATYPES: Final = {np.dtype(code): name for name, code in NUMPY_TYPES.items()}
 
 
-def to_wire(name: str, value: ArrayLike, datatype: str) -> tuple[tuple[int, ...], bytes]:
-    """Give an input as the model takes it: its shape and its bytes.  Raises ValueError."""
+def to_wire(
+    name: str, value: ArrayLike, datatype: str
+) -> tuple[tuple[int, ...], bytes | memoryview]:
+    """Give an input as the model takes it: its shape and its bytes.  Raises ValueError.
+
+    The bytes may be the caller's own array: they are to be sent before the caller goes on.
+    """
     array = np.asarray(value)
     if datatype == "BYTES":
         return array.shape, _texts(name, array)
@@ -56,7 +61,8 @@ def to_wire(name: str, value: ArrayLike, datatype: str) -> tuple[tuple[int, ...]
     wanted = np.dtype(NUMPY_TYPES[datatype])
     if array.dtype != wanted:
         array = _converted(name, array, wanted, datatype)
-    return array.shape, array.tobytes()
+    # Not `array.data.cast`: a tensor without elements has no view of another format.
+    return array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _converted(name: str, array: Array, wanted: np.dtype[Any], datatype: str) -> Array:
