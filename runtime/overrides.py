@@ -112,7 +112,9 @@ class Overrides:
             if not any(each.startswith(inside) for each in used):
                 self._leaving.discard(folder)
                 # Of gigabytes it takes a while, and the supervisor has others to look after.
-                threading.Thread(target=shutil.rmtree, args=(folder, True), daemon=True).start()
+                threading.Thread(
+                    target=shutil.rmtree, args=(folder, True), name=FOLDER, daemon=True
+                ).start()
 
     @property
     def is_clear(self) -> bool:

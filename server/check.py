@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -27,6 +28,7 @@ from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
 from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 
+COMPILERS = ("g++", "clang++")
 Progress = Callable[[int, int], None]
 
 
@@ -178,10 +180,15 @@ class Checker:
         try:
             found = sources.find(job)
             engine = found.engine
-            if found.kind == "user" and not (self._allow_code and config.allow_code):
+            is_code = found.kind == "user" or found.main.suffix == ".aoti"
+            if is_code and not (self._allow_code and config.allow_code):
                 problem = (
                     "it brings its own code: served only if its model.toml says allow_code = true and "
                     "the server was started with --allow-code"
+                )
+            elif engine == "aoti" and not is_code and not any(map(shutil.which, COMPILERS)):
+                problem = (
+                    "it is compiled when it is packed, and there is no C++ compiler: install g++"
                 )
         except OvercommitError as error:
             problem = error.message

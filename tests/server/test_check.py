@@ -123,3 +123,16 @@ def test_models_in_folders_of_folders_are_reported_each(tmp_path: Path) -> None:
     assert set(found) == {"one", "two"}
     assert found["two"].folder == str(tmp_path / "group" / "deep" / "two")
     assert "cache_enabled" in found["two"].ignored[0]
+
+
+def test_compiled_models_need_a_compiler_or_leave_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path, "package")
+    (tmp_path / "package" / "net.aoti").write_bytes(b"x")
+    make_model(tmp_path, "program", 'engine = "aoti"\n')
+    (tmp_path / "program" / "model.pt2").write_bytes(b"x")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    problems = {m.name: m.versions[0].problem for m in check(tmp_path).models}
+    assert "allow_code" in problems["package"]
+    assert "no C++ compiler" in problems["program"]
