@@ -1,7 +1,7 @@
-"""Why a wish ends without weights, in the words that a client reads.
+"""Why a request gets no answer, in the words that a client reads: no weights, no time, no sequence.
 
-Each names the model, the limit or reason, and the remedy.  Called by residency, its pump, and a
-worker's door.
+Each names the model, the limit or reason, and the remedy.  Called by residency, its pump, a
+worker's door and its sequences.
 """
 
 from __future__ import annotations
@@ -70,4 +70,20 @@ def too_much_before(name: str, queued: int, back_s: float) -> str:
         f"model '{name}' is not in DEVICE memory, and {queued} loads wait before its own, more than "
         f"the requests for it have time for; try again in {back_s:.1f} s, or raise "
         f"device_memory_bytes"
+    )
+
+
+def must_start(name: str, key: int | str) -> str:
+    """What is said to a request in the middle of a sequence that nobody knows; as Triton says it."""
+    return (
+        f"inference request for sequence {key} to model '{name}' must specify the START flag on the "
+        f"first request of the sequence"
+    )
+
+
+def no_slot(name: str, slots: int) -> str:
+    """What is said to a sequence that found no slot in time; Triton's words first."""
+    return (
+        f"timeout of the corresponding sequence has been expired: model '{name}' has all of its "
+        f"{slots} slots in use; end sequences, or raise max_batch_size (direct) or candidates (oldest)"
     )

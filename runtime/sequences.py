@@ -35,6 +35,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from overcommit.runtime import refusals
 from overcommit.runtime.config import NEVER_NS, SEQUENCE_UNSENT_MAX
 from overcommit.runtime.errors import BadRequest, WorkerLost
 from overcommit.runtime.lanes import Job
@@ -121,7 +122,7 @@ class Sequences:
                 f"begin it again with sequence_start"
             )
         if run is None or not run.goes_on:
-            raise BadRequest(must_start(self.name, ask.key))
+            raise BadRequest(refusals.must_start(self.name, ask.key))
 
     def push(self, job: Job) -> None:
         """Queue a job, or take one back that was not run."""
@@ -217,7 +218,7 @@ class Sequences:
                 f"with sequence_start"
             )
         reason = f": {run.loss}" if run.loss else ""
-        return BadRequest(must_start(self.name, run.key) + reason)
+        return BadRequest(refusals.must_start(self.name, run.key) + reason)
 
     # --- without being run ----------------------------------------------------------------------
     def remove(self, gone: Callable[[Job], bool]) -> list[Job]:
@@ -240,7 +241,7 @@ class Sequences:
         lost: set[int] = set()
         for run in self._waiting:
             if any(job.deadline_ns <= now_ns for job in run.jobs):
-                text = no_slot(self.name, self.slots)
+                text = refusals.no_slot(self.name, self.slots)
                 for job in run.jobs:
                     self.refused[job.request_id] = text
                     lost.add(job.request_id)
@@ -383,19 +384,3 @@ class Sequences:
             assert not is_resting or run.begun or run.is_lost
             is_ready = bool(run.jobs) and run.out is None and run.slot != NO_SLOT
             assert is_ready == (run.key in self._ready)
-
-
-def must_start(name: str, key: Key) -> str:
-    """What is said to a request in the middle of a sequence that nobody knows; as Triton says it."""
-    return (
-        f"inference request for sequence {key} to model '{name}' must specify the START flag on the "
-        f"first request of the sequence"
-    )
-
-
-def no_slot(name: str, slots: int) -> str:
-    """What is said to a sequence that found no slot in time; Triton's words first."""
-    return (
-        f"timeout of the corresponding sequence has been expired: model '{name}' has all of its "
-        f"{slots} slots in use; end sequences, or raise max_batch_size (direct) or candidates (oldest)"
-    )
