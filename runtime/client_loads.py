@@ -83,8 +83,10 @@ class ClientLoads:
 
     def leave(self, front: Child, request: Admin, name: str, now_ns: int) -> bool:
         """Load the repository's own again; False: no client's is loaded, or there is no other."""
-        if not self._catalogue.is_scanned(name) or not self._catalogue.overrides.drop(name):
+        overrides = self._catalogue.overrides
+        if not overrides.has(name) or not self._catalogue.is_scanned(name):
             return False
+        overrides.drop(name)
         self._catalogue.registry.want(name)
         self._loads[name] = _Load(front, request, name, now_ns, False)
         self._catalogue.apply(now_ns)

@@ -179,6 +179,10 @@ class Overrides:
         """Return version -> fingerprint of what has to work, after `laid_over`."""
         return self._sought.get(name, {})
 
+    def has(self, name: str) -> bool:
+        """Whether a client's own is loaded, or tried."""
+        return name in self._held or name in self._tried
+
     def is_tried(self, name: str) -> bool:
         """Whether a load of this model is not decided yet."""
         return name in self._tried

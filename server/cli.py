@@ -150,8 +150,8 @@ def pack(
     )
 
 
-@app.command()
-def compile(
+@app.command("compile")
+def compile_program(
     program: Annotated[
         str, typer.Argument(help="An exported program (torch.export), a .pt2 file.")
     ],

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import io
-import shutil
+import os
 import tempfile
 import zipfile
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.engines import torch_export
 from overcommit.runtime.engines.store import save_once
-from overcommit.runtime.errors import ImageError, RepositoryError
+from overcommit.runtime.errors import ConfigurationError, ImageError, RepositoryError
 
 CODE_FILE: Final = "program.so"
 MANIFEST_FILE: Final = "program.json"
@@ -238,10 +238,12 @@ def read_manifest(content: bytes) -> Manifest:
 def write_package(source: Path, target: Path) -> Manifest:
     """Compile an exported program (`.pt2`) to a package (`.aoti`) without weights.
 
-    Raises RepositoryError and OSError.
+    Raises RepositoryError, and ConfigurationError before it takes its time, where nothing can be written.
     """
     from overcommit.runtime.engines import archive
 
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigurationError(f"{target.parent} is no folder that can be written")
     modules = archive.inspect(source)
     manifest, _ = manifest_of(torch_export.load(source, modules), modules)
     code = compile_program(torch_export.load(source, modules), manifest)
@@ -249,10 +251,9 @@ def write_package(source: Path, target: Path) -> Manifest:
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as package:
         package.writestr(MANIFEST_FILE, msgspec.json.encode(manifest))
         package.writestr(CODE_FILE, code)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        file.write(content.getvalue())
-    shutil.move(file.name, target)
-    target.chmod(0o644)
+    made = target.with_name(f".{target.name}.{os.getpid()}")
+    made.write_bytes(content.getvalue())
+    made.replace(target)
     return manifest
 
 

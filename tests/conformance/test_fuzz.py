@@ -24,7 +24,7 @@ from overcommit.runtime.signature import Signature
 from overcommit.server import binary, hpack, inference, msgpack_body
 from overcommit.server.clients.exchange import Received, infer_result
 from overcommit.server.embeddings import decode, inputs_of
-from overcommit.server.limits import HEAD_BYTES_MAX, HEADS_MAX
+from overcommit.server.limits import FIELDS_MAX, HEAD_BYTES_MAX, LINES_MAX
 from overcommit.server.plans import RoutePlans, Shape
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -34,7 +34,7 @@ def spec(name: str, datatype: str) -> TensorSpec:
     return TensorSpec(name=name, datatype=datatype, shape=(-1, -1), axes=("batch", None))
 
 
-HEADS_BYTES = HEADS_MAX * 2 * HEAD_BYTES_MAX
+HEADS_BYTES = (LINES_MAX + FIELDS_MAX) * HEAD_BYTES_MAX
 FIELDS = struct.Struct("<16sIQQ")  # in front of an image's header: magic, format, start, length
 
 WIDE = Route(

@@ -357,3 +357,16 @@ def test_pack_packs_a_real_model(tmp_path: Path, make_bert: Callable[[Path, int]
     result = run("pack", str(tmp_path / "models"), "--cache-dir", str(tmp_path / "cache"))
     assert result.exit_code == 0, result.output
     assert "1 versions are ready to serve" in result.stdout
+
+
+def test_compiling_says_at_once_what_is_wrong(tmp_path: Path) -> None:
+    program = tmp_path / "model.pt2"
+    program.write_bytes(b"no archive")
+    for target, problem in (
+        (tmp_path / "none" / "x.aoti", "is no folder"),
+        (tmp_path / "x.aoti", "no .pt2"),
+    ):
+        result = CliRunner().invoke(cli.app, ["compile", str(program), str(target)])
+        assert result.exit_code == 2
+        assert problem in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
