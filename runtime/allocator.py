@@ -93,6 +93,8 @@ class _Ranking:
 class ChunkAllocator:
     """Free space of one arena.  `capacity_bytes` is rounded down to whole 2 MiB chunks."""
 
+    is_contiguous = False  # every allocation is one extent
+
     def __init__(
         self, capacity_bytes: int, *, can_split: bool = True, small_share: float = 0.25
     ) -> None:

@@ -13,6 +13,7 @@ as far as these go without one.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from overcommit.runtime.engines.device_runner import Backend
 
 _BUS_ID_BYTES = 32
+_IPC_HANDLE_BYTES = 64
 _KNOWN = {result.value: result for result in Result}
 
 
@@ -132,6 +134,28 @@ class CudaDriver:
 
     def mem_release(self, handle: MemoryHandle) -> None:
         self._call("cuMemRelease", self._cu.CUmemGenericAllocationHandle(handle))
+
+    # --- plain memory, shared by CUDA IPC ---------------------------------------------------------
+    def mem_alloc(self, nbytes: int) -> int:
+        return int(self._call("cuMemAlloc", nbytes))
+
+    def mem_free(self, address: int) -> None:
+        self._call("cuMemFree", self._cu.CUdeviceptr(address))
+
+    def ipc_export(self, address: int) -> bytes:
+        handle = self._call("cuIpcGetMemHandle", self._cu.CUdeviceptr(address))
+        # The bindings of CUDA 13 show no fields of it, but all say where it lies.
+        return ctypes.string_at(handle.getPtr(), _IPC_HANDLE_BYTES)
+
+    def ipc_open(self, handle: bytes) -> int:
+        cu = self._cu
+        own = cu.CUipcMemHandle()
+        ctypes.memmove(own.getPtr(), handle.ljust(_IPC_HANDLE_BYTES, b"\0"), _IPC_HANDLE_BYTES)
+        flag = int(cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+        return int(self._call("cuIpcOpenMemHandle", own, flag))
+
+    def ipc_close(self, address: int) -> None:
+        self._call("cuIpcCloseMemHandle", self._cu.CUdeviceptr(address))
 
     # --- addresses ------------------------------------------------------------------------------
     def address_reserve(self, nbytes: int, alignment: int) -> int:

@@ -4,7 +4,8 @@
 
 The probe is for a process of its own: the supervisor has no CUDA, and a driver that was called cannot
 be forgotten.  What it finds missing (a driver before VMM, WSL and some virtual GPUs without exported
-descriptors, bindings that are not installed) is a sentence for the log.
+descriptors, bindings that are not installed) is a sentence for the log.  What lacks VMM or descriptors may
+still have CUDA IPC: then DEVICE is one allocation, see `ipc_arena`.
 
 Invariants
  1. After `probe` nothing that it made is left, whether it went well or not.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from overcommit.runtime.chunk_exchange import Receive, Send, make_chunks, take_chunks
@@ -26,7 +28,10 @@ from overcommit.runtime.config import SMALL_CHUNK_BYTES
 from overcommit.runtime.cuda_arena import CudaArena, CudaRanges
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import Attribute, Driver, DriverError
+from overcommit.runtime.errors import ProtocolError
+from overcommit.runtime.ipc_arena import IpcRanges
 from overcommit.runtime.loading import Base
+from overcommit.runtime.messages import ArenaMade, Stop
 from overcommit.runtime.numa import move_near
 
 _NEEDED = (
@@ -38,9 +43,9 @@ _NEEDED = (
 class MoverTier(NamedTuple):
     """DEVICE as the mover has it."""
 
-    arena: CudaArena
     device: Base
     copier: CudaCopier
+    shrink: Callable[[int], None]
 
 
 def probe(driver: Driver, device: int) -> str:
@@ -78,6 +83,31 @@ def _try_one(driver: Driver, device: int) -> None:
         driver.mem_set_access(address, SMALL_CHUNK_BYTES, device, False)
 
 
+def probe_ipc(driver: Driver, device: int, open_elsewhere: Callable[[bytes], str]) -> str:
+    """Return why an allocation cannot be shared by CUDA IPC; "" if it can.
+
+    `open_elsewhere(handle)` opens it in another process, and says what was in the way.
+    """
+    try:
+        _enter(driver, device)
+        with contextlib.ExitStack() as ends:
+            address = driver.mem_alloc(SMALL_CHUNK_BYTES)
+            ends.callback(driver.mem_free, address)
+            return open_elsewhere(driver.ipc_export(address))
+    except DriverError as error:
+        return f"CUDA IPC cannot be used: {error.message}"
+
+
+def try_open(driver: Driver, device: int, handle: bytes) -> str:
+    """Open and close what another process has exported; return what was in the way."""
+    try:
+        _enter(driver, device)
+        driver.ipc_close(driver.ipc_open(handle))
+    except DriverError as error:
+        return f"CUDA IPC cannot be used: {error.message}"
+    return ""
+
+
 def _enter(driver: Driver, device: int) -> None:
     driver.init()
     driver.context_set_current(driver.primary_context_retain(device))
@@ -108,7 +138,36 @@ def open_for_mover(
     make_chunks(chunks, send)
     arena = CudaArena(chunks)
     base = Base("device", arena.map_all(True), arena.nbytes)
-    return MoverTier(arena, base, CudaCopier(driver, device, host_address))
+    return MoverTier(base, CudaCopier(driver, device, host_address), arena.shrink)
+
+
+def open_ipc_for_mover(
+    driver: Driver, device: int, nbytes: int, host_address: int, send: Send
+) -> MoverTier:
+    """Allocate DEVICE and say how to open it.  Raises DriverError."""
+    _enter(driver, device)
+    move_near(driver.device_bus_id(device))
+    address = driver.mem_alloc(nbytes)
+    send(ArenaMade(handle=driver.ipc_export(address)), ())
+    base = Base("device", address, nbytes)
+    return MoverTier(base, CudaCopier(driver, device, host_address), _cannot_shrink)
+
+
+def open_ipc_for_worker(
+    driver: Driver, device: int, nbytes: int, receive: Receive
+) -> IpcRanges | None:
+    """Open DEVICE as soon as it is there; None: told to stop.  Raises DriverError, ProtocolError."""
+    message, _ = receive()
+    if isinstance(message, Stop):
+        return None
+    if not isinstance(message, ArenaMade):
+        raise ProtocolError(f"the arena was expected, {message} came")
+    _enter(driver, device)
+    return IpcRanges(driver, device, message.handle, nbytes)
+
+
+def _cannot_shrink(count: int) -> None:
+    raise ProtocolError("DEVICE is one allocation here")
 
 
 def open_for_worker(

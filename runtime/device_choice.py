@@ -77,6 +77,7 @@ def choose(settings: Settings) -> list[Gpu | None]:
             log.warning("no GPU can be used, DEVICE is host memory: %s", reasons)
         elif reasons:
             log.warning("not every GPU can be used: %s", reasons)
+        _say_what_lacks(usable)
         return [*usable] or [None]
     numbers = [int(each) for each in wanted.split(",")]
     found = _ask(settings, numbers)
@@ -85,7 +86,18 @@ def choose(settings: Settings) -> list[Gpu | None]:
         if gpu is None or gpu.why:
             why = "the driver shows none" if gpu is None else gpu.why
             raise ConfigurationError(f"--devices {number}: {why}; give --devices cpu to do without")
+    _say_what_lacks(found)
     return [*found]
+
+
+def _say_what_lacks(gpus: list[Gpu]) -> None:
+    for gpu in gpus:
+        if gpu.shares == "ipc":
+            log.warning(
+                "%s: DEVICE is one allocation there, shared by CUDA IPC; weights are read again when the "
+                "mover dies, and a model that comes back elsewhere is bound anew",
+                gpu.note,
+            )
 
 
 def _ask(settings: Settings, devices: list[int]) -> list[Gpu]:

@@ -148,6 +148,25 @@ class Driver(Protocol):
     def mem_release(self, handle: MemoryHandle) -> None:
         """cuMemRelease: mappings stay, and keep the memory alive."""
 
+    # --- plain memory, shared by CUDA IPC ---------------------------------------------------------
+    def mem_alloc(self, nbytes: int) -> int:
+        """cuMemAlloc: an address, in the current context; it dies with this process."""
+        ...
+
+    def mem_free(self, address: int) -> None:
+        """cuMemFree: nobody who has opened it may use it any more."""
+
+    def ipc_export(self, address: int) -> bytes:
+        """cuIpcGetMemHandle: 64 bytes that say to another process what it is."""
+        ...
+
+    def ipc_open(self, handle: bytes) -> int:
+        """cuIpcOpenMemHandle: an address here, writable; not in the process that made it, and once."""
+        ...
+
+    def ipc_close(self, address: int) -> None:
+        """cuIpcCloseMemHandle: no work on it may be left."""
+
     # --- addresses ------------------------------------------------------------------------------
     def address_reserve(self, nbytes: int, alignment: int) -> int:
         """cuMemAddressReserve."""

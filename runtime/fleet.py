@@ -28,7 +28,7 @@ from overcommit.runtime.config import VERSIONS_MAX, Settings
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
-from overcommit.runtime.messages import Chunks, Kind, LinkDown, LinkUp, Message, Start
+from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, LinkUp, Message, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 
@@ -69,7 +69,8 @@ class Fleet:
     """All seats of a server: front ends, and for each site a mover and workers.
 
     `on_gone(child)` is called after a child was reaped and its links were taken down,
-    `on_shrunk(site, count)` when a GPU turned out to have memory for so many chunks only.
+    `on_shrunk(site, count)` when a GPU turned out to have memory for so many chunks only,
+    `on_arena_gone(site)` when DEVICE died with its mover, and nobody is left who used it.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Fleet:
         on_forked: Callable[[Process], None],
         on_gone: Callable[[Child], None],
         on_shrunk: Callable[[int, int], None] = lambda site, count: None,
+        on_arena_gone: Callable[[int], None] = lambda site: None,
     ) -> None:
         self.settings = settings
         self.memories = memories  # by site
@@ -104,6 +106,7 @@ class Fleet:
         self._on_forked = on_forked
         self._on_gone = on_gone
         self._on_shrunk = on_shrunk
+        self._on_arena_gone = on_arena_gone
 
     # --- looking --------------------------------------------------------------------------------
     def of_kind(
@@ -134,8 +137,14 @@ class Fleet:
 
     def start_due(self, now_ns: int) -> None:
         """Start every seat whose time has come."""
+        for site, memory in enumerate(self.memories):
+            if memory.is_gone and not any(self.of_kind("worker", ready=False, site=site)):
+                memory.is_gone = False
+                self._on_arena_gone(site)
         for seat in self.seats:
             if self.is_draining and seat.kind == "front_end":
+                continue
+            if seat.kind != "front_end" and self.memories[seat.site].is_gone:
                 continue
             if id(seat) not in self.children and seat.can_start(now_ns):
                 self._start(seat, now_ns)
@@ -188,12 +197,15 @@ class Fleet:
             device_bytes=memory.device_bytes,
             host_bytes=memory.host_bytes,
             cuda_device=memory.cuda_device,
+            shares=memory.shares,
             chunks_held=held,
             chunks_count=0 if memory.vault is None else memory.vault.count,
             port=self.port,
             fds=tuple(send),
         )
         child.post(start, tuple(send.values()))
+        if seat.kind == "worker" and memory.handle is not None:
+            child.post(ArenaMade(handle=memory.handle))
         feed = self.feeds[seat.site]
         if feed is not None and seat.kind in ("worker", "mover"):
             limit = held if seat.kind == "mover" else feed.vault.count
@@ -235,6 +247,23 @@ class Fleet:
         feed = self.feeds[child.seat.site]
         if feed is not None:
             feed.on_taken(id(child), count)
+
+    def on_arena(self, mover: Child, message: ArenaMade) -> None:
+        """The mover has made DEVICE, in one piece; workers that wait for it open it."""
+        memory = self.memories[mover.seat.site]
+        memory.handle = message.handle
+        log.info("DEVICE is made: one allocation of GPU memory")
+        for worker in self.of_kind("worker", ready=False, site=mover.seat.site):
+            worker.post(message)
+
+    def _lose_arena(self, mover: Child, now_ns: int) -> None:
+        """What the mover had allocated went with it; whoever has it open must not touch it any more."""
+        memory = self.memories[mover.seat.site]
+        if memory.shares != "ipc" or self.is_closing:
+            return
+        memory.handle, memory.is_gone = None, True
+        for worker in self.of_kind("worker", ready=False, site=mover.seat.site):
+            self.kill(worker, "has memory open that is gone", now_ns)
 
     # --- links ----------------------------------------------------------------------------------
     def on_ready(self, child: Child, pid: int, now_ns: int) -> None:
@@ -301,6 +330,8 @@ class Fleet:
         feed = self.feeds[child.seat.site]
         if feed is not None:
             feed.forget(id(child))
+        if child.seat.kind == "mover":
+            self._lose_arena(child, now_ns)
         self._on_gone(child)
         # The page is read in on_gone, for what the worker was doing; only then it goes.
         child.status = child.leases = None

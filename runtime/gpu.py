@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+# Chunks as descriptors, or one allocation by CUDA IPC where these cannot be had.
+Shares = Literal["vmm", "ipc"]
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,3 +22,5 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     bus_id: str = ""
     total_bytes: int = 0
     free_bytes: int = 0
+    shares: Shares = "vmm"
+    note: str = ""  # why it is not "vmm"

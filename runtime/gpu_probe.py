@@ -1,6 +1,7 @@
 """What GPUs there are and whether their memory can be DEVICE, asked in a process of its own.
 
     python -P -m overcommit.runtime.gpu_probe DRIVER DEVICE...      -> JSON on stdout, a list of `Gpu`
+    python -P -m overcommit.runtime.gpu_probe DRIVER open DEVICE HANDLE     -> what was in the way
 
 Without a DEVICE it looks at every one.  A process of its own because the supervisor has no CUDA: a
 driver that was called cannot be forgotten, holds memory on the GPU, and may hang.
@@ -14,33 +15,51 @@ Started by `device_choice`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import runpy
+import subprocess
 import sys
+from collections.abc import Callable
 
 import msgspec
 
-from overcommit.runtime.config import Settings
-from overcommit.runtime.cuda_tier import probe
+from overcommit.runtime.config import PROBE_TIMEOUT_S, Settings
+from overcommit.runtime.cuda_tier import probe, probe_ipc, try_open
 from overcommit.runtime.driver import Driver, DriverError
 from overcommit.runtime.drivers import open_driver
-from overcommit.runtime.gpu import Gpu
+from overcommit.runtime.gpu import Gpu, Shares
+
+# Opens an exported allocation of a device in another process; says what was in the way.
+OpenElsewhere = Callable[[int, bytes], str]
 
 
-def look(driver: Driver, devices: list[int]) -> list[Gpu]:
-    """Probe these devices, or all; no device at all is one `Gpu` that says why."""
+def look(
+    driver: Driver, devices: list[int], open_elsewhere: OpenElsewhere | None = None
+) -> list[Gpu]:
+    """Probe these devices, or all; no device at all is one `Gpu` that says why.
+
+    Without `open_elsewhere` nobody looks whether CUDA IPC would do where VMM cannot be had.
+    """
     try:
         driver.init()
         count = driver.device_count()
     except DriverError as error:
         why = f"the CUDA driver cannot be used: {error.message}"
         return [Gpu(device=device, why=why) for device in devices or [0]]
-    return [_look_at(driver, device) for device in devices or range(count)]
+    return [_look_at(driver, device, open_elsewhere) for device in devices or range(count)]
 
 
-def _look_at(driver: Driver, device: int) -> Gpu:
-    why = probe(driver, device) or _torch_lacks(driver, device)
+def _look_at(driver: Driver, device: int, open_elsewhere: OpenElsewhere | None) -> Gpu:
+    shares: Shares = "vmm"
+    note = ""
+    why = probe(driver, device)
+    if why and open_elsewhere is not None:
+        why_not = probe_ipc(driver, device, functools.partial(open_elsewhere, device))
+        if not why_not:
+            why, note, shares = "", why, "ipc"
+    why = why or _torch_lacks(driver, device)
     if why:
         return Gpu(device=device, why=why)
     try:
@@ -52,6 +71,8 @@ def _look_at(driver: Driver, device: int) -> Gpu:
             bus_id=driver.device_bus_id(device),
             total_bytes=total,
             free_bytes=free,
+            shares=shares,
+            note=note,
         )
     except DriverError as error:
         return Gpu(device=device, why=f"GPU {device} cannot be used: {error.message}")
@@ -75,8 +96,26 @@ def _torch_lacks(driver: Driver, device: int) -> str:
 def main(arguments: list[str]) -> int:
     """Print what there is."""
     path, *devices = arguments
+    if devices[:1] == ["open"]:
+        _, device, handle = devices
+        driver = open_driver(Settings(cuda_driver=path))
+        print(try_open(driver, int(device), bytes.fromhex(handle)), flush=True)
+        return 0
+
+    def open_elsewhere(device: int, handle: bytes) -> str:
+        command = [sys.executable, "-P", "-m", "overcommit.runtime.gpu_probe", path, "open"]
+        done = subprocess.run(
+            [*command, str(device), handle.hex()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+        )
+        return done.stdout.decode().strip() if done.returncode == 0 else "opening it failed"
+
     try:
-        found = look(open_driver(Settings(cuda_driver=path)), [int(each) for each in devices])
+        driver = open_driver(Settings(cuda_driver=path))
+        found = look(driver, [int(each) for each in devices], open_elsewhere)
     except DriverError as error:
         found = [Gpu(device=int(each), why=error.message) for each in devices or ["0"]]
     sys.stdout.buffer.write(msgspec.json.encode(found))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from overcommit.runtime.allocator import ChunkAllocator, Extent
 from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
-from overcommit.runtime.parts import Part
+from overcommit.runtime.parts import Part, round_up
 from overcommit.runtime.residents import Extents, Version
 
 
@@ -53,6 +53,8 @@ class Holdings:
 
     def try_hold(self, version: Version, parts: Sequence[Part]) -> bool:
         """Hold all of these, or change nothing."""
+        if self.allocator.is_contiguous:
+            return self._try_hold_in_one_piece(version, parts)
         fresh: list[tuple[Part, Extents]] = []
         for part in self.missing(parts):
             # A part with a name may lie before another one in some version, if not in this.
@@ -64,6 +66,26 @@ class Holdings:
                 return False
             fresh.append((part, extents))
         self.places |= {part: Place(extents) for part, extents in fresh}
+        for part in parts:
+            self.places[part].holders.add(version)
+        return True
+
+    def _try_hold_in_one_piece(self, version: Version, parts: Sequence[Part]) -> bool:
+        """Hold all of a version's parts, one behind the other; see `try_hold`."""
+        missing = self.missing(parts)
+        if missing and len(missing) < len(parts):
+            return False  # a load of an earlier try has not ended: what it fills cannot be moved
+        if missing:
+            # Of all but the last whole chunks: there the next part begins.
+            lengths = [round_up(part.nbytes, SMALL_CHUNK_BYTES) for part in missing[:-1]]
+            start = sum(lengths)
+            extents = self.allocator.try_allocate(start + missing[-1].nbytes)
+            if extents is None:
+                return False
+            ((offset, total),) = extents
+            for part, length in zip(missing, [*lengths, total - start], strict=True):
+                self.places[part] = Place((Extent(offset, length),))
+                offset += length
         for part in parts:
             self.places[part].holders.add(version)
         return True

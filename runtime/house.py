@@ -7,6 +7,7 @@ module says what it does.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from overcommit.runtime.chunk_table import ChunkTable
@@ -53,7 +54,7 @@ class House:
         chunks = [
             len(ChunkTable(plan.device_bytes))
             for gpu, plan in zip(gpus, plans, strict=True)
-            if gpu is not None
+            if gpu is not None and gpu.shares == "vmm"
         ]
         if chunks:
             allow_descriptors(sum(chunks))
@@ -67,6 +68,7 @@ class House:
         self.fleet = Fleet(
             *(settings, [memory.shared for memory in memories], on_forked, on_gone),
             lambda site, count: self.sites[site].on_shrunk(count),
+            lambda site: self.sites[site].on_arena_gone(time.monotonic_ns()),
         )
         self.sites = [
             Site(

@@ -15,6 +15,7 @@ import os
 from overcommit.runtime import _shm
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import VERSIONS_MAX
+from overcommit.runtime.gpu import Shares
 from overcommit.runtime.vault import Vault
 
 
@@ -29,14 +30,30 @@ def create_memfd(name: str, nbytes: int) -> int:
 class SharedMemory:
     """The arenas and the residency table of one server."""
 
-    def __init__(self, device_bytes: int, host_bytes: int, cuda_device: int | None = None) -> None:
-        """Make the memfds; with a `cuda_device` the memory of DEVICE comes as chunks from the mover."""
+    def __init__(
+        self,
+        device_bytes: int,
+        host_bytes: int,
+        cuda_device: int | None = None,
+        shares: Shares = "vmm",
+    ) -> None:
+        """Make the memfds; with a `cuda_device` the memory of DEVICE comes from the mover.
+
+        As chunks ("vmm"), or as a handle of one allocation, which is None while there is none ("ipc").
+        """
+        self.shares: Shares = shares
+        self.handle: bytes | None = None
+        self.is_gone = (
+            False  # the allocation went with its mover, and not all of its users have ended
+        )
         self.device_bytes = device_bytes
         self.host_bytes = host_bytes
         self.cuda_device = cuda_device
         is_cuda = cuda_device is not None
         self.device_fd = None if is_cuda else create_memfd("device", device_bytes)
-        self.vault = Vault(len(ChunkTable(device_bytes))) if is_cuda else None
+        self.vault: Vault | None = None
+        if is_cuda and shares == "vmm":
+            self.vault = Vault(len(ChunkTable(device_bytes)))
         self.host_fd = create_memfd("host", host_bytes) if host_bytes else None
         nbytes = _shm.table_bytes(VERSIONS_MAX)
         self.residency_fd = create_memfd("residency", nbytes)

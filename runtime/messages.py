@@ -11,6 +11,7 @@ Who sends what, by the room that has it:
                              supervisor -> worker, front end, mover: LogLevel
                              supervisor <-> mover, supervisor -> worker: Chunks
                              worker, mover -> supervisor: ChunksTaken
+                             mover -> supervisor -> worker: ArenaMade
                              supervisor -> fork server: Fork, Preload, Stop
                              fork server -> supervisor: Ready, Unfit, Forked, Exited
     `worker_messages`        supervisor -> worker: VersionInfo, Placed, Coming, Expected,
@@ -33,6 +34,7 @@ from typing import Literal
 import msgspec
 
 from overcommit.runtime.config import Settings
+from overcommit.runtime.gpu import Shares
 
 Kind = Literal["front_end", "worker", "mover", "packer"]
 Extents = tuple[tuple[int, int], ...]
@@ -60,6 +62,7 @@ class Start(Message, frozen=True):
     sites: int = 1  # ... of so many
     device_bytes: int = 0
     cuda_device: int | None = None  # the GPU whose memory DEVICE is; None: host memory
+    shares: Shares = "vmm"  # how processes get at its memory
     chunks_held: int = 0  # mover: so many of its chunks exist, and come first
     chunks_count: int = (
         0  # so many there will be; less than fit into `device_bytes` after a shortage
@@ -134,6 +137,12 @@ class ChunksTaken(Message, frozen=True):
     count: int
 
 
+class ArenaMade(Message, frozen=True):
+    """DEVICE is one allocation, and this is its CUDA IPC handle; it is gone when the mover is."""
+
+    handle: bytes
+
+
 class Fork(Message, frozen=True):
     """Fork server: make a child that runs `kind` on the control socket that comes along.
 
@@ -182,6 +191,7 @@ ProcessMessage = (
     | LinkDown
     | Chunks
     | ChunksTaken
+    | ArenaMade
     | Fork
     | Forked
     | Exited

@@ -43,7 +43,7 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.copier import MEMCPY, Copier
-from overcommit.runtime.cuda_tier import open_for_mover
+from overcommit.runtime.cuda_tier import open_for_mover, open_ipc_for_mover
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
@@ -246,14 +246,21 @@ def main(control_fd: int) -> None:
         memory = Arena.from_fd(fds["device"], start.device_bytes)
         device = Base("device", memory.map_all(True), memory.nbytes)
     else:
-        tier = open_for_mover(
-            *(open_driver(start.settings), start.cuda_device, start.device_bytes),
-            *(start.chunks_held, start.chunks_count, 0 if host is None else host.address),
-            *(lambda: _receive(control), control.send),
-        )
-        if tier is None:
+        driver, host_address = open_driver(start.settings), 0 if host is None else host.address
+        if start.shares == "ipc":
+            tier = open_ipc_for_mover(
+                driver, start.cuda_device, start.device_bytes, host_address, control.send
+            )
+        elif (
+            opened := open_for_mover(
+                *(driver, start.cuda_device, start.device_bytes, start.chunks_held),
+                *(start.chunks_count, host_address, lambda: _receive(control), control.send),
+            )
+        ) is not None:
+            tier = opened
+        else:
             return
-        device, copier, shrink = tier.device, tier.copier, tier.arena.shrink
+        device, copier, shrink = tier
     control.send(Ready(pid=os.getpid()))
     mover = Mover(device, host, control.send, copier)
     while _serve(mover, control, shrink):

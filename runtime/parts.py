@@ -84,7 +84,9 @@ def path_of(image_path: str | Path, digest: str) -> Path:
 class PartTable:
     """The parts that can be shared, of every version that is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: bool = True) -> None:
+        """Without `shares` each version has parts of its own, though their bytes are equal."""
+        self._shares = shares
         self._parts: dict[str, Part] = {}
 
     def __len__(self) -> int:
@@ -94,7 +96,9 @@ class PartTable:
         """Return the parts of a version that is new here, in order; what is private comes last."""
         found: list[Part] = []
         for info in infos:
-            part = self._parts.setdefault(info.digest, Part(info.digest, info.nbytes))
+            part = Part(info.digest, info.nbytes)
+            if self._shares:
+                part = self._parts.setdefault(info.digest, part)
             assert part.nbytes == info.nbytes, "the digest is of the content"
             part.versions += 1
             found.append(part)
@@ -107,7 +111,7 @@ class PartTable:
         """A version with these parts is gone, and holds none of them."""
         for part in parts:
             part.versions -= 1
-            if part.digest and not part.versions:
+            if self._shares and part.digest and not part.versions:
                 del self._parts[part.digest]
 
 

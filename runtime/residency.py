@@ -135,7 +135,7 @@ class Residency:
         self._rooms = [r for r in (self._on_device, self._on_host) if r is not None]
         self._versions: dict[int, Version] = {}
         self._generations: dict[int, int] = {}  # of slots whose version was removed
-        self._parts = PartTable()
+        self._parts = PartTable(shares=not device.is_contiguous)
         self.forecast = Forecast()
         self._transfers = Transfers(
             *(self._on_device, self._on_host, port, self._totals, self._idle), self.forecast
@@ -302,6 +302,24 @@ class Residency:
             if version.pinned:
                 actions += self.want(version.slot, NOBODY, now_ns)
         return actions
+
+    def lose_device(self, now_ns: int) -> list[Action]:
+        """All bytes on DEVICE are gone, and no worker is left that held a lease: load again."""
+        actions: list[Action] = []
+        for place in self._on_device.holdings.places.values():
+            place.is_filled = False
+        held = [v for v in self._on_device.holders.values() if not v.is_leaving]
+        lost = [version for version in held if version.state is State.DEVICE]
+        for version in lost:
+            gone = self._on_device.try_let_go(version)
+            assert gone, "no worker is left"
+        for version in list(self._transfers.loading.values()):
+            if not version.is_leaving:
+                actions += self._transfers.start_again(version, now_ns)
+        for version in lost:
+            if version.pinned:
+                actions += self.want(version.slot, NOBODY, now_ns)
+        return actions + self._pump.run(now_ns)
 
     def release(self, slot: int, now_ns: int) -> bool:
         """Give back what a version holds that is served elsewhere; False: not now, it is in use."""

@@ -35,6 +35,7 @@ from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Residency
+from overcommit.runtime.run_allocator import RunAllocator
 from overcommit.runtime.seats import SeatState
 from overcommit.runtime.telemetry import Budgets, show_bytes
 
@@ -55,16 +56,19 @@ class SiteMemory:
     def make(cls, number: int, gpu: Gpu | None, budget: Budgets) -> SiteMemory:
         """Take the memory that the budget allows."""
         if gpu is None:
-            device = ChunkAllocator(budget.device_bytes)
+            device: ChunkAllocator = ChunkAllocator(budget.device_bytes)
+        elif gpu.shares == "ipc":
+            device = RunAllocator(budget.device_bytes)
         else:
             device = ChunkAllocator(
                 budget.device_bytes, can_split=False, small_share=CUDA_SMALL_SHARE
             )
+        if gpu is not None:
             log.info("DEVICE is %s of GPU %d", show_bytes(device.capacity_bytes), gpu.device)
         host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
         shared = SharedMemory(
             *(device.capacity_bytes, host.capacity_bytes if host else 0),
-            None if gpu is None else gpu.device,
+            *(None if gpu is None else gpu.device, "vmm" if gpu is None else gpu.shares),
         )
         return cls(number, gpu, device, host, shared)
 
@@ -108,8 +112,9 @@ class Site:
         self.gpu_watch: GpuWatch | None = None
         self.gpu_pressure: GpuPressure | None = None
         feed = fleet.feeds[self.number]
-        if self.gpu is not None and feed is not None:
+        if self.gpu is not None:
             self.gpu_watch = GpuWatch(self.gpu, lambda: open_nvml(settings))
+        if feed is not None:
             self.gpu_pressure = GpuPressure(
                 *(ChunkTable(self.memory.device_bytes), self.residency, self.activations),
                 *(feed, lambda count: fleet.shrink(self.number, count)),
@@ -133,6 +138,10 @@ class Site:
             "the GPU's memory is short: DEVICE has %d chunks, %s, from now on",
             *(count, show_bytes(device.capacity_bytes)),
         )
+
+    def on_arena_gone(self, now_ns: int) -> None:
+        """DEVICE died with its mover, and nobody is left who had it open: it is empty now."""
+        self.activations.apply(self.residency.lose_device(now_ns), now_ns)
 
     def pids(self) -> dict[int, str]:
         """Our processes that may hold memory of the device."""

@@ -38,7 +38,7 @@ from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import Admin, Counters, Rehearsed
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen
-from overcommit.runtime.messages import Chunks, ChunksTaken, Drain, Ready, Stop
+from overcommit.runtime.messages import ArenaMade, Chunks, ChunksTaken, Drain, Ready, Stop
 from overcommit.runtime.mover_messages import LoadDone, Populated
 from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
@@ -253,6 +253,8 @@ class Supervisor:
             self.catalogue.on_bind_failed(message.slot, message.message)
         elif isinstance(message, Chunks):
             house.fleet.on_chunks(child, message, fds)
+        elif isinstance(message, ArenaMade):
+            house.fleet.on_arena(child, message)
         elif isinstance(message, ChunksTaken):
             house.fleet.on_chunks_taken(child, message.count)
         elif isinstance(message, Populated):

@@ -210,6 +210,11 @@ class Transfers:
             steps.append(self._publish(version, now_ns))
         return steps
 
+    def start_again(self, version: Version, now_ns: int) -> list[Step]:
+        """What was on DEVICE is there no more: load what nobody loads."""
+        assert version.state is State.LOADING
+        return self._carry_on(version, now_ns)
+
     def _publish(self, version: Version, now_ns: int) -> Publish:
         """LOADING -> DEVICE."""
         del self.loading[version.slot]

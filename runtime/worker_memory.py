@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from overcommit.runtime.arena import MemfdRanges, Ranges
 from overcommit.runtime.control import ControlSocket, Received
-from overcommit.runtime.cuda_tier import open_for_worker
+from overcommit.runtime.cuda_tier import open_for_worker, open_ipc_for_worker
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.messages import Start
 
@@ -36,9 +36,13 @@ def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> Wo
         assert received is not None, "waited without a limit"
         return received
 
-    ranges = open_for_worker(
-        driver, device, start.device_bytes, start.chunks_count, receive, control.send
-    )
+    ranges: Ranges | None
+    if start.shares == "ipc":
+        ranges = open_ipc_for_worker(driver, device, start.device_bytes, receive)
+    else:
+        ranges = open_for_worker(
+            driver, device, start.device_bytes, start.chunks_count, receive, control.send
+        )
     if ranges is None:
         return None
     return WorkerMemory(ranges, driver.torch_device(device), driver.torch_backend(device))

@@ -60,11 +60,13 @@ class FakeGpu:
         count: int = 1,
         has_vmm: bool = True,
         has_fd_export: bool = True,
+        has_ipc: bool = True,
         is_lost: Callable[[int], bool] = lambda device: False,
     ) -> None:
         self.total_bytes = total_bytes
         self.count = count
         self.is_lost = is_lost
+        self.has_ipc = has_ipc
         self.attributes = {
             Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: int(has_vmm),
             Attribute.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: int(has_fd_export),
@@ -145,6 +147,8 @@ class FakeDriver:
         self._handles: dict[int, _Memory] = {}
         self._ranges: dict[int, int] = {}
         self._mappings: dict[int, _Mapping] = {}  # by address
+        self._owned: set[int] = set()  # addresses of what cuMemAlloc gave ...
+        self._opened: dict[int, bytes] = {}  # ... and of what was opened
         self._streams: dict[int, _Stream] = {}
         self._events: dict[int, tuple[_Stream, int] | None] = {}
         self._fail: dict[int, Result] = {}
@@ -198,6 +202,8 @@ class FakeDriver:
                     if _inode(fd) == inode:
                         os.close(fd)
             self._ranges.clear()
+            self._owned.clear()
+            self._opened.clear()
             self._handles.clear()
             self._streams.clear()
             self.registered.clear()
@@ -373,6 +379,80 @@ class FakeDriver:
         memory = self._memory("cuMemRelease", handle)
         del self._handles[handle]
         os.close(memory.fd)
+
+    # --- plain memory, shared by CUDA IPC ---------------------------------------------------------
+    def mem_alloc(self, nbytes: int) -> int:
+        call = "cuMemAlloc"
+        self._enter(call, needs_context=True)
+        device = self._here()
+        if nbytes <= 0:
+            raise self._refuse(call, "nothing")
+        if self.gpu.used_bytes(device) + nbytes > self.gpu.total_bytes:
+            raise DriverError(call, Result.OUT_OF_MEMORY)
+        fd = os.memfd_create(f"fake-gpu-{device}", os.MFD_CLOEXEC)
+        os.ftruncate(fd, nbytes)
+        self.gpu.note(_inode(fd), nbytes, device)
+        return self._hold(_Memory(fd, nbytes, device), self._owned)
+
+    def _hold(self, memory: _Memory, books: set[int]) -> int:
+        address = _shm.reserve(memory.nbytes)
+        _shm.map_fixed(address, memory.fd, 0, memory.nbytes, True, False)
+        self._ranges[address] = memory.nbytes
+        self._mappings[address] = _Mapping(memory, True)
+        books.add(address)
+        return address
+
+    def _let_go(self, call: str, address: int, books: set[int]) -> None:
+        if address not in books:
+            raise self._refuse(call, "not an address of that kind")
+        books.discard(address)
+        self._drop_mapping(address)
+        _shm.release(address, self._ranges.pop(address))
+
+    def mem_free(self, address: int) -> None:
+        self._enter("cuMemFree", needs_context=True)
+        self._let_go("cuMemFree", address, self._owned)
+
+    def ipc_export(self, address: int) -> bytes:
+        call = "cuIpcGetMemHandle"
+        self._enter(call, needs_context=True)
+        if not self.gpu.has_ipc:
+            raise DriverError(call, Result.NOT_SUPPORTED)
+        if address not in self._owned:
+            raise self._refuse(call, "not the beginning of what cuMemAlloc gave")
+        memory = self._mappings[address].memory
+        words = (os.getpid(), memory.fd, id(self), memory.device, _inode(memory.fd))
+        return " ".join(map(str, words)).encode().ljust(64, b"\0")
+
+    def ipc_open(self, handle: bytes) -> int:
+        call = "cuIpcOpenMemHandle"
+        self._enter(call, needs_context=True)
+        pid, number, owner, device, inode = map(int, handle.rstrip(b"\0").split())
+        if (pid, owner) == (os.getpid(), id(self)):
+            raise DriverError(call, Result.INVALID_CONTEXT)
+        if handle in self._opened.values():
+            raise self._refuse(call, "opened twice")
+        if device != self._here():
+            raise self._refuse(call, "the memory of another device, and no peer access")
+        try:
+            fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._refuse(call, "its owner is dead") from error
+        status = os.fstat(fd)
+        if status.st_ino != inode:
+            os.close(fd)
+            raise self._refuse(call, "it was freed")
+        self.gpu.note(inode, status.st_size, device)
+        address = self._hold(_Memory(fd, status.st_size, device), set())
+        self._opened[address] = handle
+        return address
+
+    def ipc_close(self, address: int) -> None:
+        call = "cuIpcCloseMemHandle"
+        self._enter(call, needs_context=True)
+        if self._opened.pop(address, None) is None:
+            raise self._refuse(call, "not opened here")
+        self._let_go(call, address, {address})
 
     # --- addresses ------------------------------------------------------------------------------
     def address_reserve(self, nbytes: int, alignment: int) -> int:

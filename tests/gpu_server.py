@@ -2,7 +2,7 @@
 
 Every process of the server gets its driver by import path; the tests' folder is on the path of all.
 `FAKE_GPU_BYTES` is how much memory each of `FAKE_GPUS` devices has; `FAKE_LOST` names a folder in which a
-file `1` says that device 1 is off the bus.
+file `1` says that device 1 is off the bus; with `FAKE_NO_VMM` there is no virtual memory management.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def open_fake() -> FakeDriver:
     """A process's driver."""
     total_bytes = int(os.environ.get("FAKE_GPU_BYTES", GPU_BYTES))
     count = int(os.environ.get("FAKE_GPUS", "1"))
-    return FakeDriver(FakeGpu(total_bytes, count=count, is_lost=is_lost))
+    has_vmm = "FAKE_NO_VMM" not in os.environ
+    return FakeDriver(FakeGpu(total_bytes, count=count, has_vmm=has_vmm, is_lost=is_lost))
 
 
 def is_lost(device: int) -> bool:

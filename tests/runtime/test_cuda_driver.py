@@ -47,6 +47,9 @@ class Bindings:
             "cuMemCreate": (self.real.CUmemGenericAllocationHandle(5),),
             "cuMemExportToShareableHandle": (9,),
             "cuMemImportFromShareableHandle": (self.real.CUmemGenericAllocationHandle(6),),
+            "cuMemAlloc": (self.real.CUdeviceptr(0x710000000000),),
+            "cuIpcGetMemHandle": (self.real.CUipcMemHandle(),),
+            "cuIpcOpenMemHandle": (self.real.CUdeviceptr(0x720000000000),),
             "cuMemAddressReserve": (self.real.CUdeviceptr(0x700000000000),),
             "cuCtxGetStreamPriorityRange": (0, -5),
             "cuStreamCreateWithPriority": (self.real.CUstream(11),),
@@ -131,6 +134,27 @@ def test_every_call_gets_what_the_driver_wants(bindings: Bindings) -> None:
     assert (int(target), source, nbytes, int(on)) == (address, 4096, MIB, 11)
     target, source, nbytes, on = calls["cuMemcpyDtoHAsync"]
     assert (target, int(source), nbytes, int(on)) == (4096, address, MIB, 11)
+
+
+def test_memory_shared_by_ipc_goes_by_its_64_bytes(bindings: Bindings) -> None:
+    driver: Driver = CudaDriver()
+    cu = bindings.real
+    made = driver.mem_alloc(64 * MIB)
+    exported = bindings.answers["cuIpcGetMemHandle"][0]
+    ctypes.memmove(exported.getPtr(), bytes(range(64)), 64)
+    handle = driver.ipc_export(made)
+    assert (made, handle) == (0x710000000000, bytes(range(64)))
+    opened = driver.ipc_open(handle)
+    assert opened == 0x720000000000
+    driver.ipc_close(opened)
+    driver.mem_free(made)
+    calls = dict(bindings.calls)
+    own, flags = calls["cuIpcOpenMemHandle"]
+    assert isinstance(own, cu.CUipcMemHandle)
+    assert ctypes.string_at(own.getPtr(), 64) == handle
+    assert flags == int(cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+    assert calls["cuMemAlloc"] == (64 * MIB,)
+    assert [int(calls[name][0]) for name in ("cuIpcCloseMemHandle", "cuMemFree")] == [opened, made]
 
 
 @pytest.mark.parametrize("result", [result for result in Result if result not in (0, 600, 999)])
