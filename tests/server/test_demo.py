@@ -1,16 +1,21 @@
-"""The demo repository: its builder with fake parts, and the real models."""
+"""The demo repository: its builder with fake parts, the real models, and the examples of the docs."""
 
 from __future__ import annotations
 
 import errno
 import io
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from serving import WATCHDOG_S, Server
 
 from overcommit.runtime import repository
 from overcommit.runtime.errors import ConfigurationError, Unavailable
@@ -264,3 +269,53 @@ def test_exported_programs_run_at_any_batch_size(
     assert whole.shape == (5, width)
     single = torch.cat([program(rows[at : at + 1])[output] for at in range(5)])
     torch.testing.assert_close(whole, single, atol=1e-4, rtol=1e-4)
+
+
+# --- the examples of the documentation, as they stand -------------------------------------------
+EXAMPLES_FOLDER = Path(__file__).parents[2] / "docs" / "examples"
+EXAMPLES = sorted(EXAMPLES_FOLDER.glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the examples put models of their own."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def example_server(
+    real_demo: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    cache = tmp_path_factory.mktemp("cache")
+    used = tmp_path_factory.mktemp("used")
+    for name in ("minilm", "efficientnet-lite0"):  # the others would be packed first
+        shutil.copytree(real_demo / name, used / name, copy_function=os.link)
+    flags = ("--allow-code", "--device-memory", "256MiB", "--host-memory", "256MiB")
+    with Server(used, models, cache=cache, flags=flags) as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_as_it_stands(example_server: Server, models: Path, example: Path) -> None:
+    if example.stem == "tabular":
+        pytest.importorskip("lightgbm")
+    where = {
+        "OVERCOMMIT_URL": f"http://127.0.0.1:{example_server.port}",
+        "OVERCOMMIT_MODELS": str(models),
+    }
+    done = subprocess.run(
+        [sys.executable, str(example)],
+        env={**os.environ, **where},
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_every_example_is_listed() -> None:
+    listed = set(re.findall(r"\((\w+)\.py\)", (EXAMPLES_FOLDER / "README.md").read_text()))
+    assert listed == {path.stem for path in EXAMPLES}
