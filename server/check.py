@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from overcommit.runtime import ensemble, model_files, sources
-from overcommit.runtime.config import VERSIONS_MAX, TensorSpec, imaged
+from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, TensorSpec, imaged
 from overcommit.runtime.errors import ConfigurationError, OvercommitError
 from overcommit.runtime.known_configs import KnownConfigs
 from overcommit.runtime.mlserver_config import SERVER_FILE_NAME
@@ -26,7 +26,7 @@ from overcommit.runtime.model_toml import read_file
 from overcommit.runtime.pack_index import PackIndex
 from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
-from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
+from overcommit.runtime.sequence_terms import slots_of, visible_inputs, visible_outputs
 
 COMPILERS = ("g++", "clang++")
 Progress = Callable[[int, int], None]
@@ -42,6 +42,7 @@ class VersionReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     inputs: tuple[TensorSpec, ...] = ()  # (): known when it is packed
     outputs: tuple[TensorSpec, ...] = ()
     steps: tuple[str, ...] = ()  # models that an ensemble asks
+    sequences: str = ""  # of a model with state: how many may be open in each worker
     problem: str = ""
 
 
@@ -158,6 +159,7 @@ class Checker:
                 is_packed=True,
                 inputs=visible_inputs(known.config),
                 outputs=visible_outputs(known.config),
+                sequences=_sequences(known.config),
             )
         if config.steps:
             return VersionReport(
@@ -200,6 +202,7 @@ class Checker:
             nbytes=sum(_sizes(source.folder)),
             inputs=visible_inputs(config),
             outputs=visible_outputs(config),
+            sequences=_sequences(config),
             problem=problem,
         )
 
@@ -217,6 +220,12 @@ class Checker:
             with contextlib.suppress(OvercommitError):
                 notes.update(dict.fromkeys(self._configs.read(files)[1]))
         return tuple(notes)
+
+
+def _sequences(config: ModelConfig) -> str:
+    if config.sequence is None:
+        return ""
+    return f"{config.sequence.strategy}: {slots_of(config)} sequences"
 
 
 def _clashes(found: dict[str, ModelReport]) -> Iterator[str]:

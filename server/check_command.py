@@ -61,7 +61,7 @@ def _show(report: Report, console: Console) -> None:
         cells = (
             model.name,
             each.version,
-            each.engine,
+            f"{each.engine}, {each.sequences}" if each.sequences else each.engine,
             _tensors(each.inputs),
             _tensors(each.outputs),
         )

@@ -81,6 +81,10 @@ INFER: Final = body_of(
                     "priority": _COUNT,
                     "timeout": _COUNT,
                     "binary_data_output": {"type": "boolean"},
+                    # Read for models with state alone; other models leave them as they are.
+                    "sequence_id": {"description": "a number, or a text of up to 128 bytes"},
+                    "sequence_start": {"description": "true: the first request of the sequence"},
+                    "sequence_end": {"description": "true: its last"},
                 }
             ),
             "inputs": {"type": "array", "items": _INPUT},

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from sequence_rig import add_adder
 from tests.runtime.test_repository import make_model, settle
 from tests.runtime.test_triton_config import CONFIG
 from typer.testing import CliRunner
@@ -39,6 +40,15 @@ def test_a_model_that_will_be_served_is_shown_with_what_is_known(tmp_path: Path)
     assert version.inputs[0].shape == (-1, 3, 224, 224)
     assert version.nbytes == sum(path.stat().st_size for path in folder.iterdir())
     assert any("optimization" in note for note in model.ignored)
+
+
+def test_a_model_with_state_is_shown_with_its_sequences(tmp_path: Path) -> None:
+    add_adder(tmp_path, "adder")
+    (model,) = check(tmp_path).models
+    (version,) = model.versions
+    assert version.sequences == "direct: 4 sequences"
+    assert [spec.name for spec in (*version.inputs, *version.outputs)] == ["x", "y"]
+    assert not version.problem
 
 
 @pytest.mark.parametrize(
