@@ -80,7 +80,7 @@ class Foresight:
         if now_ns - self._at_ns >= BACKLOG_NS or priority != self._priority:
             self._at_ns, self._priority = now_ns, priority
             self._add_up()
-        jobs, rows = turn.lane.before(job.deadline_ns)
+        jobs, rows = turn.lane.before(job)
         own_ns = _work_ns(turn, jobs + 1, rows + job.rows)
         # Its lane is itself one of those that wait.
         mine_ns = min(self._works.get(turn, 0.0), own_ns)

@@ -140,8 +140,8 @@ class Batcher:
         if lane.count >= lane.limits.jobs_max:
             return False
         assert job.request_id not in self._jobs, "a request is queued once"
-        if lane.limits.wait_ns:
-            job.deadline_ns = min(job.deadline_ns, job.taken_ns + lane.limits.wait_ns)
+        if lane.limits.wait_ns and not lane.takes(job):
+            return False
         self._enter(turn, job)
         # A lane that is DUE stays where it is; one that is WAITING may have become full.
         state = turn.state

@@ -176,6 +176,8 @@ BATCH_SIZE_MAX: Final = 32
 BATCH_SIZE_LIMIT: Final = 4096
 QUEUE_SIZE_MAX: Final = 1024
 QUEUE_DELAY_US: Final = 0
+PRIORITY_LEVELS_MAX: Final = 65_535
+QUEUE_LEVELS_MAX: Final = 256  # levels of one model with a policy of their own
 METRICS_MODELS: Final = 100  # versions with metric series of their own
 METRICS_MODELS_MAX: Final = 10_000
 BOUND_MODELS_MAX: Final = 2048  # bound programs that a worker keeps
@@ -260,6 +262,14 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reshape: tuple[int, ...] | None = None
 
 
+class QueueLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What holds for the requests of one level, in place of what the version says for all."""
+
+    level: int
+    max_queue_size: int = QUEUE_SIZE_MAX
+    queue_timeout_us: int = 0
+
+
 class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How requests for one model are gathered.  `max_batch_size` 0: the model does not batch."""
 
@@ -269,8 +279,9 @@ class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     across_versions: bool = True  # a batch may hold requests of other versions of the program
     preferred_sizes: tuple[int, ...] = ()  # so many rows need not wait for the queue delay
     queue_timeout_us: int = 0  # a request that waits longer is refused; 0: its own time counts
-    priority_levels: int = 0
-    default_priority: int = 0
+    priority_levels: int = 0  # requests have levels from 1, the most urgent, to this; 0: none has
+    default_priority: int = 0  # of a request that does not say; 0: the last
+    levels: tuple[QueueLevel, ...] = ()
 
 
 class WarmupInput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

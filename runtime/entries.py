@@ -149,6 +149,7 @@ def to_route(entry: Entry) -> Route:
         timeout_ms=config.timeout_ms,
         steps=config.steps,
         sequence=config.sequence is not None,
+        priority_levels=config.batching.priority_levels,
     )
 
 

@@ -43,6 +43,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     timeout_ms: int | None = None
     steps: tuple[Step, ...] = ()  # an ensemble's
     sequence: bool = False  # its requests are of sequences
+    priority_levels: int = 0  # that its requests may have
 
 
 class ModelNames(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

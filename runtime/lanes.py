@@ -19,7 +19,7 @@ Pure.  Called by the batcher alone.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,7 @@ BATCH_BYTES_MAX: Final = 256 * MIB
 BATCH_REQUESTS_MAX: Final = 64
 
 # Bits of a submission's `flags`.
+LEVEL_SHIFT: Final = 8  # how urgent it is, from this bit on
 RUN_ALONE: Final = 1  # it was in the batch of a worker that died: it must not take others with it
 
 
@@ -88,6 +89,7 @@ class Job:
     out_offset: int = 0
     out_capacity: int = 0
     alone: bool = False
+    level: int = 0  # how urgent; 0: it does not say
     order: int = 0  # of arrival in its lane; kept when its batch is put back
     # Filled in when the version is known.
     rows: int = 1
@@ -126,6 +128,11 @@ class Lane:
         self.only: Job | None = None  # the one job that waits, while it is in no heap
         self._shapes: dict[Hashable, Heap] = {}
         self._arrived = 0
+
+    def takes(self, job: Job) -> bool:
+        """Whether a job may wait here; asked where `limits.wait_ns` says that jobs have a time to wait."""
+        job.deadline_ns = min(job.deadline_ns, job.taken_ns + self.limits.wait_ns)
+        return True
 
     def push(self, job: Job) -> None:
         """Queue a job."""
@@ -170,6 +177,17 @@ class Lane:
                 return jobs
         return []
 
+    def take_like(self, jobs: list[Job], now_ns: int, expired: list[Job]) -> list[Job]:
+        """Take what may share a batch with these jobs of another queue, as long as it fits."""
+        self._heaps()
+        heap = self._shapes.get(jobs[0].shape_key)
+        if heap is None:
+            return []
+        more = self._take_from(heap, now_ns, expired, jobs)
+        if not heap:
+            del self._shapes[jobs[0].shape_key]
+        return more
+
     def take_only(self, only: Job) -> list[Job]:
         """Take the job that lies beside the heaps."""
         self.only = None
@@ -206,9 +224,10 @@ class Lane:
         """The earliest deadline; NEVER_NS when the lane is empty."""
         return min((heap[0][0] for heap in self._heaps()), default=NEVER_NS)
 
-    def before(self, deadline_ns: int) -> tuple[int, int]:
-        """How many jobs, with how many rows, would be run before one with this deadline."""
-        rows = [e[2].rows for heap in self._heaps() for e in heap if e[0] <= deadline_ns]
+    def before(self, job: Job) -> tuple[int, int]:
+        """How many jobs, with how many rows, would be run before this one."""
+        until_ns = job.deadline_ns
+        rows = [e[2].rows for heap in self._heaps() for e in heap if e[0] <= until_ns]
         return len(rows), sum(rows)
 
     def oldest_ns(self) -> int:
@@ -236,17 +255,23 @@ class Lane:
             heap = self._shapes[key] = []
         heapq.heappush(heap, (job.deadline_ns, job.order, job))
 
-    def _take_from(self, heap: Heap, now_ns: int, expired: list[Job]) -> list[Job]:
+    def _take_from(
+        self, heap: Heap, now_ns: int, expired: list[Job], others: Sequence[Job] = ()
+    ) -> list[Job]:
+        """Take what fits of a heap into one batch; `others` are in it already."""
         jobs: list[Job] = []
-        rows = widest = 0
-        while heap and len(jobs) < BATCH_REQUESTS_MAX:
+        rows = sum([job.rows for job in others])
+        widest = max([job.row_bytes for job in others], default=0)
+        while heap and len(jobs) + len(others) < BATCH_REQUESTS_MAX:
             job = heap[0][2]
             if job.deadline_ns <= now_ns:
                 expired.append(self._pop(heap))
                 continue
             grown = rows + job.rows
             widest = max(widest, job.row_bytes)
-            if jobs and (grown > self.limits.rows_max or grown * widest > BATCH_BYTES_MAX):
+            if (jobs or others) and (
+                grown > self.limits.rows_max or grown * widest > BATCH_BYTES_MAX
+            ):
                 break
             jobs.append(self._pop(heap))
             rows = grown

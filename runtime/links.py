@@ -24,7 +24,7 @@ import time
 from overcommit.runtime import _shm
 from overcommit.runtime.config import NEVER_NS, POP_MAX
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.lanes import RUN_ALONE, Job
+from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE, Job
 from overcommit.runtime.messages import LinkUp
 
 log = logging.getLogger("overcommit.worker")
@@ -80,13 +80,14 @@ class Link:
                 raise ProtocolError(f"a submission is of kind {kind}")
             if in_offset + in_length > limit or out_offset + out_capacity > limit:
                 raise ProtocolError(f"a block of request {request_id:#x} is outside its memory")
-            jobs.append(
-                Job(
-                    *(request_id, slot, self.key, deadline_ns or NEVER_NS, now_ns),
-                    *(in_offset, in_length, out_offset, out_capacity),
-                    alone=bool(flags & RUN_ALONE),
-                )
+            job = Job(
+                *(request_id, slot, self.key, deadline_ns or NEVER_NS, now_ns),
+                *(in_offset, in_length, out_offset, out_capacity),
             )
+            if flags:
+                job.alone = bool(flags & RUN_ALONE)
+                job.level = flags >> LEVEL_SHIFT
+            jobs.append(job)
         return jobs, cancelled
 
     def close(self) -> None:

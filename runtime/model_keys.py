@@ -22,7 +22,9 @@ from overcommit.runtime.config import (
     BATCH_SIZE_LIMIT,
     BATCH_SIZE_MAX,
     NAME_CHARS_MAX,
+    PRIORITY_LEVELS_MAX,
     QUEUE_DELAY_US,
+    QUEUE_LEVELS_MAX,
     QUEUE_SIZE_MAX,
     RANK_MAX,
     SEQUENCE_CANDIDATES,
@@ -55,6 +57,12 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reshape: _Shape | None = None
 
 
+class Level(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    level: Annotated[int, Meta(ge=1, le=PRIORITY_LEVELS_MAX)]
+    max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = QUEUE_SIZE_MAX
+    queue_timeout_us: Annotated[int, Meta(ge=0, le=86_400_000_000)] = 0
+
+
 class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_batch_size: Annotated[int, Meta(ge=0, le=BATCH_SIZE_LIMIT)] = BATCH_SIZE_MAX
     max_queue_delay_us: Annotated[int, Meta(ge=0, le=10_000_000)] = QUEUE_DELAY_US
@@ -62,8 +70,9 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     across_versions: bool = True
     preferred_sizes: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(max_length=256)] = ()
     queue_timeout_us: Annotated[int, Meta(ge=0, le=86_400_000_000)] = 0
-    priority_levels: Annotated[int, Meta(ge=0, le=2**32)] = 0
-    default_priority: Annotated[int, Meta(ge=0, le=2**32)] = 0
+    priority_levels: Annotated[int, Meta(ge=0, le=PRIORITY_LEVELS_MAX)] = 0
+    default_priority: Annotated[int, Meta(ge=0, le=PRIORITY_LEVELS_MAX)] = 0
+    levels: Annotated[tuple[Level, ...], Meta(max_length=QUEUE_LEVELS_MAX)] = ()
 
 
 class Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,7 +183,7 @@ def rules() -> str:
         config.ModelConfig,
         config.Batching,
     ]
-    structs += [config.SequenceState]
+    structs += [config.SequenceState, Level, config.QueueLevel]
     structs += [
         config.TensorSpec,
         config.Naming,

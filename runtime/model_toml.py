@@ -29,6 +29,7 @@ from overcommit.runtime.config import (
     Naming,
     OnnxOptions,
     PythonOptions,
+    QueueLevel,
     Sequence,
     SequenceState,
     Step,
@@ -104,6 +105,7 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
             queue_timeout_us=batching.queue_timeout_us,
             priority_levels=batching.priority_levels,
             default_priority=batching.default_priority,
+            levels=_to_levels(origin, batching),
         ),
         pin=file.pin,
         priority=file.priority,
@@ -128,6 +130,17 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
         return with_all_tensors(config)
     except RepositoryError as error:
         raise RepositoryError(f"{origin}: {error.message}") from error
+
+
+def _to_levels(origin: str, batching: keys.Batching) -> tuple[QueueLevel, ...]:
+    levels = [each.level for each in batching.levels]
+    highest = max((batching.default_priority, *levels), default=0)
+    if highest > batching.priority_levels or len(set(levels)) < len(levels):
+        raise RepositoryError(
+            f"{origin}: [batching] has priority_levels = {batching.priority_levels}: default_priority and "
+            f"levels are among these, each level once"
+        )
+    return tuple(QueueLevel(**msgspec.structs.asdict(each)) for each in batching.levels)
 
 
 def _to_naming(origin: str, file: keys.File) -> Naming | None:

@@ -100,9 +100,9 @@ class SequenceLane(Lane):
         """The earliest deadline; NEVER_NS when the lane is empty."""
         return min((job.deadline_ns for job in self._sequences.jobs()), default=NEVER_NS)
 
-    def before(self, deadline_ns: int) -> tuple[int, int]:
-        """How many jobs, with how many rows, would be run before one with this deadline."""
-        before = sum(job.deadline_ns <= deadline_ns for job in self._sequences.jobs())
+    def before(self, job: Job) -> tuple[int, int]:
+        """How many jobs, with how many rows, would be run before this one, as far as it is known."""
+        before = sum(other.deadline_ns <= job.deadline_ns for other in self._sequences.jobs())
         return before, before
 
     def oldest_ns(self) -> int:

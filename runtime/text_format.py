@@ -86,8 +86,8 @@ def _field_of(kind: inspect.Type) -> Field:
         case inspect.VarTupleType(item_type=item):
             inner = _field_of(item)
             return Field(inner.kind, is_repeated=True, message=inner.message)
-        case inspect.DictType(value_type=value):
-            entry = Message({"key": Field("text"), "value": _field_of(value)})
+        case inspect.DictType(key_type=key, value_type=value):
+            entry = Message({"key": _field_of(key), "value": _field_of(value)})
             return Field("message", is_map=True, message=entry)
         case inspect.StructType(cls=cls):
             return Field("message", message=_message_of(cls))
@@ -194,7 +194,9 @@ class _Reader:
         if spec.is_map:
             entries = tree.setdefault(name, {})
             for entry in values:
-                entries[entry.get("key", "")] = entry.get("value", {})
+                assert spec.message is not None, "of key and value"
+                none: Any = "" if spec.message.fields["key"].kind == "text" else 0
+                entries[entry.get("key", none)] = entry.get("value", {})
         elif spec.is_repeated:
             tree.setdefault(name, []).extend(values)
         elif len(values) != 1 or name in tree:

@@ -93,7 +93,7 @@ def _read(model: TritonModel, unknown: list[str]) -> tuple[dict[str, Any], list[
 
 _OPAQUE: Final = (
     "model_metrics.",
-    *("dynamic_batching.priority_queue_policy.", "version_policy.all."),
+    "version_policy.all.",
     *("model_repository_agents.", "model_operations.", "batch_input.", "batch_output."),
     *(
         "instance_group.rate_limiter",
@@ -166,19 +166,22 @@ def _batching(model: TritonModel, table: dict[str, Any], notes: list[str]) -> bo
         if dynamic.priority_levels:
             batching["priority_levels"] = dynamic.priority_levels
             batching["default_priority"] = dynamic.default_priority_level
-        if dynamic.priority_queue_policy:
-            notes.append("dynamic_batching.priority_queue_policy: one policy holds for all levels")
+            batching["levels"] = [
+                {"level": level, **_queue_policy("priority_queue_policy", policy, notes)}
+                for level, policy in sorted(dynamic.priority_queue_policy.items())
+            ]
         if dynamic.preserve_ordering:
             notes.append("dynamic_batching.preserve_ordering: every request has its own answer")
         policy = dynamic.default_queue_policy
         if policy is not None:
-            _queue_policy(policy, batching, notes)
+            batching |= _queue_policy("default_queue_policy", policy, notes)
     table["batching"] = batching
     return bool(size)
 
 
-def _queue_policy(policy: QueuePolicy, batching: dict[str, Any], notes: list[str]) -> None:
-    where = "dynamic_batching.default_queue_policy"
+def _queue_policy(name: str, policy: QueuePolicy, notes: list[str]) -> dict[str, Any]:
+    where = f"dynamic_batching.{name}"
+    batching: dict[str, Any] = {}
     if policy.max_queue_size:
         batching["max_queue_size"] = min(policy.max_queue_size, 1_000_000)
     if policy.default_timeout_microseconds and policy.timeout_action == "REJECT":
@@ -187,6 +190,7 @@ def _queue_policy(policy: QueuePolicy, batching: dict[str, Any], notes: list[str
         notes.append(f"{where}.timeout_action DELAY: requests are taken by their deadlines")
     if policy.allow_timeout_override:
         notes.append(f"{where}.allow_timeout_override: a request's own timeout always counts")
+    return batching
 
 
 def _tensor(kind: str, tensor: Tensor, batches: bool, notes: list[str]) -> dict[str, Any]:

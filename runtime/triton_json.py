@@ -66,7 +66,11 @@ def _field(given: Any, spec: Field, where: str, unknown: list[str]) -> Any:
         inner = spec.message.fields["value"]
         if not isinstance(given, dict):
             return given
-        return {key: _field(each, inner, where, unknown) for key, each in given.items()}
+        is_number = spec.message.fields["key"].kind == "integer"
+        return {
+            int(key) if is_number and key.isdecimal() else key: _field(each, inner, where, unknown)
+            for key, each in given.items()
+        }
     if spec.is_repeated and isinstance(given, list):
         return [_message(each, spec.message.fields, where, unknown) for each in given]
     return _message(given, spec.message.fields, where, unknown)

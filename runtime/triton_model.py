@@ -74,7 +74,7 @@ class DynamicBatching(msgspec.Struct):
     priority_levels: _Count = 0
     default_priority_level: _Count = 0
     default_queue_policy: QueuePolicy | None = None
-    priority_queue_policy: tuple[Anything, ...] = ()
+    priority_queue_policy: dict[int, QueuePolicy] = {}
 
 
 class Latest(msgspec.Struct):

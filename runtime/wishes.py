@@ -33,8 +33,9 @@ from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.driver import DriverError
 from overcommit.runtime.errors import Unavailable
-from overcommit.runtime.lanes import Job, limits_of
+from overcommit.runtime.lanes import Job, Lane, limits_of
 from overcommit.runtime.links import Links
+from overcommit.runtime.priority_lane import PriorityLane
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.sequence_lane import lane_of
 from overcommit.runtime.worker_messages import (
@@ -132,7 +133,9 @@ class Wishes:
         jobs = self._batcher.drain(info.slot, now_ns)
         version = self._versions.learn(info)
         limits = limits_of(info.config)
-        lane = None
+        lane: Lane | None = None
+        if info.config.batching.priority_levels:
+            lane = PriorityLane(info.slot, limits, info.config.batching)
         if version.sequences is not None:
             lane = lane_of(info.slot, limits, info.config, version.sequences)
             jobs.sort(key=lambda job: job.order)  # as they came

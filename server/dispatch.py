@@ -34,7 +34,7 @@ from overcommit.runtime.errors import (
     WorkerLost,
 )
 from overcommit.runtime.front_end_messages import Route
-from overcommit.runtime.lanes import RUN_ALONE
+from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.runtime.messages import LinkUp
 from overcommit.runtime.router import Router, short_queue
 from overcommit.server import sequences
@@ -171,6 +171,11 @@ class Dispatch:
         """Send a filled request to a worker."""
         pending.deadline_ns = deadline_ns
         self._push(pending)
+
+    @staticmethod
+    def urge(pending: Pending, level: int) -> None:
+        """Say of an open request how urgent it is."""
+        pending.flags |= level << LEVEL_SHIFT
 
     def abandon(self, pending: Pending) -> None:
         """The client is gone; the blocks come back with the completion."""

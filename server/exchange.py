@@ -175,6 +175,8 @@ class Exchange:
         self.pending = pending = dispatch.open(prepared.plans.route, plan, self, now_ns)
         dispatch.parcels.fill(pending, plan, data)
         self.drop_body()
+        if prepared.level:
+            dispatch.urge(pending, prepared.level)
         dispatch.send(pending, now_ns + front.timeout_ns(prepared))
 
     def try_begin_bulk(self) -> list[memoryview] | None:
@@ -207,6 +209,7 @@ class Exchange:
         if self.pending is not None:  # else it was answered meanwhile
             front = self.protocol.front
             timeout_ns = front.timeout_ns(self.prepared)
+            front.dispatch.urge(self.pending, self.prepared.level)
             front.dispatch.send(self.pending, time.monotonic_ns() + timeout_ns)
 
     def abandon(self) -> None:

@@ -123,6 +123,8 @@ class Inference:
         plan = prepared.plan
         self._pending = pending = dispatch.open(plans.route, plan, self, now_ns)
         dispatch.parcels.fill(pending, plan, data)
+        if prepared.level:
+            dispatch.urge(pending, prepared.level)
         dispatch.send(pending, min(now_ns + front.timeout_ns(prepared), deadline_ns))
 
     def abandon(self) -> None:

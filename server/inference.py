@@ -39,6 +39,7 @@ class Prepared:
     all_binary: bool
     timeout_us: int | None = None
     sequence: Ask | None = None  # that it is of
+    level: int = 0  # how urgent it is; 0: as its version says
 
     @property
     def route(self) -> Route:
@@ -245,7 +246,7 @@ def _finish(
             if output.name not in known:
                 raise BadRequest(f"unknown output '{output.name}'; its outputs are {sorted(known)}")
         selection = tuple([(each.name, _want(plans, each)) for each in request.outputs])
-    codec.whole(request.parameters, "priority")
+    level = codec.whole(request.parameters, "priority") or 0
     return Prepared(
         plans,
         plan,
@@ -254,6 +255,7 @@ def _finish(
         bool(codec.flag(request.parameters, "binary_data_output")),
         codec.whole(request.parameters, "timeout"),
         sequences.read_if_any(request.parameters) if plans.route.steps else ask,
+        level if level <= plans.route.priority_levels else 0,
     )
 
 

@@ -73,15 +73,15 @@ def describe(described: Described) -> Object:
             "max_queue_delay_microseconds": batching.max_queue_delay_us,
             "preserve_ordering": False,
             "priority_levels": batching.priority_levels,
-            "default_priority_level": batching.default_priority,
-            "priority_queue_policy": {},
-            "default_queue_policy": {
-                "timeout_action": "REJECT",
-                "default_timeout_microseconds": batching.queue_timeout_us
-                or 1000 * (config.timeout_ms or 0),
-                "allow_timeout_override": True,
-                "max_queue_size": batching.max_queue_size,
+            "default_priority_level": batching.default_priority or batching.priority_levels,
+            "priority_queue_policy": {
+                str(each.level): _policy(each.queue_timeout_us, each.max_queue_size)
+                for each in batching.levels
             },
+            "default_queue_policy": _policy(
+                batching.queue_timeout_us or 1000 * (config.timeout_ms or 0),
+                batching.max_queue_size,
+            ),
         }
     return {
         **shown,
@@ -104,6 +104,15 @@ def describe(described: Described) -> Object:
             name: {"string_value": _text(value)} for name, value in config.parameters.items()
         },
         "model_warmup": [],
+    }
+
+
+def _policy(timeout_us: int, jobs_max: int) -> Object:
+    return {
+        "timeout_action": "REJECT",
+        "default_timeout_microseconds": timeout_us,
+        "allow_timeout_override": True,
+        "max_queue_size": jobs_max,
     }
 
 

@@ -13,6 +13,7 @@ from overcommit.runtime.config import (
     Control,
     ModelConfig,
     Naming,
+    QueueLevel,
     Sequence,
     SequenceState,
     TensorSpec,
@@ -140,6 +141,60 @@ def test_unknown_fields_are_noted() -> None:
     assert read("quantum_batching { depth: 3 }")[1] == [
         "config.pbtxt: unknown field 'quantum_batching'"
     ]
+
+
+LEVELS = """
+max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: [ 2 ] }
+dynamic_batching {
+  priority_levels: 3
+  default_priority_level: 2
+  default_queue_policy { default_timeout_microseconds: 900 max_queue_size: 50 }
+  priority_queue_policy [
+    { key: 3 value { max_queue_size: 5 } },
+    { key: 1 value { default_timeout_microseconds: 70 timeout_action: DELAY } }
+  ]
+}
+"""
+
+
+def test_levels_of_requests_are_read() -> None:
+    config, notes = read(LEVELS)
+    assert config.batching == Batching(
+        max_batch_size=8,
+        max_queue_size=50,
+        queue_timeout_us=900,
+        priority_levels=3,
+        default_priority=2,
+        levels=(QueueLevel(level=1), QueueLevel(level=3, max_queue_size=5)),
+    )
+    assert notes == [
+        (
+            "config.pbtxt: dynamic_batching.priority_queue_policy.timeout_action DELAY: requests are "
+            "taken by their deadlines"
+        )
+    ]
+    as_json = (
+        b'{"max_batch_size": 8, "dynamic_batching": {"priority_levels": 3, "default_priority_level": 2, '
+        b'"default_queue_policy": {"default_timeout_microseconds": 900, "max_queue_size": 50}, '
+        b'"priority_queue_policy": {"3": {"max_queue_size": 5}, "1": {}}}}'
+    )
+    assert (
+        triton_config.read_json(as_json)[0]["batching"]
+        == triton_config.read(LEVELS.encode())[0]["batching"]
+    )
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        "priority_levels: 2 default_priority_level: 3",
+        "priority_levels: 2 priority_queue_policy { key: 3 value { } }",
+    ],
+)
+def test_levels_that_there_are_not_are_refused(levels: str) -> None:
+    with pytest.raises(RepositoryError, match="priority_levels = 2"):
+        read(f"max_batch_size: 2 dynamic_batching {{ {levels} }}")
 
 
 SEQUENCES = """

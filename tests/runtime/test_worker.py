@@ -11,7 +11,7 @@ from front_rig import Array, Front
 from worker_rig import FakeModel, Programs, Rig, X, info, ready, vector_config
 
 from overcommit.runtime import _shm
-from overcommit.runtime.lanes import RUN_ALONE
+from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.runtime.messages import Stop
 from overcommit.runtime.worker_messages import Forget
 
@@ -229,6 +229,16 @@ def test_a_suspect_runs_alone(rig: Rig, front: Front) -> None:
     others = [front.submit(3, [X]) for _ in range(2)]
     rig.answered(front, suspect, *others)
     assert [front.answers[one][6] for one in (suspect, *others)] == [1, 2, 2]
+
+
+def test_an_urgent_request_runs_before_those_that_came_earlier(rig: Rig, front: Front) -> None:
+    ready(rig, front, config=vector_config(max_batch_size=1, priority_levels=3))
+    levels = (3, 0, 2, 1)
+    requests = [front.submit(3, [X], flags=level << LEVEL_SHIFT) for level in levels]
+    rig.answered(front, *requests)
+    ran = sorted(requests, key=lambda request: front.answers[request][2])
+    # Who does not say goes with the last.
+    assert [levels[requests.index(request)] for request in ran] == [1, 2, 3, 0]
 
 
 # --- garbage ------------------------------------------------------------------------------------

@@ -6,15 +6,16 @@ import json
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from front_end_rig import ARENA_BYTES, Client, Peer, Rig, in_loop
+from front_end_rig import ARENA_BYTES, ROUTE, Client, Peer, Rig, in_loop
 from hypothesis import given
 from hypothesis import strategies as st
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PIPELINE_MAX
-from overcommit.runtime.lanes import RUN_ALONE
+from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.server.limits import (
     BODY_TIMEOUT_S,
     BULK_BYTES_MIN,
@@ -353,6 +354,24 @@ def test_slow_and_idle_connections_are_closed() -> None:
 
 
 # --- workers ------------------------------------------------------------------------------------
+def test_how_urgent_a_request_is_travels_with_it_where_its_version_has_levels() -> None:
+    def test() -> None:
+        for levels, priority, level in ((3, 2, 2), (3, 4, 0), (3, None, 0), (0, 2, 0)):
+            rig = Rig(msgspec.structs.replace(ROUTE, priority_levels=levels))
+            peer, client = Peer(rig, 0, 1), rig.connect()
+            asked = json.loads(body(1.0))
+            if priority is not None:
+                asked["parameters"] = {"priority": priority}
+            for _ in range(4):  # by a template, from the third one on
+                client.send(request(json.dumps(asked).encode()))
+                (submission,) = peer.take()
+                assert submission[9] >> LEVEL_SHIFT == level
+                peer.answer(submission)
+                rig.dispatch.drain()
+
+    in_loop(test)
+
+
 def test_what_a_dead_worker_had_queued_moves_on_and_what_it_ran_is_retried_alone() -> None:
     def test() -> None:
         rig = Rig()
