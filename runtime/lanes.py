@@ -170,6 +170,12 @@ class Lane:
                 (key,) = shapes
             else:
                 key = min(shapes, key=lambda each: _first(shapes[each]))
+                if shapes[key][0][0] <= now_ns:
+                    # What is behind one that has expired may be less urgent than another shape's.
+                    expired.append(self._pop(shapes[key]))
+                    if not shapes[key]:
+                        del shapes[key]
+                    continue
             jobs = self._take_from(shapes[key], now_ns, expired)
             if not shapes[key]:
                 del shapes[key]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.config import NEVER_NS, Batching, ModelConfig, QueueLevel
-from overcommit.runtime.lanes import Job, limits_of
+from overcommit.runtime.lanes import Job, Lane, limits_of
 from overcommit.runtime.priority_lane import PriorityLane
 
 _ids = itertools.count(1)
@@ -63,6 +63,17 @@ def test_a_batch_is_of_one_shape_and_within_its_rows() -> None:
 def test_who_runs_alone_is_joined_by_nobody() -> None:
     lane = filled(lane_of(), job(1, alone=True), job(2))
     assert levels_of(lane.take(0, [])) == [1]
+
+
+def test_behind_a_job_that_has_expired_another_shape_may_be_more_urgent() -> None:
+    lane = Lane(0, limits_of(ModelConfig(batching=Batching(max_batch_size=4))))
+    late, last, first = job(0, deadline=10), job(0, deadline=900), job(0, deadline=500, key=1)
+    for each in (late, last, first):
+        lane.push(each)
+    expired: list[Job] = []
+    assert lane.take(20, expired) == [first]
+    assert expired == [late]
+    assert lane.take(20, expired) == [last]
 
 
 def test_each_level_has_its_own_limit_and_time() -> None:
