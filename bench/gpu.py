@@ -83,9 +83,7 @@ def _memory(options: Options, report: Report, gpu: Gpu) -> float:
     try:
         memory.check()
         limit_gb_s = memory.limit_gb_s()
-        report.add(
-            "warm loads", Figure("limit", limit_gb_s, "GB/s", note="copies of 64 MiB chunks")
-        )
+        report.add("warm loads", Figure("limit", limit_gb_s, "GB/s", note="copies of 64 MiB"))
         memory.sweep(limit_gb_s)
         memory.attach()
         gpu_torch.graph_after_reload(memory, f"cuda:{gpu.device}", report)

@@ -18,9 +18,9 @@ from overcommit.bench.report import Figure, Report
 from overcommit.runtime import _shm
 from overcommit.runtime.allocator import ChunkAllocator, Extent
 from overcommit.runtime.arena import Arena
-from overcommit.runtime.chunk_table import ChunkTable
+from overcommit.runtime.chunk_table import ChunkTable, small_share_of
 from overcommit.runtime.chunks import Chunks
-from overcommit.runtime.config import CUDA_SMALL_SHARE, LARGE_CHUNK_BYTES, MIB, PIN_BYTES
+from overcommit.runtime.config import LARGE_CHUNK_BYTES, MIB, PIN_BYTES
 from overcommit.runtime.cuda_arena import CudaArena, CudaRanges
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import Driver
@@ -88,20 +88,18 @@ class GpuMemory:
 
     # --- copies ---------------------------------------------------------------------------------
     def limit_gb_s(self) -> float:
-        """Measure what one copy from registered memory reaches, chunk by chunk on one stream."""
+        """Measure what copies of 64 MiB from registered memory reach, one by one on one stream."""
         driver, stream = self.driver, self.driver.stream_create(is_urgent=True)
-        table = self.made.table
-        large = [n for n in range(len(table)) if table.nbytes(n) == LARGE_CHUNK_BYTES]
-        # As many chunks as one registration holds: a copy reaches over no border of either.
-        chunks = (large or list(range(len(table))))[: self.host.nbytes // LARGE_CHUNK_BYTES or 1]
+        nbytes = min(LARGE_CHUNK_BYTES, self.device.nbytes, self.host.nbytes)
+        # As many as one registration holds: a copy reaches over no border of that.
+        count = min(PIN_BYTES, self.device.nbytes, self.host.nbytes) // nbytes
         best = 0.0
         for _ in range(ROUNDS):
             began, moved = time.perf_counter(), 0
             for _ in range(4):
-                for number, chunk in enumerate(chunks[: PIN_BYTES // LARGE_CHUNK_BYTES]):
-                    nbytes = min(table.nbytes(chunk), self.host.nbytes)
+                for number in range(count):
                     source = self.host_address + number * nbytes
-                    target = self.device.address + table.offset(chunk)
+                    target = self.device.address + number * nbytes
                     driver.memcpy_htod_async(target, source, nbytes, stream)
                     moved += nbytes
             driver.stream_synchronize(stream)
@@ -112,7 +110,7 @@ class GpuMemory:
     def sweep(self, limit_gb_s: float, sizes_mb: Sequence[int] = SIZES) -> None:
         """Load each size from HOST as the mover does, into chunks that it gets when others went."""
         allocator = ChunkAllocator(
-            self.device.nbytes, can_split=False, small_share=CUDA_SMALL_SHARE
+            self.device.nbytes, can_split=False, small_share=small_share_of(self.device.nbytes)
         )
         points: list[tuple[int, float]] = []
         for size in sizes_mb:
@@ -152,7 +150,7 @@ class GpuMemory:
     def attach(self, sizes_mb: Sequence[int] = SIZES) -> None:
         """Map each size in a worker's range, as it does for what is resident already."""
         allocator = ChunkAllocator(
-            self.device.nbytes, can_split=False, small_share=CUDA_SMALL_SHARE
+            self.device.nbytes, can_split=False, small_share=small_share_of(self.device.nbytes)
         )
         ranges = CudaRanges(self.taken)
         for size in sizes_mb:

@@ -21,7 +21,7 @@ from overcommit.bench.gpu_memory import GpuMemory
 from overcommit.bench.report import Figure, Report
 from overcommit.kernels import cuda, gather, timing
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import CUDA_SMALL_SHARE
+from overcommit.runtime.chunk_table import small_share_of
 from overcommit.runtime.cuda_arena import CudaRanges
 from overcommit.runtime.engines.cuda_backend import CudaBackend
 from overcommit.runtime.engines.places import tensor_over
@@ -41,7 +41,9 @@ def graph_after_reload(memory: GpuMemory, place: str, report: Report) -> None:
     """Capture over mapped weights, bring other weights to other chunks of the range, replay."""
     backend = CudaBackend(place)
     nbytes = LAYERS * WIDTH * WIDTH * 4
-    allocator = ChunkAllocator(memory.device.nbytes, can_split=False, small_share=CUDA_SMALL_SHARE)
+    allocator = ChunkAllocator(
+        memory.device.nbytes, can_split=False, small_share=small_share_of(memory.device.nbytes)
+    )
     first, second = allocator.try_allocate(nbytes), allocator.try_allocate(nbytes)
     if first is None or second is None:
         report.notes.append("no room for two models of 128 MiB: graphs were left out")

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from overcommit.runtime.config import (
-    CUDA_SMALL_SHARE,
+    CUDA_CHUNKS_MAX,
     LARGE_CHUNK_BYTES,
     SMALL_CHUNK_BYTES,
 )
@@ -35,10 +35,26 @@ class Piece(NamedTuple):
     nbytes: int
 
 
+def small_share_of(capacity_bytes: int) -> float:
+    """Return the largest share in 2 MiB chunks with which there are CUDA_CHUNKS_MAX chunks at most.
+
+    A part that lies before another takes chunks of exactly its length, and most parts are shorter than
+    64 MiB: with a share of 0.125, an eighth of DEVICE was all that a fleet of BERTs could use.
+    """
+    whole, rest = divmod(capacity_bytes // SMALL_CHUNK_BYTES, _PER_LARGE)
+    if not whole:
+        return 1.0
+    split = (CUDA_CHUNKS_MAX - rest - whole) // (_PER_LARGE - 1)
+    return min(1.0, max(1, split) / whole)
+
+
 class ChunkTable:
     """The layout of an arena of `capacity_bytes`, rounded down to whole 2 MiB chunks."""
 
-    def __init__(self, capacity_bytes: int, small_share: float = CUDA_SMALL_SHARE) -> None:
+    def __init__(self, capacity_bytes: int, small_share: float | None = None) -> None:
+        """`small_share` of it is made of small chunks, by default `small_share_of` it."""
+        if small_share is None:
+            small_share = small_share_of(capacity_bytes)
         self.capacity_bytes = capacity_bytes // SMALL_CHUNK_BYTES * SMALL_CHUNK_BYTES
         whole, rest = divmod(self.capacity_bytes // SMALL_CHUNK_BYTES, _PER_LARGE)
         split = math.ceil(whole * small_share)

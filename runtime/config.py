@@ -36,9 +36,9 @@ COPY_BYTES_MIN: Final = 4 * MIB  # of one step of a copy between tiers, where so
 COPY_BYTES_MAX: Final = 32 * MIB
 COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who receives its message
 LOADS_IN_FLIGHT_MAX: Final = 4
-# CUDA: the share of DEVICE in 2 MiB chunks, for small models and for what large ones have over.  Each
-# chunk is a descriptor in the supervisor: 80 GiB are 5120 small ones and 1120 large ones.
-CUDA_SMALL_SHARE: Final = 0.125
+# CUDA: chunks of DEVICE, each a descriptor in the supervisor.  As many as possible are of 2 MiB: parts are
+# 16 to 64 MiB long, and what lies before another part may take no 64 MiB chunk.  80 GiB are 40,960.
+CUDA_CHUNKS_MAX: Final = 40_960
 PIN_BYTES: Final = (
     256 * MIB
 )  # registered by one call; from 512 MiB on the kernel compacts, under a lock

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.chunk_table import ChunkTable
-from overcommit.runtime.config import CUDA_SMALL_SHARE, LOST_STARTS, LOST_XIDS, Settings
+from overcommit.runtime.chunk_table import ChunkTable, small_share_of
+from overcommit.runtime.config import LOST_STARTS, LOST_XIDS, Settings
 from overcommit.runtime.drivers import open_nvml
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.gate import SharedGate
@@ -61,7 +61,9 @@ class SiteMemory:
             device = RunAllocator(budget.device_bytes)
         else:
             device = ChunkAllocator(
-                budget.device_bytes, can_split=False, small_share=CUDA_SMALL_SHARE
+                budget.device_bytes,
+                can_split=False,
+                small_share=small_share_of(budget.device_bytes),
             )
         if gpu is not None:
             log.info("DEVICE is %s of GPU %d", show_bytes(device.capacity_bytes), gpu.device)

@@ -7,8 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.chunk_table import ChunkTable
-from overcommit.runtime.config import KIB, LARGE_CHUNK_BYTES, MIB, SMALL_CHUNK_BYTES
+from overcommit.runtime.chunk_table import ChunkTable, small_share_of
+from overcommit.runtime.config import (
+    CUDA_CHUNKS_MAX,
+    GIB,
+    KIB,
+    LARGE_CHUNK_BYTES,
+    MIB,
+    SMALL_CHUNK_BYTES,
+)
 
 capacities = st.integers(1, 700).map(lambda smalls: smalls * SMALL_CHUNK_BYTES)
 shares = st.floats(0.01, 1.0)
@@ -57,3 +64,25 @@ def test_what_the_allocator_places_are_whole_chunks(
 def test_an_extent_outside_of_the_arena_is_refused(extent: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="not inside"):
         ChunkTable(128 * MIB).pieces([extent])
+
+
+@pytest.mark.parametrize("gib", [0, 1, 24, 80, 81, 141, 288])
+def test_as_much_as_possible_is_in_small_chunks(gib: int) -> None:
+    capacity = gib * GIB + 6 * MIB
+    table = ChunkTable(capacity)
+    assert len(table) <= CUDA_CHUNKS_MAX
+    if gib < 80:
+        assert len(table) == capacity // SMALL_CHUNK_BYTES
+    else:
+        assert len(table) > CUDA_CHUNKS_MAX - 64, "no chunk is given away"
+
+
+def test_a_fleet_of_models_in_parts_fills_device() -> None:
+    """A BERT's parts are 26 to 28 MiB long, and each must be in chunks of exactly its length."""
+    capacity = 4 * GIB
+    allocator = ChunkAllocator(capacity, can_split=False, small_share=small_share_of(capacity))
+    parts = [90 * MIB, *[28 * MIB, 26 * MIB] * 6, 4 * MIB]
+    models = 0
+    while all(allocator.try_allocate(part, exact=True) for part in parts):
+        models += 1
+    assert models == capacity // sum(parts)
