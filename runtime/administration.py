@@ -72,7 +72,6 @@ class Administration:
         self._explicit: set[str] = set()  # models that clients have loaded by name
         self._operations: dict[str, Callable[[Admin], bytes]] = {
             "index": self._index,
-            "load": self._load,
             "unload": self._unload,
             "models": self._models,
             "model": self._model,
@@ -111,8 +110,13 @@ class Administration:
         if request.operation in self.loads.operations:
             self.loads.on_admin(front, request, now_ns)
             return True
-        name = request.arguments.get("name")
-        return request.operation == "load" and self.loads.leave(front, request, str(name), now_ns)
+        if request.operation != "load":
+            return False
+        name = _text(request, "name")
+        if not self.loads.leave(front, request, name, now_ns):
+            self._load(name)
+            self.loads.wait(front, request, name, now_ns)
+        return True
 
     def _reply(self, front: Child, request: Admin, status: int, body: bytes) -> None:
         for start in range(0, max(len(body), 1), ADMIN_REPLY_PART_BYTES):
@@ -167,8 +171,8 @@ class Administration:
         ]
         return msgspec.json.encode(rows)
 
-    def _load(self, request: Admin) -> bytes:
-        name = _text(request, "name")
+    def _load(self, name: str) -> None:
+        """Take a model into service, and those of its steps.  Raises NotFound, RepositoryError."""
         if not self.house.registry.has(name):
             raise NotFound(
                 f"failed to load '{name}', failed to poll from model repository: there is no such "
@@ -181,7 +185,6 @@ class Administration:
             if registry.has(each) and registry.find(each).state is State.UNLOADED:
                 self.catalogue.take_in(each, now_ns)
         self.catalogue.take_in(name, now_ns)
-        return b"{}"
 
     def _unload(self, request: Admin) -> bytes:
         name = _text(request, "name")

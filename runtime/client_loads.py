@@ -1,7 +1,7 @@
 """Loads that a client waits for: they are answered when it is known whether the model works.
 
     asked --try_out--> TRIED --all versions settled--> confirmed: 200 | given up: 400, the old one serves
-    asked plainly, where a client's own was loaded --> LEFT --all versions settled--> 200 | 400
+    asked plainly --> WAITING --all versions settled--> 200 | 400, if the newest does not work
 
 Invariants
  1. Each Admin is answered once: when it is decided, or after LOAD_ANSWER_NS, while the load goes on.
@@ -48,7 +48,8 @@ class ClientLoads:
     def __init__(self, catalogue: Catalogue, answer: Answer) -> None:
         self._catalogue = catalogue
         self._answer = answer
-        self._loads: dict[str, _Load] = {}
+        self._loads: dict[str, _Load] = {}  # those that are tried
+        self._waiting: list[_Load] = []  # those that are plain
 
     def on_admin(self, front: Child, request: Admin, now_ns: int) -> None:
         """Carry one of the operations out; raises OvercommitError, or answers now or later."""
@@ -76,6 +77,8 @@ class ClientLoads:
                 )
             overrides.try_out(name, config, folder, owner)
             was_unloaded = self._catalogue.registry.want(name)
+            if name in self._loads:
+                self._say(self._loads[name], _gone(name))
             self._loads[name] = _Load(front, request, name, now_ns, True, was_unloaded)
             self._catalogue.apply(now_ns)
             self._hurry(name)
@@ -88,11 +91,18 @@ class ClientLoads:
             return False
         overrides.drop(name)
         self._catalogue.registry.want(name)
-        self._loads[name] = _Load(front, request, name, now_ns, False)
         self._catalogue.apply(now_ns)
-        self._hurry(name)
-        self.step(now_ns)
+        self.wait(front, request, name, now_ns)
         return True
+
+    def wait(self, front: Child, request: Admin, name: str, now_ns: int) -> None:
+        """Answer when all versions of a model are what they will be."""
+        load = _Load(front, request, name, now_ns, False)
+        if self._catalogue.is_settled(name):
+            self._say(load, self._problem(load))
+        else:
+            self._waiting.append(load)
+            self._hurry(name)
 
     def unload(self, name: str, now_ns: int) -> None:
         """The model was unloaded: what a client gave for it is gone."""
@@ -102,7 +112,7 @@ class ClientLoads:
     def on_front_end_gone(self, front: Child) -> None:
         """Nobody waits any more; what it was about to give comes to nothing."""
         self._catalogue.overrides.abandon(front.incarnation)
-        for load in self._loads.values():
+        for load in (*self._loads.values(), *self._waiting):
             load.is_answered = load.is_answered or load.front is front
 
     def step(self, now_ns: int) -> None:
@@ -111,21 +121,20 @@ class ClientLoads:
             if self._catalogue.is_settled(name):
                 del self._loads[name]
                 self._decide(load, now_ns)
-            elif now_ns - load.began_ns > LOAD_ANSWER_NS and not load.is_answered:
-                load.is_answered = True
-                late = Unavailable(
-                    f"model '{name}' is still being loaded; the index says how it ends"
-                )
-                self._say(load, late)
+        for load in self._waiting:
+            if self._catalogue.is_settled(load.name):
+                self._say(load, self._problem(load))
+        for load in (*self._loads.values(), *self._waiting):
+            if now_ns - load.began_ns > LOAD_ANSWER_NS:
+                text = f"model '{load.name}' is still being loaded; the index says how it ends"
+                self._say(load, Unavailable(text))
+        self._waiting = [load for load in self._waiting if not load.is_answered]
 
     def _decide(self, load: _Load, now_ns: int) -> None:
         name, catalogue = load.name, self._catalogue
         problem = self._problem(load)
-        if not load.is_tried:
-            self._say(load, problem)
-            return
         if not catalogue.overrides.is_tried(name):
-            self._say(load, Unavailable(f"model '{name}' was unloaded, or loaded again, meanwhile"))
+            self._say(load, _gone(name))
             return
         if problem is None:
             catalogue.overrides.confirm(name)
@@ -140,7 +149,10 @@ class ClientLoads:
         name, registry = load.name, self._catalogue.registry
         entries = {e.version: e for e in (registry.versions(name) if registry.has(name) else ())}
         if not load.is_tried:
-            reason = next((entry.reason for entry in entries.values() if entry.reason), "")
+            newest = next(reversed(entries.values()), None)
+            if newest is None or newest.state is State.UNLOADED:
+                return _gone(name)
+            reason = newest.reason
             return RepositoryError(f"failed to load '{name}': {reason}") if reason else None
         sought = self._catalogue.overrides.sought(name)
         if not sought:
@@ -167,6 +179,10 @@ class ClientLoads:
         else:
             body = msgspec.json.encode({"error": problem.message})
             self._answer(load.front, load.request, problem.http_status, body)
+
+
+def _gone(name: str) -> Unavailable:
+    return Unavailable(f"model '{name}' was unloaded, removed or loaded again meanwhile")
 
 
 def _works(entry: Entry | None, fingerprint: str) -> bool:

@@ -60,8 +60,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("models")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, cache: Path) -> Iterator[Server]:
     add(root, "scale", {"1": 1, "2": 2})
     add(root, "keep", {"1": 3, "3": 5})
     for name in ("first", "second", "shared"):
@@ -200,6 +204,21 @@ def test_without_the_flag_nothing_is_taken(extended: Server) -> None:
     parameters = {"config": "{}", "file:1/model.onnx": ""}
     answer = extended.post("/v2/repository/models/add/load", {"parameters": parameters})
     assert (answer.status, "--load-overrides" in answer.json()["error"]) == (403, True)
+
+
+def test_a_plain_load_is_answered_when_the_model_is_ready_or_says_why_it_is_not(
+    server: Server, root: Path, client: Client
+) -> None:
+    name = f"late-{type(client).__module__.split('.')[1]}"
+    (root / name).mkdir()
+    (root / name / "model.onnx").write_bytes(b"no graph")
+    server.wait_until(lambda: f"{name}/1" in server.models())
+    with pytest.raises(InferenceServerException, match=f"failed to load '{name}'"):
+        client.load_model(name)
+    client.unload_model("keep")
+    assert not client.is_model_ready("keep")
+    client.load_model("keep")
+    assert client.is_model_ready("keep")
 
 
 # --- ensembles ----------------------------------------------------------------------------------
