@@ -376,8 +376,8 @@ class Catalogue:
         if fleet.grpc_port is not None:
             log.info("gRPC on %s:%d", self.house.settings.host, fleet.grpc_port)
         log.info(
-            "serving on http://%s:%d after %s s: %d versions, %d ready to use, %d to pack",
-            *(self.house.settings.host, fleet.port, age_s),
+            "serving on %s after %s s: %d versions, %d ready to use, %d to pack",
+            *(self._url(), age_s),
             *(len(entries), len(ready), len(self.packing)),
         )
         for site in self.house.sites:
@@ -391,5 +391,9 @@ class Catalogue:
         if not self._is_serving or self._is_example_shown or example_body(route) is None:
             return
         self._is_example_shown = True
-        url = f"http://{self.house.settings.host}:{self.house.fleet.port}"
-        print(example_request(url, route), flush=True)
+        print(example_request(self._url(), route), flush=True)
+
+    def _url(self) -> str:
+        settings = self.house.settings
+        scheme = "https" if settings.ssl_certfile else "http"
+        return f"{scheme}://{settings.host}:{self.house.fleet.port}"

@@ -201,6 +201,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int | None = None  # None: no gRPC; 0: a free one
+    ssl_certfile: str = ""  # PEM, with the chain; "": no TLS
+    ssl_keyfile: str = ""
     front_ends: int = 1
     workers: int = 1  # of each device
     worker_threads: int | None = None

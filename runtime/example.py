@@ -53,9 +53,10 @@ def example_request(url: str, route: Route) -> str:
     body = example_body(route)
     if body is None:
         return f"Try it:\n\n  curl {url}/v2/models/{route.name}\n"
+    tls = ", ssl=True" if url.startswith("https:") else ""
     code = [
         "import numpy, tritonclient.http as triton",
-        f'client = triton.InferenceServerClient("{url.removeprefix("http://")}")',
+        f'client = triton.InferenceServerClient("{url.partition("://")[2]}"{tls})',
         "inputs = []",
     ]
     for spec in route.inputs:

@@ -82,6 +82,8 @@ def serve(
     port: flags.Port = None,
     grpc_port: flags.GrpcPort = None,
     grpc: flags.Grpc = None,
+    ssl_certfile: flags.SslCertfile = None,
+    ssl_keyfile: flags.SslKeyfile = None,
     front_ends: flags.FrontEnds = None,
     workers: flags.Workers = None,
     worker_threads: flags.WorkerThreads = None,

@@ -24,6 +24,14 @@ Grpc = Annotated[
     bool | None,
     Option("--grpc/--no-grpc", help="Serve gRPC beside HTTP (yes, if protobuf is installed)."),
 ]
+SslCertfile = Annotated[
+    str | None,
+    Option(metavar="FILE", help="Speak TLS, HTTP and gRPC, with this certificate chain (PEM)."),
+]
+SslKeyfile = Annotated[
+    str | None,
+    Option(metavar="FILE", help="The certificate's key, not encrypted (in the same file)."),
+]
 FrontEnds = Annotated[str | None, Option(metavar="N", help="HTTP processes (1).")]
 Workers = Annotated[str | None, Option(metavar="N", help="Processes that run models (1).")]
 WorkerThreads = Annotated[

@@ -44,6 +44,7 @@ from overcommit.runtime.front_end_messages import (
     TellCounts,
 )
 from overcommit.runtime.messages import Drain, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
+from overcommit.server import tls
 from overcommit.server.app import make_app
 from overcommit.server.dispatch import Dispatch
 from overcommit.server.heads import Heads
@@ -66,6 +67,8 @@ from overcommit.server.rehearsing import rehearse
 from overcommit.server.routing import RouteTable, check_usable
 
 if TYPE_CHECKING:
+    import ssl
+
     from overcommit.server.grpc_server import GrpcServer
 
 log = logging.getLogger("overcommit.front_end")
@@ -319,6 +322,9 @@ class FrontEnd:
             date_header=False,
             backlog=2048,
         )
+        config.load()
+        if self.settings.ssl_certfile:
+            config.ssl = self._tls()
         self._server = uvicorn.Server(config)
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
         loop.add_reader(self._bell, self.on_bell)
@@ -330,12 +336,16 @@ class FrontEnd:
             from overcommit.server.grpc_server import GrpcServer
 
             self._grpc = GrpcServer(self)
-            await self._grpc.start(self._grpc_listener)
+            context = self._tls("h2") if self.settings.ssl_certfile else None
+            await self._grpc.start(self._grpc_listener, context)
         gc.collect()
         gc.freeze()
         await self._server.serve(sockets=[self._listener])
         tick.cancel()
         self.send_counters()
+
+    def _tls(self, *protocols: str) -> ssl.SSLContext:
+        return tls.context_of(self.settings.ssl_certfile, self.settings.ssl_keyfile, *protocols)
 
     def _swallow_populate(self) -> None:
         # An old kernel refuses, and short memory shows later, where it can be answered.

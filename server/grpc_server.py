@@ -29,6 +29,8 @@ from overcommit.server.h2_connection import Connection
 from overcommit.server.limits import CONNECTIONS_MAX, DRAIN_GRACE_S
 
 if TYPE_CHECKING:
+    import ssl
+
     from overcommit.server.frontend import FrontEnd
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -47,10 +49,10 @@ class GrpcServer:
         self._methods = Methods(front).by_path(SERVICE)
         self._server: asyncio.Server | None = None
 
-    async def start(self, listener: socket.socket) -> None:
+    async def start(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Accept connections."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connect, sock=listener)
+        self._server = await loop.create_server(self._connect, sock=listener, ssl=tls)
 
     def _connect(self) -> Connection:
         is_full = len(self.connections) >= CONNECTIONS_MAX

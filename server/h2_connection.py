@@ -156,7 +156,8 @@ class Connection(Output):
         if not self._is_greeted:
             if not h2.PREFACE.startswith(data[: len(h2.PREFACE)]):
                 raise ConnectionBroken(
-                    Code.PROTOCOL_ERROR, "this port speaks gRPC (HTTP/2 without TLS) alone"
+                    Code.PROTOCOL_ERROR,
+                    "this port speaks gRPC (HTTP/2) alone",
                 )
             if end < len(h2.PREFACE):
                 return data

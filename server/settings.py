@@ -39,6 +39,7 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.device_choice import read_devices
 from overcommit.runtime.errors import ConfigurationError
+from overcommit.server import tls
 from overcommit.server.fetching import folder_of, is_url
 
 Fetch = Callable[[list[str], str], None]  # URLs, the cache folder
@@ -106,6 +107,8 @@ class ServeSettings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     grpc_port: GrpcPort | None = None
     grpc: bool | None = None
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
     front_ends: Annotated[int, Field(ge=1, le=FRONT_ENDS_MAX)] = 1
     workers: Annotated[int, Field(ge=1, le=WORKERS_MAX)] = 1
     worker_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -151,6 +154,7 @@ def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Setti
         chosen = ServeSettings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigurationError("; ".join(_complaints(error, given))) from error
+    certificate, key = tls.check_files(chosen.ssl_certfile, chosen.ssl_keyfile)
     repositories = _check_repositories(_bring(chosen, fetch))
     return Settings(
         repositories=repositories,
@@ -158,6 +162,8 @@ def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Setti
         host=chosen.host,
         port=chosen.port,
         grpc_port=_choose_grpc_port(chosen),
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
         front_ends=chosen.front_ends,
         workers=chosen.workers,
         worker_threads=chosen.worker_threads,

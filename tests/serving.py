@@ -117,7 +117,7 @@ class Server:
             self.log.append(text)
             if found := re.search(r"gRPC on [^:]+:(\d+)", text):
                 self.grpc_port = int(found[1])
-            if found := re.search(r"serving on http://[^:]+:(\d+)", text):
+            if found := re.search(r"serving on https?://[^:]+:(\d+)", text):
                 self.port = int(found[1])
                 self._serving.set()
         self._serving.set()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import ssl
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -58,8 +59,10 @@ class AsyncClient:
         *,
         timeout_s: float = TIMEOUT_S,
         shared_memory: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.url = url
+        self._tls = tls
         self._sharing = Sharing() if shared_memory else None
         place = place_of(url)
         host = f"[{place.host}]" if ":" in place.host else place.host
@@ -259,7 +262,8 @@ class AsyncClient:
     async def _send(self, sent: Sent, timeout_s: float) -> Received:
         aiohttp = _aiohttp()
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=CONNECTIONS_MAX)
+            secure = True if self._tls is None else self._tls
+            connector = aiohttp.TCPConnector(limit=CONNECTIONS_MAX, ssl=secure)
             self._session = aiohttp.ClientSession(connector=connector, auto_decompress=True)
         where = self._base + sent.path
         try:

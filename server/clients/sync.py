@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,8 @@ class Client:
     Unavailable (with `retry_after_s`), DeadlineExceeded, ServerError for anything else.
 
     Where the server is on the same machine and allows it (`--client-shared-memory`), long tensors go
-    through shared memory by themselves; `shared_memory=False` sends them in bodies all the same.
+    through shared memory by themselves; `shared_memory=False` sends them in bodies all the same.  `tls`
+    is for an https URL whose certificate the system does not know: `ssl.create_default_context(cafile=...)`.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Client:
         *,
         timeout_s: float = TIMEOUT_S,
         shared_memory: bool = True,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.url = url
         self._place = place_of(url)
+        self._tls = tls
         self._timeout_s = timeout_s
         self._sharing = Sharing() if shared_memory else None
         self._idle: list[http.client.HTTPConnection] = []
@@ -331,5 +335,9 @@ class Client:
             connection.sock.settimeout(timeout_s)
             return connection, True
         place = self._place
-        kind = http.client.HTTPSConnection if place.is_https else http.client.HTTPConnection
-        return kind(place.host, place.port, timeout=timeout_s), False
+        if not place.is_https:
+            return http.client.HTTPConnection(place.host, place.port, timeout=timeout_s), False
+        secure = http.client.HTTPSConnection(
+            place.host, place.port, timeout=timeout_s, context=self._tls
+        )
+        return secure, False

@@ -95,6 +95,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         "scan_interval": "0.3",
         "spin_us": "20",
         "log_level": "debug",
+        "ssl_certfile": "",
+        "ssl_keyfile": "",
         "grpc": True,
         "grpc_port": "7001",
     }
