@@ -94,6 +94,7 @@ class Exchange:
     asks: str | None = None  # for a version, by a header
     encoding = b""  # of the body
     accepts = b""  # how a long answer may be compressed
+    echo = b""  # header lines of the request that come back
     json_bytes: int | None = None
     body_bytes: int | None = None  # None: sent in chunks
     body: bytes | bytearray = b""
@@ -291,7 +292,7 @@ class Exchange:
     def _close_header(self) -> bytes:
         if self.protocol.front.is_draining:
             self.keep_alive = False
-        return b"" if self.keep_alive else _CLOSE
+        return self.echo if self.keep_alive else self.echo + _CLOSE
 
     def _finish(self, response: list[bytes]) -> None:
         """Write the response and let the next request of the connection go on."""

@@ -24,7 +24,12 @@ from urllib.parse import unquote
 
 import httptools
 
-from overcommit.runtime.config import HEADER_BYTES_MAX, NAME_CHARS_MAX, PIPELINE_MAX
+from overcommit.runtime.config import (
+    HEADER_BYTES_MAX,
+    ID_CHARS_MAX,
+    NAME_CHARS_MAX,
+    PIPELINE_MAX,
+)
 from overcommit.runtime.errors import (
     BadRequest,
     HeadersTooLarge,
@@ -51,6 +56,9 @@ if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
 
 _HOT: Final = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer(?:\?.*)?")
+# Ids by which clients find their requests again; what could end a line does not come back.
+_ECHOED: Final = frozenset((b"x-request-id", b"seldon-puid"))
+_PLAIN: Final = re.compile(rb"[\x20-\x7e]{1,%d}" % ID_CHARS_MAX)
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -204,7 +212,7 @@ class HotProtocol(Connection):
             and exchange.body_bytes is not None
             and exchange.body_bytes <= SMALL_BODY_BYTES
             and kind is Exchange
-            and not (exchange.encoding or self.expect_100_continue)
+            and not (exchange.encoding or exchange.echo or self.expect_100_continue)
         ):
             fields = heads.Fields(
                 *(exchange.body_bytes, exchange.json_bytes, exchange.accepts, exchange.asks)
@@ -246,6 +254,8 @@ class HotProtocol(Connection):
                     raise BadRequest("Content-Encoding must be gzip, deflate or identity")
             elif name == b"accept-encoding":
                 exchange.accepts = compression.choose(value)
+            elif name in _ECHOED and _PLAIN.fullmatch(value):
+                exchange.echo += b"%b: %b\r\n" % (name, value)
 
     def on_body(self, body: bytes) -> None:
         cycle: Any = self.cycle

@@ -151,6 +151,28 @@ def test_a_head_that_means_more_is_not_remembered(raw: bytes) -> None:
     in_loop(test)
 
 
+def test_ids_of_requests_come_back_with_answers_and_errors() -> None:
+    def test() -> None:
+        rig = Rig()
+        peer, client = Peer(rig, 0, 1), rig.connect()
+        for number in range(3):
+            line = b"X-Request-Id: r-%d" % number
+            client.send(request(body(1.0), line, b"seldon-puid: p"))
+            peer.answer_all()
+            head = client.written.rpartition(b"HTTP/1.1 ")[2].partition(b"\r\n\r\n")[0]
+            assert b"x-request-id: r-%d\r\nseldon-puid: p" % number in head
+        assert not rig.heads.fields, "each of them would take a place"
+        client.send(request(b"{", b"x-request-id: bad"))
+        assert b"x-request-id: bad" in client.written
+        before = len(client.written)
+        client.send(request(body(1.0), b"x-request-id: " + b"x" * 2000))
+        client.send(request(body(1.0), b"x-request-id: a\xffb"))
+        peer.answer_all()
+        assert b"x-request-id" not in client.written[before:]
+
+    in_loop(test)
+
+
 def test_a_head_that_ends_with_bare_line_feeds_is_not_remembered() -> None:
     def test() -> None:
         rig = Rig()
