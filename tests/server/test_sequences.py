@@ -7,28 +7,56 @@ import queue
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
-from sequence_rig import FIRST, add_adder, add_counter
+from sequence_rig import COUNTER, FIRST, add_adder, add_counter
 from serving import WATCHDOG_S, Answer, Server
 from tritonclient.utils import InferenceServerException
 
 IDLE_US = 1_000_000
+# What has come so far, and again what has come so far of that.
+FLOATS = ("adder", "first", "chain")
+CHAIN = """
+[[input]]
+name = "x"
+datatype = "FP32"
+shape = [-1, 2]
+[[output]]
+name = "y"
+datatype = "FP32"
+shape = [-1, 2]
+[[ensemble.step]]
+model = "adder"
+inputs = { x = "x" }
+outputs = { y = "middle" }
+[[ensemble.step]]
+model = "first"
+inputs = { x = "middle" }
+outputs = { y = "y" }
+"""
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("models")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     add_counter(root, "counter")
     add_counter(root, "text", strategy="oldest", id_type="BYTES")
     add_counter(root, "narrow", batch=1, idle_us=IDLE_US)
     add_counter(root, "apart", process="true")
     add_adder(root, "adder")
     add_adder(root, "first", from_file=True)
+    (root / "chain").mkdir()
+    (root / "chain" / "model.toml").write_text(CHAIN)
     flags = ("--allow-code", "--front-ends", "2", "--workers", "2")
     with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
         running.wait_until(
@@ -38,7 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def ask(server: Server, model: str, value: float, **parameters: Any) -> Answer:
-    datatype, columns = ("FP32", 2) if model in ("adder", "first") else ("INT32", 1)
+    datatype, columns = ("FP32", 2) if model in FLOATS else ("INT32", 1)
     given = {"name": "x", "datatype": datatype, "shape": [1, columns], "data": [value] * columns}
     body = {"inputs": [given], "outputs": [{"name": "y"}], "parameters": parameters}
     return server.post(f"/v2/models/{model}/infer", body)
@@ -175,6 +203,26 @@ def test_a_model_whose_process_died_says_that_its_sequences_are_lost(server: Ser
     assert step(server, "apart", 40, 3, end=True) == 6
 
 
+def test_the_steps_of_an_ensemble_get_the_sequence_of_its_request(server: Server) -> None:
+    assert step(server, "chain", 70, 1, start=True) == 1 + 1 + 100 + 1
+    assert step(server, "chain", 70, 1) == 2 + 102
+    assert step(server, "chain", 70, 1, end=True) == 3 + 104
+    answer = ask(server, "chain", 1, sequence_id=70)
+    assert answer.status == 400
+    assert "step 1: " in answer.json()["error"]
+
+
+def test_a_messagepack_body_may_be_of_a_sequence(server: Server) -> None:
+    tensor = {"name": "x", "datatype": "INT32", "shape": [1, 1], "data": b"\5\0\0\0"}
+    for number, flags in enumerate(({"sequence_start": True}, {"sequence_end": True}), 1):
+        asked = {"inputs": [tensor], "parameters": {"sequence_id": "mp"} | flags}
+        headers = {"Content-Type": "application/msgpack"}
+        body = msgspec.msgpack.encode(asked)
+        answer = server.request("POST", "/v2/models/text/infer", body, headers)
+        (y, *_) = msgspec.msgpack.decode(answer.body)["outputs"]
+        assert y["data"] == bytes([5 * number, 0, 0, 0])
+
+
 def http_infer(client: Any, model: str, value: int, **more: Any) -> int:
     given = http_client.InferInput("x", [1, 1], "INT32")
     given.set_data_from_numpy(np.array([[value]], np.int32))
@@ -219,6 +267,33 @@ def test_tritons_grpc_stream_carries_interleaved_sequences(server: Server) -> No
             found[result.get_response().id] = int(result.as_numpy("y")[0, 0])
         client.stop_stream()
     assert found == expected
+
+
+def test_a_grpc_call_in_the_middle_of_nothing_is_an_invalid_argument(server: Server) -> None:
+    given = grpc_client.InferInput("x", [1, 1], "INT32")
+    given.set_data_from_numpy(np.array([[1]], np.int32))
+    with (
+        grpc_client.InferenceServerClient(f"127.0.0.1:{server.grpc_port}") as client,
+        pytest.raises(InferenceServerException, match="must specify the START flag") as raised,
+    ):
+        client.infer("counter", [given], sequence_id=63)
+    assert raised.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_a_new_version_of_a_model_with_state_tries_out_and_takes_over(
+    server: Server, root: Path
+) -> None:
+    folder = root / "narrow"
+    (folder / "model.py").write_text(COUNTER.replace("int(x[row, 0])", "2 * int(x[row, 0])"))
+    answers = []
+
+    def has_taken_over() -> bool:
+        parameters = {"sequence_id": 80, "sequence_start": True, "sequence_end": True}
+        answers.append(ask(server, "narrow", 3, **parameters))
+        return bool(answers[-1].json()["outputs"][0]["data"] == [6])
+
+    server.wait_until(has_taken_over)
+    assert {answer.status for answer in answers} == {200}
 
 
 def test_many_sequences_at_once_add_up(server: Server) -> None:
