@@ -101,6 +101,9 @@ class AsyncClient:
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
         id: str | None = None,
+        sequence_id: int | str | None = None,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
     ) -> Result:
         """Run a model; return its outputs by name.  See `Client.infer`."""
         key = model, version
@@ -108,8 +111,13 @@ class AsyncClient:
         try:
             if info is None:
                 info = self._infos[key] = await self.model(model, version=version)
-            asked = exchange.inference(model, version, inputs, outputs, info, timeout_s, id)
-            result = await self._infer_shared(asked, timeout_s)
+            sequence = exchange.sequence_of(sequence_id, start=sequence_start, end=sequence_end)
+            asked = exchange.inference(
+                model, version, inputs, outputs, info, timeout_s, id, sequence
+            )
+            result = None
+            if not asked.is_once:
+                result = await self._infer_shared(asked, timeout_s)
             if result is None:
                 received = await self._send_patiently(asked.in_body(), timeout_s)
                 result = exchange.infer_result(received)

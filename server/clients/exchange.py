@@ -136,12 +136,16 @@ class Inference:
     request: Mapping[str, Any]  # the JSON
     tensors: Sequence[bytes | memoryview]  # in the order of its inputs
     nbytes: int  # of all tensors
+    is_once: bool = (
+        False  # a model with state must not get it twice, so it is not tried in two ways
+    )
 
     def in_body(self) -> Sent:
         """Give it as a request with binary tensors behind the JSON."""
         text = msgspec.json.encode(self.request)
         headers = {"content-type": "application/octet-stream", _JSON_LENGTH: str(len(text))}
-        return Sent("POST", self.path, b"".join((text, *self.tensors)), headers)
+        body = b"".join((text, *self.tensors))
+        return Sent("POST", self.path, body, headers, may_repeat=not self.is_once)
 
     def in_region(self, region: str, nbytes: int) -> Sent:
         """Give it as a request whose tensors lie at the start of a region of so many bytes."""
@@ -163,6 +167,7 @@ def inference(
     info: ModelInfo | None,
     timeout_s: float | None,
     id: str | None,
+    sequence: Mapping[str, int | str | bool] | None = None,
 ) -> Inference:
     """Make an inference request.  Raises ValueError that names the input."""
     if not inputs:
@@ -186,12 +191,22 @@ def inference(
     parameters: dict[str, Any] = {"binary_data_output": True}
     if timeout_s is not None:
         parameters["timeout"] = max(1, int(timeout_s * 1e6))
-    request["parameters"] = parameters
+    request["parameters"] = parameters if sequence is None else parameters | dict(sequence)
     if outputs is not None:
         request["outputs"] = [{"name": name} for name in outputs]
     if id is not None:
         request["id"] = id
-    return Inference(model_path(model, version, "/infer"), request, blobs, sum(map(len, blobs)))
+    path, nbytes = model_path(model, version, "/infer"), sum(map(len, blobs))
+    return Inference(path, request, blobs, nbytes, sequence is not None)
+
+
+def sequence_of(
+    id: int | str | None, *, start: bool, end: bool
+) -> dict[str, int | str | bool] | None:
+    """Say of a request which sequence it is of; None: of none."""
+    if id is None:
+        return None
+    return {"sequence_id": id, "sequence_start": start, "sequence_end": end}
 
 
 class _Output(msgspec.Struct):

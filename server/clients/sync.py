@@ -113,20 +113,29 @@ class Client:
         outputs: Sequence[str] | None = None,
         timeout_s: float | None = None,
         id: str | None = None,
+        sequence_id: int | str | None = None,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
     ) -> Result:
         """Run a model; return its outputs by name.
 
         `inputs` are arrays or nested lists, converted to what the model takes where no value can
         change.  `outputs` names the ones that are wanted; None: all.  With `timeout_s` the server
-        refuses at once what it cannot answer in time.
+        refuses at once what it cannot answer in time.  A model with state is told by `sequence_id`
+        which requests belong together, and which of them is the first and the last.
         """
         key = model, version
         info = self._infos.get(key)
         try:
             if info is None:
                 info = self._infos[key] = self.model(model, version=version)
-            asked = exchange.inference(model, version, inputs, outputs, info, timeout_s, id)
-            result = self._infer_shared(asked, timeout_s)
+            sequence = exchange.sequence_of(sequence_id, start=sequence_start, end=sequence_end)
+            asked = exchange.inference(
+                model, version, inputs, outputs, info, timeout_s, id, sequence
+            )
+            result = None
+            if not asked.is_once:
+                result = self._infer_shared(asked, timeout_s)
             if result is None:
                 received = self._send_patiently(asked.in_body(), timeout_s)
                 result = exchange.infer_result(received)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import signal
@@ -18,6 +19,9 @@ import tritonclient.http as http_client
 from sequence_rig import COUNTER, FIRST, add_adder, add_counter
 from serving import WATCHDOG_S, Answer, Server
 from tritonclient.utils import InferenceServerException
+
+import overcommit
+from overcommit.runtime.errors import BadRequest
 
 IDLE_US = 1_000_000
 # What has come so far, and again what has come so far of that.
@@ -227,6 +231,24 @@ def http_infer(client: Any, model: str, value: int, **more: Any) -> int:
     given = http_client.InferInput("x", [1, 1], "INT32")
     given.set_data_from_numpy(np.array([[value]], np.int32))
     return int(client.infer(model, [given], **more).as_numpy("y")[0, 0])
+
+
+def test_our_own_clients_speak_of_sequences(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    with overcommit.Client(url) as client:
+        for number, ends in enumerate(({"sequence_start": True}, {}, {"sequence_end": True}), 1):
+            result = client.infer("counter", {"x": [[2]]}, sequence_id=90, **ends)
+            assert result["y"].tolist() == [[2 * number]]
+        with pytest.raises(BadRequest, match="must specify the START flag"):
+            client.infer("counter", {"x": [[2]]}, sequence_id=90)
+
+    async def ask_twice() -> list[Any]:
+        async with overcommit.AsyncClient(url) as client:
+            first = await client.infer("text", {"x": [[3]]}, sequence_id="own", sequence_start=True)
+            last = await client.infer("text", {"x": [[3]]}, sequence_id="own", sequence_end=True)
+            return [first["y"].tolist(), last["y"].tolist()]
+
+    assert asyncio.run(ask_twice()) == [[[3]], [[6]]]
 
 
 def test_tritons_http_client_speaks_of_sequences(server: Server) -> None:
