@@ -24,7 +24,7 @@ from overcommit.runtime.config import LARGE_CHUNK_BYTES, MIB, PIN_BYTES
 from overcommit.runtime.cuda_arena import CudaArena, CudaRanges
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import Driver
-from overcommit.runtime.loading import Base, Places
+from overcommit.runtime.places import Base, Places
 
 T = TypeVar("T")
 SIZES: Final = (10, 32, 100, 256, 1000, 4000, 16_000, 60_000)  # MB

@@ -25,7 +25,7 @@ from overcommit.runtime.chunk_table import small_share_of
 from overcommit.runtime.cuda_arena import CudaRanges
 from overcommit.runtime.engines.cuda_backend import CudaBackend
 from overcommit.runtime.engines.places import tensor_over
-from overcommit.runtime.loading import Places
+from overcommit.runtime.places import Places
 
 WIDTH: Final = 2048
 LAYERS: Final = 8  # 128 MiB of FP32

@@ -28,7 +28,8 @@ from overcommit.runtime import _shm
 from overcommit.runtime.config import MIB, PAGE_BYTES
 from overcommit.runtime.container import read_stored
 from overcommit.runtime.copier import MEMCPY
-from overcommit.runtime.loading import COPY_THREADS, Base, Places
+from overcommit.runtime.loading import COPY_THREADS
+from overcommit.runtime.places import Base, Places
 
 BLOCKS: Final = (2 * MIB, 8 * MIB, 16 * MIB)
 DEPTHS: Final = (4, 8, 16)

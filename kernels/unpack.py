@@ -13,7 +13,8 @@ Versions
 
 The format, little-endian.  Raw bytes are cut into blocks of 64 KiB, which are decoded each on its own:
 
-    header 64 B   magic u64, raw bytes u64, total u64, blocks u32, tables u32, 0
+    header 64 B   magic u64, raw bytes u64, total u64, blocks u32, tables u32, digest u64 (of the raw
+                  bytes, for who packs to fill in; no decoder reads it), 0
     index         for each block: offset u32 (in 16 bytes, from the start), table u16, kind u8, 0
     tables        288 B each: counts[16] u16 of codes by length; symbols[256] in the order of codes
     blocks        each at a multiple of 16
@@ -73,7 +74,8 @@ HEADER: Final = np.dtype(
         ("total", "<u8"),
         ("blocks", "<u4"),
         ("tables", "<u4"),
-        ("reserved", "<u8", 4),
+        ("digest", "<u8"),
+        ("reserved", "<u8", 3),
     ]
 )
 ENTRY: Final = np.dtype([("offset", "<u4"), ("table", "<u2"), ("kind", "u1"), ("reserved", "u1")])

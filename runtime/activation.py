@@ -229,7 +229,10 @@ class Activations:
         terms = self.terms(entry.config)
         if terms.pinned and not self._pins(entry.slot):
             terms = dataclasses.replace(terms, pinned=False)
-        self._residency.add(entry.slot, entry.name, entry.nbytes, now_ns, terms, entry.parts)
+        self._residency.add(
+            *(entry.slot, entry.name, entry.nbytes, now_ns, terms),
+            *(entry.parts, entry.packed_bytes),
+        )
 
     def terms(self, config: ModelConfig) -> Terms:
         """Return what a model's file says of its stay, and the settings where it says nothing."""
@@ -324,16 +327,19 @@ class Activations:
         entry = self._registry.by_slot(load.slot)
         assert entry is not None, "a load starts only for a version that is registered"
         path = entry.image_path
-        if load.digest and load.source == "disk":  # from HOST no file is read
-            path = str(path_of(path, load.digest))
         mode = self._settings.verify
-        verify = mode == "always" or (mode == "first" and path not in self._verified)
+        verify = mode == "always"
+        if load.source == "disk":  # from HOST no file is read
+            if load.digest:
+                path = str(path_of(path, load.digest, is_packed=bool(load.packed_bytes)))
+            verify = verify or (mode == "first" and path not in self._verified)
         return Load(
             job=load.job,
             slot=load.slot,
             source=load.source,
             path=path,
             nbytes=load.nbytes,
+            packed_bytes=load.packed_bytes,
             host=load.host,
             device=load.device,
             verify=verify,

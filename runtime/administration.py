@@ -32,6 +32,7 @@ from overcommit.runtime.exposition import exposition, exposition_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.gathering import Gathering
+from overcommit.runtime.holdings import Forms
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.site_status import describe_site, tiers_of
@@ -267,6 +268,7 @@ class Administration:
             "loading": bool(view is not None and view.state.name == "LOADING"),
             "device_bytes": view.device_bytes if view is not None else 0,
             "host_bytes": view.host_bytes if view is not None else 0,
+            "host_raw_bytes": view.host_raw_bytes if view is not None else 0,
             "device_shared_bytes": view.device_shared_bytes if view is not None else 0,
             "host_shared_bytes": view.host_shared_bytes if view is not None else 0,
             "bytes": entry.nbytes,
@@ -284,10 +286,19 @@ class Administration:
     def _tiers(self) -> dict[str, object]:
         """Both tiers, of all sites together."""
         all_of = [tiers_of(site) for site in self.house.sites]
-        return {
+        tiers: dict[str, dict[str, object]] = {
             tier: {key: sum(each[tier][key] for each in all_of) for key in all_of[0][tier]}
             for tier in ("device", "host")
         }
+        forms = Forms.of(site.residency.host_forms() for site in self.house.sites)
+        tiers["host"] |= {
+            "packing": self.house.settings.host_packing,
+            "raw": forms.raw_bytes,
+            "stored": forms.stored_bytes,
+            "packed_parts": forms.packed_parts,
+            "ratio": round(forms.ratio, 3),
+        }
+        return {**tiers}
 
     def _prefetch(self) -> dict[str, object] | None:
         prefetching = self.house.prefetching

@@ -4,11 +4,14 @@ Owns the free lists of one arena; touches no memory.  The arena is `capacity_byt
 64 MiB chunks; a 64 MiB chunk is whole, or split into 2 MiB chunks, and some of these are slabs that
 small models share at 4 KiB granularity.
 
+With `has_tails` what an allocation has over whole chunks goes into a slab too, however long it is: packed
+weights are of any length, and 1 MiB on average of 11 would be lost.
+
 Invariants
  1. Every 4 KiB page is free or belongs to exactly one allocation.
  2. An allocation of at most SLAB_MODEL_BYTES_MAX is one contiguous run inside one slab; any other is
-    a list of whole chunks in any order, so no allocation over that size can fail while enough 2 MiB
-    chunks are free: there is no external fragmentation and nothing to compact.
+    a list of whole chunks in any order (and a tail), so no allocation over that size can fail while
+    enough 2 MiB chunks are free: there is no external fragmentation and nothing to compact.
  3. With `can_split` (memfd) a 64 MiB chunk splits on demand and merges when all 32 parts are free.
     Without (CUDA, whose chunks are made once) a share is split at construction, for ever; a rest
     for which the small ones do not suffice takes a 64 MiB chunk whole, unless `exact`; and when
@@ -30,6 +33,7 @@ from overcommit.runtime.config import (
     SLAB_MODEL_BYTES_MAX,
     SMALL_CHUNK_BYTES,
 )
+from overcommit.runtime.ranking import Ranking
 
 SMALL_PER_LARGE: Final = LARGE_CHUNK_BYTES // SMALL_CHUNK_BYTES
 PAGES_PER_SLAB: Final = SMALL_CHUNK_BYTES // PAGE_BYTES
@@ -52,64 +56,33 @@ def _merge(extents: Iterable[Extent]) -> tuple[Extent, ...]:
     return tuple(merged)
 
 
-class _Ranking:
-    """Keys with a level from 0 to `level_max` each; finds the lowest level that suffices.
-
-    With 20,000 small models, sorting the slabs at each allocation took over a millisecond.
-    """
-
-    def __init__(self, level_max: int) -> None:
-        self._keys: list[dict[int, None]] = [{} for _ in range(level_max + 1)]
-        self._level: dict[int, int] = {}
-
-    def set(self, key: int, level: int) -> None:
-        self.discard(key)
-        self._level[key] = level
-        self._keys[level][key] = None
-
-    def discard(self, key: int) -> None:
-        if key in self._level:
-            del self._keys[self._level.pop(key)][key]
-
-    def find(self, level_min: int) -> int | None:
-        """A key of the lowest level that is not below `level_min`; None when there is none."""
-        for keys in self._keys[level_min:]:
-            if keys:
-                return next(iter(keys))
-        return None
-
-    def highest(self) -> int:
-        """The highest level of a key; 0 when there is none."""
-        levels = range(len(self._keys) - 1, 0, -1)
-        return next((level for level in levels if self._keys[level]), 0)
-
-    def level(self, key: int) -> int:
-        return self._level[key]
-
-    def __len__(self) -> int:
-        return len(self._level)
-
-
 class ChunkAllocator:
     """Free space of one arena.  `capacity_bytes` is rounded down to whole 2 MiB chunks."""
 
     is_contiguous = False  # every allocation is one extent
 
     def __init__(
-        self, capacity_bytes: int, *, can_split: bool = True, small_share: float = 0.25
+        self,
+        capacity_bytes: int,
+        *,
+        can_split: bool = True,
+        small_share: float = 0.25,
+        has_tails: bool = False,
     ) -> None:
+        assert can_split or not has_tails
         assert capacity_bytes >= 0
         assert 0 < small_share <= 1
         smalls = capacity_bytes // SMALL_CHUNK_BYTES
         self.capacity_bytes = smalls * SMALL_CHUNK_BYTES
         self.can_split = can_split
+        self._has_tails = has_tails
         self._whole, rest = divmod(smalls, SMALL_PER_LARGE)
         split = 0 if can_split else math.ceil(self._whole * small_share)
         self._large: set[int] = set(range(split, self._whole))
         # Free 2 MiB chunks by their 64 MiB parent; a parent that is here is split.
         self._small: dict[int, set[int]] = {}
         self._small_free = 0
-        self._parents = _Ranking(SMALL_PER_LARGE)  # split parents by their number of free chunks
+        self._parents = Ranking(SMALL_PER_LARGE)  # split parents by their number of free chunks
         # 64 MiB chunks that only slabs may use, and their free parts; never with `can_split`.
         self._lent: dict[int, set[int]] = {}
         self._lent_free = 0
@@ -118,7 +91,7 @@ class ChunkAllocator:
         if rest:  # the last, partial 64 MiB can only ever be small chunks
             self._split(self._whole, rest)
         self._slabs: dict[int, bytearray] = {}  # small chunk -> one byte a page, 1 = taken
-        self._runs = _Ranking(PAGES_PER_SLAB)  # slabs by their longest run of free pages
+        self._runs = Ranking(PAGES_PER_SLAB)  # slabs by their longest run of free pages
         self._used = 0
         self._retired_from: int | None = None  # an offset
 
@@ -142,7 +115,15 @@ class ChunkAllocator:
     def footprint(self, nbytes: int) -> int:
         """Bytes that an allocation of `nbytes` takes (without `can_split`: at least)."""
         unit = PAGE_BYTES if nbytes <= SLAB_MODEL_BYTES_MAX else SMALL_CHUNK_BYTES
+        if self._tail(nbytes):
+            unit = PAGE_BYTES
         return max(1, -(-nbytes // unit)) * unit
+
+    def _tail(self, nbytes: int) -> int:
+        """Return what of so many bytes lies in a slab, behind whole chunks."""
+        if not self._has_tails or nbytes <= SLAB_MODEL_BYTES_MAX:
+            return 0
+        return nbytes % SMALL_CHUNK_BYTES
 
     def obtainable_bytes(self, nbytes: int) -> int:
         """Free bytes of which an allocation like this one, in a slab or of chunks, could get a part.
@@ -172,6 +153,8 @@ class ChunkAllocator:
         elif nbytes <= SLAB_MODEL_BYTES_MAX:
             run = self._take_run(footprint // PAGE_BYTES)
             extents = None if run is None else (run,)
+        elif tail := self._tail(nbytes):
+            extents = self._take_with_tail(nbytes // SMALL_CHUNK_BYTES, -(-tail // PAGE_BYTES))
         else:
             extents = self._take_chunks(footprint // SMALL_CHUNK_BYTES, exact)
         if extents is not None:
@@ -193,6 +176,16 @@ class ChunkAllocator:
         chunks = sorted(self._take_smalls(rest))
         extents += [Extent(chunk * SMALL_CHUNK_BYTES, SMALL_CHUNK_BYTES) for chunk in chunks]
         return _merge(extents)
+
+    def _take_with_tail(self, smalls: int, pages: int) -> tuple[Extent, ...] | None:
+        run = self._take_run(pages)
+        if run is None:
+            return None
+        chunks = self._take_chunks(smalls, exact=False)
+        if chunks is None:
+            self._free_run(run.offset // SMALL_CHUNK_BYTES, *run)
+            return None
+        return (*chunks, run)  # not merged: a run and a chunk are freed differently
 
     def _split(self, parent: int, smalls: int) -> None:
         first = parent * SMALL_PER_LARGE

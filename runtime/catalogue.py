@@ -186,6 +186,7 @@ class Catalogue:
             config=imaged(entry.source_config),
             cache_dir=settings.cache_dir,
             allow_code=settings.allow_code,
+            packs=settings.host_packing == "on",
         )
 
     def _on_packed(self, slot: int, done: PackDone) -> None:

@@ -27,6 +27,13 @@ IMAGE_ALIGN_BYTES: Final = 4 * KIB
 PART_BYTES_MIN: Final = 16 * MIB  # a part that versions may share is about as long, or longer ...
 PART_GROWTH: Final = 64  # ... than a 64th of what lies before it: 64 parts a GiB, 400 for 200 GiB
 READ_BYTES: Final = 8 * MIB  # one O_DIRECT read; also the unit of a digest
+# A packed piece of READ_BYTES that could not be made smaller has heads, tables and padding besides.  Also
+# the length of the memory that a piece passes through, packed or not.
+PIECE_BYTES_MAX: Final = READ_BYTES + 16 * KIB
+PACK_RATIO_MIN: Final = 1.1  # weights that would hold less than so much more are not packed
+PACK_SAMPLES: Final = 8  # stretches that say whether it is worth trying ...
+PACK_SAMPLE_BYTES: Final = 256 * KIB  # ... each so long
+UNPACK_STEP_BYTES: Final = 2 * MIB  # what is decoded at a time where it can; blocks share tables
 READS_IN_FLIGHT: Final = 8  # of one load
 # More than one load may have in flight: a load that begins finds a free one beside a long load.
 READ_THREADS: Final = 12
@@ -209,6 +216,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     devices: str = "auto"  # what DEVICE is: "cpu", "cpu:2", numbers of GPUs ("0,1"), or "auto"
     device_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
+    # Whether weights are packed in HOST and on disk; "auto": where that was measured to be faster.
+    host_packing: Literal["auto", "off", "on"] = "auto"
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     allow_code: bool = False
     policy: str = "cost_aware"

@@ -4,21 +4,24 @@
     then            header, MessagePack, zero padding to 4096
     then            payload, a multiple of 4096, perhaps nothing
 
+A payload is raw, or in the packed form of `packed`; then the header says how long each piece is.
+
 Invariants
  1. A file under its final name is complete: it is written elsewhere, synced, then renamed.
- 2. `piece_digests[i]` is the crc32 of payload piece i (READ_BYTES each), so that a loader can check
-    what it reads while the next piece is on its way.
+ 2. `piece_digests[i]` is the crc32 of payload piece i (READ_BYTES each, or packed), so that a loader
+    can check what it reads while the next piece is on its way.
 
 Whatever else a header says, a loader needs `Stored` alone.  Called by `image` and `image_file`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +42,8 @@ _CRC: Final = struct.Struct("<I")
 _PREFIX_BYTES: Final = _FIELDS.size + _CRC.size
 
 Digests = tuple[int, ...]
+Sizes = tuple[int, ...]
+_U32_MAX: Final = 0xFFFFFFFF
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -46,6 +51,11 @@ class Stored(msgspec.Struct, frozen=True):
 
     stored_bytes: int
     piece_digests: Digests = ()
+    piece_bytes: Sizes = ()  # of each packed piece; none: the payload is raw
+
+
+class TooLong(Exception):
+    """Packed pieces take more than was allowed."""
 
 
 _DECODER = msgspec.msgpack.Decoder(Stored)
@@ -94,13 +104,9 @@ def write_container(
     It appears under `path` complete or not at all.  Raises OSError from the disk, and what `payload`
     raises.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The payload is written first and its digests are not known yet: leave room for the largest.
-    reserved = header_with((0xFFFFFFFF,) * -(-stored_bytes // READ_BYTES))
-    start = round_up(_PREFIX_BYTES + len(_ENCODER.encode(reserved)), IMAGE_ALIGN_BYTES)
-    fd, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
-    try:
-        os.lseek(fd, start, os.SEEK_SET)
+    reserved = header_with((_U32_MAX,) * -(-stored_bytes // READ_BYTES))
+    with _new_file(path, reserved) as (fd, start):
         writer = _PayloadWriter(fd)
         for data in payload:
             writer.write(data)
@@ -108,6 +114,48 @@ def write_container(
         assert writer.position == stored_bytes
         _write_header(fd, start, _ENCODER.encode(header_with(digests)))
         os.ftruncate(fd, start + stored_bytes)  # a header alone is padded too
+    return digests
+
+
+def write_packed_container(
+    path: Path,
+    header_with: Callable[[Digests, Sizes], msgspec.Struct],
+    count: int,
+    bytes_max: int,
+    pieces: Iterable[bytearray],
+) -> tuple[Digests, Sizes]:
+    """Write a file whose payload is `count` packed pieces; return their digests and lengths.
+
+    It appears under `path` complete or not at all.  Raises OSError from the disk, TooLong for pieces of
+    more than `bytes_max` in all.
+    """
+    reserved = header_with((_U32_MAX,) * count, (_U32_MAX,) * count)
+    digests: list[int] = []
+    sizes: list[int] = []
+    with _new_file(path, reserved) as (fd, start):
+        for piece in pieces:
+            digests.append(zlib.crc32(piece))
+            sizes.append(len(piece))
+            if sum(sizes) > bytes_max:
+                raise TooLong
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(fd, left) :]
+        assert len(sizes) == count
+        _write_header(fd, start, _ENCODER.encode(header_with(tuple(digests), tuple(sizes))))
+        os.ftruncate(fd, start + sum(sizes))
+    return tuple(digests), tuple(sizes)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path, reserved: msgspec.Struct) -> Iterator[tuple[int, int]]:
+    """Yield a file to write a payload to, at the place where it starts, and that place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = round_up(_PREFIX_BYTES + len(_ENCODER.encode(reserved)), IMAGE_ALIGN_BYTES)
+    fd, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+    try:
+        os.lseek(fd, start, os.SEEK_SET)
+        yield fd, start
         os.fchmod(fd, 0o644)
         os.fsync(fd)
         os.rename(temporary, path)
@@ -118,7 +166,6 @@ def write_container(
         os.close(fd)
     # The name is not synced: after a power cut the whole file is there or is made again, and who wrote
     # down its name looks whether it is there.  With many small files it was a quarter of the time.
-    return digests
 
 
 def sync_folder(folder: Path) -> None:
@@ -175,7 +222,8 @@ def parse_stored(path: str | Path, head: memoryview, size: int) -> tuple[Stored,
         stored.stored_bytes < 0
         or stored.stored_bytes % PAGE_BYTES
         or start % IMAGE_ALIGN_BYTES
-        or len(stored.piece_digests) != -(-stored.stored_bytes // READ_BYTES)
+        or len(stored.piece_digests) != _count_of_pieces(stored)
+        or any(size <= 0 or size % PAGE_BYTES for size in stored.piece_bytes)
     ):
         raise ImageError(f"the header of {path} contradicts itself; {REMEDY}")
     if size < start + stored.stored_bytes:
@@ -183,6 +231,12 @@ def parse_stored(path: str | Path, head: memoryview, size: int) -> tuple[Stored,
             f"{path} is cut off: {size} bytes of {start + stored.stored_bytes} are there; {REMEDY}"
         )
     return stored, start
+
+
+def _count_of_pieces(stored: Stored) -> int:
+    if not stored.piece_bytes:
+        return -(-stored.stored_bytes // READ_BYTES)
+    return len(stored.piece_bytes) if sum(stored.piece_bytes) == stored.stored_bytes else -1
 
 
 def check_head(path: str | Path, head: memoryview) -> tuple[int, memoryview]:

@@ -10,8 +10,7 @@ A place (one event each):
     FREE --[a caller begins a piece]--> IN FLIGHT --[its event has fired]--> FREE
 
 Invariants
- 1. COPIES_IN_FLIGHT pieces are in flight at most, of prefetches PREFETCH_COPIES_IN_FLIGHT, and no
-    prefetch begins one while a foreground copy waits for a place.
+ 1. COPIES_IN_FLIGHT pieces are in flight at most, by the rules of `copy_places`.
  2. `copy` returns, or raises, only when none of its pieces is in flight.
  3. Each piece of host memory is registered once, after its pages are there, PIN_BYTES at most a
     call; a copy reaches over no border between two registrations.
@@ -27,21 +26,23 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 
-from overcommit.runtime import _shm
 from overcommit.runtime.config import (
     COPIES_IN_FLIGHT,
     COPY_BYTES_MAX,
+    PIECE_BYTES_MAX,
     PIN_BYTES,
-    PREFETCH_COPIES_IN_FLIGHT,
-    READ_BYTES,
     READ_THREADS,
 )
-from overcommit.runtime.copier import pairs
+from overcommit.runtime.copier import joined, pairs
+from overcommit.runtime.copy_places import CopyPlaces
+from overcommit.runtime.cuda_unpack import CudaUnpacking
 from overcommit.runtime.driver import Driver, DriverError, Event
 from overcommit.runtime.image_file import Span
-from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.mover_messages import Urgency
+from overcommit.runtime.packed import decode
+from overcommit.runtime.staging import Stages
 
 log = logging.getLogger("overcommit.mover")
 
@@ -59,12 +60,13 @@ class CudaCopier:
         self._is_pinning = True
         self._enter()
         self._stream = driver.stream_create(is_urgent=True)
-        self._places = threading.Condition()
-        self._free = [driver.event_create() for _ in range(COPIES_IN_FLIGHT)]
-        self._prefetching = 0  # places that prefetches have
-        self._waiting = 0  # foreground copies that wait for a place
-        self._stages = _Stages(READ_THREADS)
+        self._places = CopyPlaces([driver.event_create() for _ in range(COPIES_IN_FLIGHT)])
+        self._stages = Stages(READ_THREADS)
         self.pin(self._stages.address, self._stages.nbytes)
+        self._device = device
+        self._unpacking: CudaUnpacking | None = None
+        self._spare: Stages | None = None
+        self._is_opening = threading.Lock()
 
     def _enter(self) -> None:
         """See to it that this thread has the context."""
@@ -79,7 +81,7 @@ class CudaCopier:
         own: deque[Event] = deque()
         try:
             for target, source, nbytes in self._pieces(pairs(sources, targets)):
-                while (event := self._take(urgency, may_wait=not own)) is None:
+                while (event := self._places.take(urgency, may_wait=not own)) is None:
                     self._finish(own, urgency)
                 own.append(event)
                 self._driver.memcpy_htod_async(target, source, nbytes, self._stream)
@@ -102,45 +104,59 @@ class CudaCopier:
             return self._stages.nbytes - inside
         return PIN_BYTES - (source - self._host_address) % PIN_BYTES
 
-    def _take(self, urgency: Urgency, may_wait: bool) -> Event | None:
-        """Take a place; None: there is none now, and the caller has some that will be free."""
-        with self._places:
-            while not self._is_free(urgency):
-                if not may_wait:
-                    return None
-                is_foreground = urgency == "foreground"
-                self._waiting += is_foreground
-                self._places.wait()
-                self._waiting -= is_foreground
-            self._prefetching += urgency == "prefetch"
-            return self._free.pop()
-
-    def _is_free(self, urgency: Urgency) -> bool:
-        if urgency == "foreground":
-            return bool(self._free)
-        is_under = self._prefetching < PREFETCH_COPIES_IN_FLIGHT
-        return bool(self._free) and is_under and not self._waiting
-
     def _finish(self, own: deque[Event], urgency: Urgency) -> None:
         """Wait for the oldest piece of one's own; its place is free then, whatever happened."""
         event = own.popleft()
         try:
             self._driver.event_synchronize(event)
         finally:
-            with self._places:
-                self._free.append(event)
-                self._prefetching -= urgency == "prefetch"
-                self._places.notify_all()
+            self._places.give(event, urgency)
+
+    # --- packed pieces --------------------------------------------------------------------------
+    def unpack(
+        self, sources: list[Span], targets: list[Span], first: int, urgency: Urgency
+    ) -> None:
+        """Have the GPU decode a piece, or do it here where it cannot; see `Copier`."""
+        self._enter()
+        with self._is_opening:
+            if self._unpacking is None:
+                self._unpacking = CudaUnpacking(self._driver, self._device)
+        if self._unpacking.is_possible:
+            self._unpacking.run(sources, targets, first, urgency, self._pieces)
+            return
+        with self._spare_stages().lend() as address:
+            raw = address + PIECE_BYTES_MAX
+            nbytes = sum(length for _, length in targets)
+            decode(joined(sources, address), [(raw, nbytes)], first)
+            self.copy([(raw, nbytes)], targets, urgency)
+
+    @contextlib.contextmanager
+    def read_back(self, targets: list[Span], urgency: Urgency) -> Iterator[list[Span]]:
+        """Copy what is on the device back to host memory; see `Copier`."""
+        self._enter()
+        with self._spare_stages().lend() as address:
+            event = self._places.take(urgency, may_wait=True)
+            assert event is not None
+            at = address
+            with contextlib.ExitStack() as ends:
+                ends.callback(self._finish, deque((event,)), urgency)
+                ends.callback(self._driver.event_record, event, self._stream)
+                for source, nbytes in targets:
+                    self._driver.memcpy_dtoh_async(at, source, nbytes, self._stream)
+                    at += nbytes
+            yield [(address, at - address)]
+
+    def _spare_stages(self) -> Stages:
+        """Return stages that are not `_stages`: who holds one of those would wait for another."""
+        with self._is_opening:
+            if self._spare is None:
+                self._spare = Stages(COPIES_IN_FLIGHT, 2 * PIECE_BYTES_MAX)
+            return self._spare
 
     # --- host memory ----------------------------------------------------------------------------
-    @contextlib.contextmanager
-    def stage(self) -> Iterator[int]:
+    def stage(self) -> AbstractContextManager[int]:
         """Lend host memory; see `Copier`."""
-        address = self._stages.take()
-        try:
-            yield address
-        finally:
-            self._stages.give(address)
+        return self._stages.lend()
 
     def pin(self, address: int, nbytes: int) -> None:
         """Register a piece; what cannot be registered is copied through the driver's own buffers."""
@@ -157,26 +173,3 @@ class CudaCopier:
                 "of locked memory (ulimit -l), or lower --host-memory",
                 error,
             )
-
-
-class _Stages:
-    """Pieces of READ_BYTES of host memory."""
-
-    def __init__(self, count: int) -> None:
-        self.nbytes = count * READ_BYTES
-        self._fd = create_memfd("stages", self.nbytes)
-        self.address = _shm.reserve(self.nbytes)
-        _shm.map_fixed(self.address, self._fd, 0, self.nbytes, True, True)
-        self._free = [self.address + number * READ_BYTES for number in range(count)]
-        self._are_free = threading.Condition()
-
-    def take(self) -> int:
-        with self._are_free:
-            while not self._free:
-                self._are_free.wait()
-            return self._free.pop()
-
-    def give(self, address: int) -> None:
-        with self._are_free:
-            self._free.append(address)
-            self._are_free.notify()

@@ -25,6 +25,7 @@ from overcommit.runtime.driver import (
     MemoryHandle,
     Result,
     Stream,
+    Unpacker,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +106,15 @@ class CudaDriver:
         from overcommit.runtime.engines.cuda_backend import CudaBackend
 
         return CudaBackend(self.torch_device(device))
+
+    def unpacker(self, device: int) -> Unpacker | None:
+        from overcommit.kernels import cuda
+
+        if not cuda.has_gpu():
+            return None
+        from overcommit.runtime.cuda_unpacker import CudaUnpacker
+
+        return CudaUnpacker(device)
 
     def primary_context_retain(self, device: int) -> Context:
         return Context(int(self._call("cuDevicePrimaryCtxRetain", self._device(device))))

@@ -30,9 +30,9 @@ from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import Attribute, Driver, DriverError
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.ipc_arena import IpcRanges
-from overcommit.runtime.loading import Base
 from overcommit.runtime.messages import ArenaMade, Stop
 from overcommit.runtime.numa import move_near
+from overcommit.runtime.places import Base
 
 _NEEDED = (
     (Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, "no virtual memory management"),

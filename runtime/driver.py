@@ -86,6 +86,21 @@ class DriverError(OvercommitError):
         return self.result not in _PASSING
 
 
+class Unpacker(Protocol):
+    """`kernels.unpack` on a device, for threads that have its context.  Raises DriverError."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Return device memory for packed bytes, aligned to 16, that stays for good."""
+        ...
+
+    def launch(self, packed: int, target: int, first: int, count: int, stream: Stream) -> None:
+        """Decode `count` blocks from block `first` of what lies at `packed`; does not wait."""
+
+    def gain(self) -> float:
+        """Measure how many times as fast packed BF16 weights come to the device as raw ones."""
+        ...
+
+
 class Driver(Protocol):
     """One process's access to the driver."""
 
@@ -115,6 +130,10 @@ class Driver(Protocol):
 
     def torch_backend(self, device: int) -> Backend:
         """Return what runs torch there; imports torch, for workers only."""
+        ...
+
+    def unpacker(self, device: int) -> Unpacker | None:
+        """Return what decodes packed weights there; None: what it takes is not installed."""
         ...
 
     def primary_context_retain(self, device: int) -> Context:

@@ -54,6 +54,7 @@ class Entry:
     image_path: str = ""
     nbytes: int = 0
     parts: tuple[PartInfo, ...] = ()
+    packed_bytes: int = 0  # of what is in no part; 0: it is not packed
     engine: str = ""
     program_key: str = ""
     retired: bool = False
@@ -113,7 +114,7 @@ def take_facts(entry: Entry, done: PackDone) -> None:
     entry.config = done.config
     entry.image_path = done.image_path
     entry.nbytes = done.nbytes
-    entry.parts = done.parts
+    entry.parts, entry.packed_bytes = done.parts, done.packed_bytes
     entry.engine = done.engine
     entry.program_key = done.program_key
 
@@ -127,6 +128,7 @@ def facts_of(entry: Entry) -> PackDone:
         image_path=entry.image_path,
         nbytes=entry.nbytes,
         parts=entry.parts,
+        packed_bytes=entry.packed_bytes,
         engine=entry.engine,
         program_key=entry.program_key,
     )

@@ -15,6 +15,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Counters
+from overcommit.runtime.holdings import Forms
 from overcommit.runtime.ledger import FIELDS
 from overcommit.runtime.site_status import site_metrics, tiers_of
 from overcommit.runtime.views import Tier
@@ -122,6 +123,14 @@ class _Snapshot(Collector):
             for family, key in ((saved, "saved"), (capacity, "capacity"), (used, "used")):
                 family.add_metric((tier,), sum(each[tier][key] for each in all_of))
         yield saved
+        forms = Forms.of(site.residency.host_forms() for site in sites)
+        for name, text, value in (
+            ("raw_bytes", "Bytes of the weights in HOST, as they are on DEVICE", forms.raw_bytes),
+            ("stored_bytes", "Bytes that they take, packed or not", forms.stored_bytes),
+            ("packed_parts", "Parts in HOST that are packed", forms.packed_parts),
+            ("packing_ratio", "How many times as much HOST holds as raw", forms.ratio),
+        ):
+            yield GaugeMetricFamily(f"overcommit_host_{name}", text, value)
         yield capacity
         yield used
 

@@ -24,3 +24,4 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     free_bytes: int = 0
     shares: Shares = "vmm"
     note: str = ""  # why it is not "vmm"
+    unpack_gain: float = 0.0  # how many times as fast packed weights come as raw ones; 0: not asked

@@ -1,6 +1,6 @@
 """What GPUs there are and whether their memory can be DEVICE, asked in a process of its own.
 
-    python -P -m overcommit.runtime.gpu_probe DRIVER DEVICE...      -> JSON on stdout, a list of `Gpu`
+    python -P -m overcommit.runtime.gpu_probe DRIVER PACKING DEVICE...  -> JSON on stdout, a list of `Gpu`
     python -P -m overcommit.runtime.gpu_probe DRIVER open DEVICE HANDLE     -> what was in the way
 
 Without a DEVICE it looks at every one.  A process of its own because the supervisor has no CUDA: a
@@ -36,11 +36,16 @@ OpenElsewhere = Callable[[int, bytes], str]
 
 
 def look(
-    driver: Driver, devices: list[int], open_elsewhere: OpenElsewhere | None = None
+    driver: Driver,
+    devices: list[int],
+    open_elsewhere: OpenElsewhere | None = None,
+    *,
+    asks_gain: bool = False,
 ) -> list[Gpu]:
     """Probe these devices, or all; no device at all is one `Gpu` that says why.
 
-    Without `open_elsewhere` nobody looks whether CUDA IPC would do where VMM cannot be had.
+    Without `open_elsewhere` nobody looks whether CUDA IPC would do where VMM cannot be had.  `asks_gain`:
+    measure what packed weights gain, too, which takes a second or two.
     """
     try:
         driver.init()
@@ -48,10 +53,14 @@ def look(
     except DriverError as error:
         why = f"the CUDA driver cannot be used: {error.message}"
         return [Gpu(device=device, why=why) for device in devices or [0]]
-    return [_look_at(driver, device, open_elsewhere) for device in devices or range(count)]
+    return [
+        _look_at(driver, device, open_elsewhere, asks_gain) for device in devices or range(count)
+    ]
 
 
-def _look_at(driver: Driver, device: int, open_elsewhere: OpenElsewhere | None) -> Gpu:
+def _look_at(
+    driver: Driver, device: int, open_elsewhere: OpenElsewhere | None, asks_gain: bool
+) -> Gpu:
     shares: Shares = "vmm"
     note = ""
     why = probe(driver, device)
@@ -73,9 +82,19 @@ def _look_at(driver: Driver, device: int, open_elsewhere: OpenElsewhere | None) 
             free_bytes=free,
             shares=shares,
             note=note,
+            unpack_gain=_unpack_gain(driver, device) if asks_gain else 0.0,
         )
     except DriverError as error:
         return Gpu(device=device, why=f"GPU {device} cannot be used: {error.message}")
+
+
+def _unpack_gain(driver: Driver, device: int) -> float:
+    """Measure what packed weights gain; 0 where they cannot be decoded there: that is no reason to fail."""
+    try:
+        unpacker = driver.unpacker(device)
+        return 0.0 if unpacker is None else unpacker.gain()
+    except DriverError:
+        return 0.0
 
 
 def _torch_lacks(driver: Driver, device: int) -> str:
@@ -113,9 +132,11 @@ def main(arguments: list[str]) -> int:
         )
         return done.stdout.decode().strip() if done.returncode == 0 else "opening it failed"
 
+    packing, *devices = devices
     try:
         driver = open_driver(Settings(cuda_driver=path))
-        found = look(driver, [int(each) for each in devices], open_elsewhere)
+        numbers = [int(each) for each in devices]
+        found = look(driver, numbers, open_elsewhere, asks_gain=packing == "auto")
     except DriverError as error:
         found = [Gpu(device=int(each), why=error.message) for each in devices or ["0"]]
     sys.stdout.buffer.write(msgspec.json.encode(found))

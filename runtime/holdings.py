@@ -8,6 +8,8 @@ A part lies in a tier once, however many versions hold it; its place counts them
     held -> orphan -> (none)      [let_go while a load reads or writes it; settle, when that ended]
     orphan -> held                [hold]
 
+On DEVICE a part takes its raw bytes, in HOST what it takes on disk: its packed form, if it has one.
+
 Invariants
  1. The allocator's used bytes are those of the places; no two places share a byte.
  2. Bytes that a version holds, or that a load in flight reads or writes, are never given back.
@@ -27,6 +29,26 @@ from overcommit.runtime.parts import Part, round_up
 from overcommit.runtime.residents import Extents, Version
 
 
+@dataclass(slots=True, frozen=True)
+class Forms:
+    """In which forms the parts of a tier are, without what their allocations have over."""
+
+    raw_bytes: int = 0  # of all, as they are on DEVICE
+    stored_bytes: int = 0  # of all, as they are here
+    packed_parts: int = 0
+
+    @classmethod
+    def of(cls, several: Iterable[Forms]) -> Forms:
+        """Add up those of several tiers."""
+        rows = [(each.raw_bytes, each.stored_bytes, each.packed_parts) for each in several]
+        return cls(*map(sum, zip(*rows, strict=True)))
+
+    @property
+    def ratio(self) -> float:
+        """How many times as much is here as would fit raw."""
+        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+
 @dataclass(slots=True)
 class Place:
     """Where a part lies in a tier, and for whom."""
@@ -39,13 +61,18 @@ class Place:
 class Holdings:
     """The places of one tier."""
 
-    def __init__(self, allocator: ChunkAllocator) -> None:
+    def __init__(self, allocator: ChunkAllocator, *, is_raw: bool = True) -> None:
         self.allocator = allocator
+        self.is_raw = is_raw
         self.places: dict[Part, Place] = {}
+
+    def size(self, part: Part) -> int:
+        """Bytes of the form that a part has here."""
+        return part.nbytes if self.is_raw else part.stored_bytes
 
     def footprint(self, parts: Iterable[Part]) -> int:
         """Bytes that these take, each in a place of its own."""
-        return sum(self.allocator.footprint(part.nbytes) for part in parts)
+        return sum(self.allocator.footprint(self.size(part)) for part in parts)
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
         """Return those that have no place here."""
@@ -59,7 +86,7 @@ class Holdings:
         for part in self.missing(parts):
             # A part with a name may lie before another one in some version, if not in this.
             exact = bool(part.digest) or len(parts) > 1
-            extents = self.allocator.try_allocate(part.nbytes, exact=exact)
+            extents = self.allocator.try_allocate(self.size(part), exact=exact)
             if extents is None:
                 for _, taken in fresh:
                     self.allocator.free(taken)
@@ -126,15 +153,21 @@ class Holdings:
     def saved_bytes(self) -> int:
         """Bytes that would be taken if every holder had a part of its own, less what is taken."""
         return sum(
-            (len(place.holders) - 1) * self.allocator.footprint(part.nbytes)
+            (len(place.holders) - 1) * self.allocator.footprint(self.size(part))
             for part, place in self.places.items()
             if len(place.holders) > 1
         )
 
+    def forms(self) -> Forms:
+        """Return in which forms the parts are that are here."""
+        packed = 0 if self.is_raw else sum(1 for part in self.places if part.packed_bytes)
+        raw = sum(part.nbytes for part in self.places)
+        return Forms(raw, sum(self.size(part) for part in self.places), packed)
+
     def slab_of(self, parts: Iterable[Part]) -> int | None:
         """Return the slab in which one of these lies; at most one can."""
         for part in parts:
-            if part.nbytes <= SLAB_MODEL_BYTES_MAX:
+            if self.size(part) <= SLAB_MODEL_BYTES_MAX:
                 return self.places[part].extents[0].offset // SMALL_CHUNK_BYTES
         return None
 
@@ -172,4 +205,4 @@ class Choice:
             self._left[part] += 1
 
     def _freed_by(self, part: Part) -> int:
-        return 0 if part.job else self._holdings.allocator.footprint(part.nbytes)
+        return 0 if part.job else self._holdings.footprint((part,))

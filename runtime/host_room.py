@@ -6,6 +6,7 @@ Invariants
  2. Victims are first those that DEVICE also holds, the youngest first: losing that copy costs nothing
     now, and what stays on DEVICE longest needs it last.  Of the others the policy decides, which here
     hears of loads from disk alone: that is what losing the last copy costs.
+ 3. What is packed on disk is packed here: budget, victims and policy count what it takes.
 
 Called by residency and its transfers.
 """
@@ -34,7 +35,7 @@ class HostRoom(Room):
         port: Port,
         device: DeviceRoom,
     ) -> None:
-        super().__init__(allocator, policy, totals)
+        super().__init__(allocator, policy, totals, is_raw=False)
         self._port = port
         self._device = device
         self._doubles: dict[int, Version] = {}  # copies of what DEVICE holds, as published
@@ -58,6 +59,9 @@ class HostRoom(Room):
     def held(self, version: Version) -> Parts:
         """Return the version's parts on HOST, which may be some of them."""
         return version.host
+
+    def _weight(self, version: Version) -> int:
+        return max(1, sum(part.stored_bytes for part in version.distinct_parts))
 
     def _set_held(self, version: Version, parts: Parts) -> None:
         version.host = parts

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import WORKERS_MAX, Settings
-from overcommit.runtime.device_choice import allow_descriptors, choose
+from overcommit.runtime.device_choice import allow_descriptors, choose, with_packing
 from overcommit.runtime.entries import Entry
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.fleet import Child, Fleet
@@ -42,9 +42,9 @@ class House:
         on_gone: Callable[[Child], None],
         wall_s: Callable[[], float] = local_s,
     ) -> None:
-        self.settings = settings
         self.telemetry = Telemetry()
         gpus = choose(settings)
+        self.settings = settings = with_packing(settings, gpus)
         if settings.workers * len(gpus) > WORKERS_MAX:
             raise ConfigurationError(
                 f"--workers {settings.workers} for each of {len(gpus)} devices are more than "
@@ -62,7 +62,7 @@ class House:
             SiteMemory.make(number, gpu, plan)
             for number, (gpu, plan) in enumerate(zip(gpus, plans, strict=True))
         ]
-        self.registry = Registry(settings.cache_dir)
+        self.registry = Registry(settings.cache_dir, packs=settings.host_packing == "on")
         self.ledger = Ledger(settings.metrics_models)
         self.quarantine = Quarantine()
         self.fleet = Fleet(

@@ -25,19 +25,24 @@ from typing import Final, Literal
 import msgspec
 
 from overcommit import __version__
-from overcommit.runtime.config import PAGE_BYTES, SMALL_CHUNK_BYTES, ModelConfig
+from overcommit.runtime.config import PAGE_BYTES, READ_BYTES, SMALL_CHUNK_BYTES, ModelConfig
 from overcommit.runtime.container import (
     FORMAT_VERSION,
     REMEDY,
+    Digests,
+    Sizes,
     Stored,
+    TooLong,
     check_head,
     parse_stored,
     read_head,
     read_stored,
     sync_folder,
     write_container,
+    write_packed_container,
 )
 from overcommit.runtime.errors import ImageError
+from overcommit.runtime.packed import is_worth, pieces_of, unpack_payload, worth_bytes
 from overcommit.runtime.parts import PartInfo, path_of, plan, private_bytes, round_up
 
 __all__ = [
@@ -100,7 +105,13 @@ class ImageHeader(msgspec.Struct, frozen=True):
     config: ModelConfig
     parts: tuple[PartInfo, ...] = ()  # in order; what is private follows
     stored_bytes: int = 0  # private, in this file
-    piece_digests: tuple[int, ...] = ()
+    piece_digests: Digests = ()
+    piece_bytes: Sizes = ()  # if that is packed, of each piece
+
+    @property
+    def packed_bytes(self) -> int:
+        """What is private, packed; 0: it is not."""
+        return self.stored_bytes if self.piece_bytes else 0
 
 
 _DECODER = msgspec.msgpack.Decoder(ImageHeader)
@@ -147,8 +158,12 @@ def write_image(
     header: ImageHeader,
     tensors: Iterable[tuple[TensorEntry, memoryview]],
     on_progress: Callable[[int, int], None] | None = None,
+    *,
+    packs: bool = False,
 ) -> ImageHeader:
     """Write an image and those of its parts that are not there; return its header, filled in.
+
+    `packs`: what gets small enough by it is written in its packed form.
 
     `tensors` gives the bytes of every entry that is no alias, in the table's order.  The file
     appears under `path` complete or not at all, after its parts.  Raises ImageError when the bytes do
@@ -158,35 +173,88 @@ def write_image(
     payload = _Payload(header, tensors, on_progress)
     infos = []
     for start, nbytes in payload.plan.parts:
-        info = PartInfo(payload.digest(start, nbytes), nbytes)
-        infos.append(info)
-        file = path_of(path, info.digest)
-        if not is_there(path, info):
-            write_container(
-                *(file, functools.partial(Stored, nbytes), nbytes, payload.pieces(start, nbytes))
-            )
+        infos.append(_write_part(path, payload, start, nbytes, packs))
         payload.tell(start + nbytes)
     if infos:
         sync_folder(path_of(path, infos[0].digest).parent)  # an image never outlives its parts
     private = payload.plan.private_bytes
+    start = header.nbytes - private
     header = msgspec.structs.replace(header, parts=tuple(infos), stored_bytes=private)
 
-    def with_digests(digests: tuple[int, ...]) -> ImageHeader:
-        return msgspec.structs.replace(header, piece_digests=digests)
+    def with_pieces(digests: Digests, sizes: Sizes = ()) -> ImageHeader:
+        stored = sum(sizes) if sizes else private
+        return msgspec.structs.replace(
+            header, stored_bytes=stored, piece_digests=digests, piece_bytes=sizes
+        )
 
-    pieces = payload.pieces(header.nbytes - private, private)
-    digests = write_container(path, with_digests, private, pieces)
+    done = _try_packed(path, with_pieces, payload, start, private) if packs else None
+    if done is None:
+        done = write_container(path, with_pieces, private, payload.pieces(start, private)), ()
     payload.tell(header.nbytes)
-    return with_digests(digests)
+    return with_pieces(*done)
+
+
+def _write_part(path: Path, payload: _Payload, start: int, nbytes: int, packs: bool) -> PartInfo:
+    """Write a part that is not there, packed if that makes it small enough."""
+    digest = payload.digest(start, nbytes)
+    if packs:
+        file = path_of(path, digest, is_packed=True)
+        if (there := _packed_there(path, digest, nbytes)) is not None:
+            return there
+        done = _try_packed(
+            file,
+            lambda digests, sizes: Stored(sum(sizes), digests, sizes),
+            *(payload, start, nbytes),
+        )
+        if done is not None:
+            return PartInfo(digest, nbytes, sum(done[1]))
+    info = PartInfo(digest, nbytes)
+    if not is_there(path, info):
+        with_digests = functools.partial(Stored, nbytes)
+        write_container(path_of(path, digest), with_digests, nbytes, payload.pieces(start, nbytes))
+    return info
+
+
+def _packed_there(path: Path, digest: str, nbytes: int) -> PartInfo | None:
+    """Return the part if its packed form is there and whole, however well it was packed."""
+    try:
+        stored, _ = read_stored(path_of(path, digest, is_packed=True))
+    except ImageError:
+        return None
+    if len(stored.piece_bytes) != -(-nbytes // READ_BYTES):
+        return None
+    return PartInfo(digest, nbytes, stored.stored_bytes)
+
+
+def _try_packed(
+    file: Path,
+    header_with: Callable[[Digests, Sizes], msgspec.Struct],
+    payload: _Payload,
+    start: int,
+    nbytes: int,
+) -> tuple[Digests, Sizes] | None:
+    """Write bytes of the payload packed; None, and nothing is written, if that is not worth it."""
+
+    def read(at: int, count: int) -> Iterator[memoryview]:
+        return payload.pieces(start + at, count)
+
+    if not nbytes or not is_worth(nbytes, read):
+        return None
+    count, most = -(-nbytes // READ_BYTES), worth_bytes(nbytes)
+    try:
+        pieces = pieces_of(payload.pieces(start, nbytes))
+        return write_packed_container(file, header_with, count, most, pieces)
+    except TooLong:
+        return None
 
 
 def is_there(image_path: str | Path, part: PartInfo) -> bool:
     """Whether a part's file is there and whole; what it holds is checked when it is read."""
     try:
-        stored, _ = read_stored(path_of(image_path, part.digest))
+        stored, _ = read_stored(path_of(image_path, part.digest, is_packed=bool(part.packed_bytes)))
     except ImageError:
         return False
-    return stored.stored_bytes == part.nbytes
+    return stored.stored_bytes == (part.packed_bytes or part.nbytes)
 
 
 class _Payload:
@@ -263,27 +331,39 @@ def read_header(path: str | Path) -> tuple[ImageHeader, int]:
         header = _DECODER.decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ImageError(f"the header of {path} cannot be decoded: {error}; {REMEDY}") from error
-    if (
-        header.nbytes <= 0
-        or header.nbytes % PAGE_BYTES
-        or header.stored_bytes != private_bytes(header.nbytes, header.parts)
-    ):
+    if header.nbytes <= 0 or header.nbytes % PAGE_BYTES or not _is_private_part(header):
         raise ImageError(f"the header of {path} contradicts itself; {REMEDY}")
     return header, start
+
+
+def _is_private_part(header: ImageHeader) -> bool:
+    """Whether what the file stores can be what no part has."""
+    private = private_bytes(header.nbytes, header.parts)
+    if not header.piece_bytes:
+        return header.stored_bytes == private
+    return 0 < header.stored_bytes < private and len(header.piece_bytes) == -(
+        -private // READ_BYTES
+    )
 
 
 def read_payload(path: str | Path) -> tuple[ImageHeader, bytearray]:
     """Read an image with its parts, as it lies in a version's range.  Raises ImageError, OSError."""
     header, _ = read_header(path)
     payload = bytearray(header.nbytes)
-    files = [(path_of(path, part.digest), part.nbytes) for part in header.parts]
+    private = private_bytes(header.nbytes, header.parts)
+    files = [
+        (path_of(path, part.digest, is_packed=bool(part.packed_bytes)), part.nbytes)
+        for part in header.parts
+    ]
     at = 0
-    for file, nbytes in [*files, (Path(path), header.stored_bytes)]:
+    for file, nbytes in [*files, (Path(path), private)]:
         stored, start = read_stored(file)
-        if stored.stored_bytes != nbytes:
-            raise ImageError(f"{file} holds {stored.stored_bytes} bytes, not {nbytes}; {REMEDY}")
         with open(file, "rb") as source:
             source.seek(start)
-            payload[at : at + nbytes] = source.read(nbytes)
+            data = source.read(stored.stored_bytes)
+        raw = unpack_payload(data, stored.piece_bytes, nbytes) if stored.piece_bytes else data
+        if len(raw) != nbytes:
+            raise ImageError(f"{file} holds {len(raw)} bytes, not {nbytes}; {REMEDY}")
+        payload[at : at + nbytes] = raw
         at += round_up(nbytes, SMALL_CHUNK_BYTES)
     return header, payload

@@ -5,6 +5,8 @@ nothing else; so a short image comes in one read, header and all, and no read wa
 What the header says is then held against that guess; where they differ, the file is not what the
 load expects, and `read_stored` finds out why.
 
+Of a packed payload the pieces differ in length; its header says how long each is.
+
 Invariants
  1. `open` comes first, once, in one thread; `read` and `check` may then run in several.
  2. An image is good only if its header fits its file and the load, and then, if asked, every piece
@@ -41,11 +43,13 @@ _kept = threading.local()
 
 
 class ImageFile:
-    """One image file that holds `nbytes` of payload."""
+    """One image file that holds `nbytes` of payload, raw or packed."""
 
-    def __init__(self, path: str, nbytes: int) -> None:
+    def __init__(self, path: str, nbytes: int, *, is_packed: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
+        self.is_packed = is_packed
+        self.piece_bytes: tuple[int, ...] = ()  # of packed ones, once it is open
         self._start = 0  # of the payload
         self._digests: tuple[int, ...] = ()
         self._lock = threading.Lock()  # guards _buffered_fd
@@ -70,9 +74,10 @@ class ImageFile:
         head = _scratch(self._start)
         self._read([head, *_views(spans)], 0)
         try:
-            if verify:
+            if verify or self.is_packed:
                 stored, start = parse_stored(self.path, head, size)
                 self._digests = stored.piece_digests
+                self.piece_bytes = stored.piece_bytes
                 is_likely = self._fits(stored)
             else:
                 start, _ = check_head(self.path, head)
@@ -91,9 +96,11 @@ class ImageFile:
         for address, length in spans:
             crc = zlib.crc32(_shm.view(address, length, False), crc)
         if crc != self._digests[piece]:
+            place = f"piece {piece}"
+            if not self.is_packed:
+                place += f" (bytes {piece * READ_BYTES} and on)"
             raise ImageError(
-                f"{self.path} is damaged: piece {piece} (bytes {piece * READ_BYTES} and on) "
-                f"fails its digest; delete the file to pack it again"
+                f"{self.path} is damaged: {place} fails its digest; delete the file to pack it again"
             )
 
     def close(self) -> None:
@@ -115,7 +122,7 @@ class ImageFile:
         return os.fstat(fd).st_size
 
     def _fits(self, stored: Stored) -> bool:
-        return stored.stored_bytes == self.nbytes
+        return stored.stored_bytes == self.nbytes and bool(stored.piece_bytes) is self.is_packed
 
     def _explain(self) -> ImageError:
         """Say what is wrong with a file that is not what the load expects."""

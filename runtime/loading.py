@@ -7,6 +7,10 @@ image of one piece takes one step: nothing could overlap, and every hand-over co
 are copied, long ones first, so that all who copy end together.  Where the CPU cannot touch DEVICE, a
 piece that has no place on HOST is read into a stage, and settled by who read it.
 
+Bytes [start, start + nbytes) of a step are always raw ones.  Of a packed payload a step is a piece, or
+blocks of one; it is read and kept as it is stored, and decoded to DEVICE.  Without a place on HOST it is
+read into a stage, whatever DEVICE is.
+
 State machine of a load
 
     QUEUED ---[take_read, long]-----> OPENING --[finish]--> RUNNING
@@ -24,36 +28,40 @@ Invariants
     by several threads at once, and changes nothing but what its file guards itself.
  4. Extents are checked against the arenas before the first step: a wrong one fails its load, it
     does not kill the mover.
- 5. At most READS_IN_FLIGHT reads of a load run, PREFETCH_READS_IN_FLIGHT of one nobody waits for.
+ 5. What was decoded from a piece is held against the piece's digest, if the load is checked; then
+    steps are whole pieces.
+ 6. At most READS_IN_FLIGHT reads of a load run, PREFETCH_READS_IN_FLIGHT of one nobody waits for.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
 import enum
-import itertools
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from overcommit.runtime import _shm
 from overcommit.runtime.config import (
     COPY_BYTES_MAX,
     COPY_BYTES_MIN,
     COPY_THREADS_MAX,
     PAGE_BYTES,
+    PIECE_BYTES_MAX,
     PREFETCH_READS_IN_FLIGHT,
     READ_BYTES,
     READS_IN_FLIGHT,
+    UNPACK_STEP_BYTES,
 )
 from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
-from overcommit.runtime.messages import Extents
 from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Urgency
+from overcommit.runtime.packed import BLOCK_BYTES, Head, Pieces, check_decoded, find_pieces
+from overcommit.runtime.places import Base, Places
 from overcommit.runtime.wall import Wall
 
 # Where DEVICE is host memory; more threads than cores copy no faster.
@@ -93,55 +101,6 @@ class Step:
     nbytes: int = 0
 
 
-@dataclass(slots=True, frozen=True)
-class Base:
-    """An arena as it is mapped here."""
-
-    name: str
-    address: int
-    nbytes: int
-
-
-class Places:
-    """Where the bytes of one image lie in one arena."""
-
-    def __init__(self, base: Base | None, extents: Extents, nbytes: int) -> None:
-        """Raise ImageError for extents that leave the arena or are too short for the image."""
-        if base is None:
-            raise ImageError("the load names an arena that this server does not have")
-        for offset, length in extents:
-            if offset < 0 or length <= 0 or offset + length > base.nbytes:
-                raise ImageError(
-                    f"extent ({offset}, {length}) is not inside the {base.name} arena "
-                    f"of {base.nbytes} bytes"
-                )
-        self._base = base.address
-        self._extents = extents
-        # _ends[i]: how many bytes of the image the extents up to and with i hold.
-        self._ends = list(itertools.accumulate(length for _, length in extents))
-        if not extents or self._ends[-1] < nbytes:
-            raise ImageError(f"the {base.name} extents are too short for {nbytes} bytes")
-
-    def spans(self, start: int, nbytes: int) -> list[Span]:
-        """Return (address, length) of what holds bytes [start, start + nbytes) of the image.
-
-        What lies side by side comes as one: chunks mostly do.
-        """
-        spans: list[Span] = []
-        index = bisect.bisect_right(self._ends, start)
-        while nbytes:
-            offset, length = self._extents[index]
-            inside = start - (self._ends[index] - length)
-            part = min(nbytes, length - inside)
-            at = self._base + offset + inside
-            if spans and sum(spans[-1]) == at:
-                spans[-1] = (spans[-1][0], spans[-1][1] + part)
-            else:
-                spans.append((at, part))
-            start, nbytes, index = start + part, nbytes - part, index + 1
-        return spans
-
-
 @dataclass(slots=True)
 class Outcome:
     """What one step did."""
@@ -169,17 +128,27 @@ class LoadState:
         self._received_ns = time.monotonic_ns()
         if load.nbytes <= 0:
             raise ImageError(f"a load of {load.nbytes} bytes")
-        self._host = None if load.host is None else Places(host, load.host, load.nbytes)
+        stored = load.packed_bytes or load.nbytes
+        self._host = None if load.host is None else Places(host, load.host, stored)
         self._device = None if load.device is None else Places(device, load.device, load.nbytes)
         if self._device is None and (self._host is None or load.source == "host"):
             raise ImageError(f"a load from {load.source} to nowhere")
         if self._host is None and load.source == "host":
             raise ImageError("a load from host that does not say where there")
-        self._file = ImageFile(load.path, load.nbytes)
+        self._file = ImageFile(load.path, stored, is_packed=self._is_packed)
+        self._pieces = self._find_pieces(stored)  # of a packed payload, once its file is open
         self._next = 0  # the first byte that nobody has taken yet
         self._read: collections.deque[Step] = collections.deque()  # SETTLE steps to take
         self._running = 0
         self._reads = 0  # of those that run
+
+    def _find_pieces(self, stored: int) -> Pieces | None:
+        if not self._is_packed:
+            return None
+        if self.load.source == "host":
+            assert self._host is not None
+            return find_pieces(self._host.spans(0, stored), self.load.nbytes)
+        return Pieces((stored,)) if self.load.nbytes <= READ_BYTES else None
 
     def __repr__(self) -> str:
         return (
@@ -230,7 +199,18 @@ class LoadState:
             return None
         # Guided self-scheduling: a share of what is left, so that nobody waits long for the last.
         share = -(-left // (2 * COPY_THREADS) // PAGE_BYTES) * PAGE_BYTES
+        if self._pieces is not None:
+            return self._take(Work.COPY, min(left, self._run_of_blocks(self._pieces, share)))
         return self._take(Work.COPY, min(left, max(COPY_BYTES_MIN, min(COPY_BYTES_MAX, share))))
+
+    def _run_of_blocks(self, pieces: Pieces, share: int) -> int:
+        """Return what to decode next: what is left of a piece, or part of it where that is as cheap."""
+        rest = READ_BYTES - self._next % READ_BYTES
+        assert self._host is not None
+        is_whole = self.load.verify or self._copier.is_remote
+        if is_whole or len(self._host.spans(*pieces.of(self._next))) > 1:
+            return rest
+        return min(rest, max(UNPACK_STEP_BYTES, share // UNPACK_STEP_BYTES * UNPACK_STEP_BYTES))
 
     def _take(self, work: Work, nbytes: int) -> Step:
         step = Step(work, self._next, nbytes)
@@ -308,6 +288,8 @@ class LoadState:
         if step.work is Work.OPEN:
             with outcome.read.measure():
                 self._file.open(self.load.verify)
+            if self._is_packed:
+                self._pieces = self._pieces_of_file()
             return
         with self._near(step) as spans:
             if step.work in READING:
@@ -315,24 +297,40 @@ class LoadState:
             if step.work is not Work.READ or not self._has_to_settle:
                 self._settle(spans, step, outcome)
 
+    def _pieces_of_file(self) -> Pieces:
+        sizes = self._file.piece_bytes
+        if len(sizes) != -(-self.load.nbytes // READ_BYTES) or max(sizes) > PIECE_BYTES_MAX:
+            raise ImageError(
+                f"{self.load.path} has {len(sizes)} packed pieces, too few, too many or too long for "
+                f"{self.load.nbytes} bytes; delete it to pack it again"
+            )
+        return Pieces(sizes)
+
+    def _stored(self, step: Step) -> tuple[int, int]:
+        """Return (start, bytes) of what the file and HOST hold for a step."""
+        return (step.start, step.nbytes) if self._pieces is None else self._pieces.of(step.start)
+
     @contextlib.contextmanager
     def _near(self, step: Step) -> Iterator[list[Span]]:
-        """Yield where the step's bytes lie, or will, in memory that the CPU can touch."""
+        """Yield where the step's stored bytes lie, or will, in memory that the CPU can touch."""
+        start, nbytes = self._stored(step)
         if self._is_staged:
+            if nbytes > PIECE_BYTES_MAX:
+                raise ImageError(f"{self.load.path} has a piece of {nbytes} bytes")
             with self._copier.stage() as address:
-                yield [(address, step.nbytes)]
+                yield [(address, nbytes)]
         else:
             places = self._host or self._device
             assert places is not None
-            yield places.spans(step.start, step.nbytes)
+            yield places.spans(start, nbytes)
 
     def _read_into(self, spans: list[Span], step: Step, outcome: Outcome) -> None:
         with outcome.read.measure():
             if step.work is Work.WHOLE:
                 self._file.open(self.load.verify, spans)
             else:
-                self._file.read(spans, step.start)
-        outcome.read_bytes = step.nbytes
+                self._file.read(spans, self._stored(step)[0])
+        outcome.read_bytes = self._stored(step)[1]
 
     def _settle(self, spans: list[Span], step: Step, outcome: Outcome) -> None:
         """Check what was read, copy it on."""
@@ -340,13 +338,28 @@ class LoadState:
             self._file.check(spans, step.start // READ_BYTES)
         if self._goes_on:
             assert self._device is not None
+            targets = self._device.spans(step.start, step.nbytes)
             with outcome.copy.measure():
-                self._copier.copy(spans, self._device.spans(step.start, step.nbytes), self.urgency)
+                if self._is_packed:
+                    self._unpack(spans, targets, step.start % READ_BYTES // BLOCK_BYTES)
+                else:
+                    self._copier.copy(spans, targets, self.urgency)
+
+    def _unpack(self, spans: list[Span], targets: list[Span], first: int) -> None:
+        self._copier.unpack(spans, targets, first, self.urgency)
+        if self.load.verify:
+            with self._copier.read_back(targets, self.urgency) as found:
+                check_decoded(Head.parse(_shm.view(*spans[0], False)), found)
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether the file and HOST hold the packed form."""
+        return self.load.packed_bytes > 0
 
     @property
     def _is_staged(self) -> bool:
         """Whether what is read has to pass through a stage, because no place of it is near."""
-        return self._host is None and self._copier.is_remote
+        return self._host is None and (self._copier.is_remote or self._is_packed)
 
     @property
     def _goes_on(self) -> bool:

@@ -47,10 +47,11 @@ from overcommit.runtime.cuda_tier import open_for_mover, open_ipc_for_mover
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
-from overcommit.runtime.loading import COPY_THREADS, Base, LoadState, Work
+from overcommit.runtime.loading import COPY_THREADS, LoadState, Work
 from overcommit.runtime.messages import Chunks, LogLevel, Message, Ready, Start, Stop
 from overcommit.runtime.mover_messages import CancelLoad, Load, LoadDone, Populated, PromoteLoad
 from overcommit.runtime.numa import move_to_site
+from overcommit.runtime.places import Base
 
 log = logging.getLogger("overcommit.mover")
 

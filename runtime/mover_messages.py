@@ -24,7 +24,8 @@ class Load(Message, frozen=True):
     """Mover: bring the payload of one file, an image's or a part's, to these places.
 
     source "disk": read into `host` if given and copy on to `device` if given, else read straight
-    into `device`.  source "host": copy `host` to `device`.
+    into `device`.  source "host": copy `host` to `device`.  With `packed_bytes` the file and `host` hold so
+    many, the packed form of these `nbytes`, and what goes to `device` is decoded on the way.
     """
 
     job: int
@@ -32,6 +33,7 @@ class Load(Message, frozen=True):
     source: Literal["disk", "host"]
     path: str
     nbytes: int
+    packed_bytes: int = 0
     host: Extents | None = None
     device: Extents | None = None
     verify: bool = True

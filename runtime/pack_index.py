@@ -63,21 +63,25 @@ class Fact(msgspec.Struct, frozen=True, array_like=True):
     engine: str
     config: ModelConfig  # inputs and outputs filled in
     parts: tuple[PartInfo, ...] = ()
+    packed_bytes: int = 0
 
 
 class PackIndex:
-    """The facts of one cache folder."""
+    """The facts of one cache folder.
 
-    def __init__(self, cache_dir: str | os.PathLike[str]) -> None:
+    `packs`: of images whose weights are packed; both kinds may share a folder.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str], *, packs: bool = False) -> None:
         self._path = Path(cache_dir) / FILE_NAME
         self._encoder = msgspec.msgpack.Encoder()
         # Another release or another torch may make another image of the same files.  Two of them
         # may share a cache folder: each finds its own facts.
-        self._made_by = "\0".join(made_by()).encode()
+        self._made_by = "\0".join((*made_by(), *(("packed",) if packs else ()))).encode()
         self._facts: dict[bytes, Fact] = {}
         # Most versions of a big repository have the same config: keep one of each.
         self._configs: dict[bytes, ModelConfig] = {}
-        self._parts: dict[str, PartInfo] = {}  # one of each, too
+        self._parts: dict[PartInfo, PartInfo] = {}  # one of each, too
         self._records = 0
         self._load()
 
@@ -101,10 +105,13 @@ class PackIndex:
         if fact is None:
             return None
         try:
-            if os.stat(fact.image_path).st_size < private_bytes(fact.nbytes, fact.parts):
+            private = fact.packed_bytes or private_bytes(fact.nbytes, fact.parts)
+            if os.stat(fact.image_path).st_size < private:
                 return None
             for part in fact.parts:
-                if os.stat(path_of(fact.image_path, part.digest)).st_size < part.nbytes:
+                is_packed = bool(part.packed_bytes)
+                file = path_of(fact.image_path, part.digest, is_packed=is_packed)
+                if os.stat(file).st_size < (part.packed_bytes or part.nbytes):
                     return None
         except OSError:
             return None
@@ -118,6 +125,7 @@ class PackIndex:
             engine=fact.engine,
             config=fact.config,
             parts=fact.parts,
+            packed_bytes=fact.packed_bytes,
         )
 
     def put_back(
@@ -158,6 +166,7 @@ class PackIndex:
             engine=done.engine,
             config=done.config,
             parts=done.parts,
+            packed_bytes=done.packed_bytes,
         )
 
     # --- the file -------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ class PackIndex:
         return self._configs.setdefault(self._encoder.encode(config), config)
 
     def _share_parts(self, parts: tuple[PartInfo, ...]) -> tuple[PartInfo, ...]:
-        return tuple(self._parts.setdefault(part.digest, part) for part in parts)
+        return tuple(self._parts.setdefault(part, part) for part in parts)
 
 
 def _record(content: bytes) -> bytes:

@@ -65,6 +65,7 @@ from overcommit.runtime.image import (
     lay_out,
     layout_hash,
     read_header,
+    read_payload,
     write_image,
 )
 from overcommit.runtime.messages import Ready, Start, Stop
@@ -188,15 +189,22 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
     if source.kind == "user":
         user_code.require_allowed(f"model '{job.name}'", job.config, job.allow_code)
     key = sources.content_key(job, source)
-    path = Path(job.cache_dir).absolute() / "images" / f"{key}.image"
+    folder = Path(job.cache_dir).absolute() / "images"
+    path, other = folder / f"{key}.image", folder / f"{key}p.image"
+    if job.packs:
+        path, other, key = other, path, f"{key}p"
     if (header := _reusable(path)) is not None:
         return _done(job, path, key, header)
+    if _reusable(other) is not None:
+        # The same weights in the other form: they were seen to answer as they should.
+        return _done(job, path, key, _rewrite(other, path, on_progress, packs=job.packs))
     if source.kind in foreign.KINDS:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = TEMPORARY_PREFIX
         with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as scratch:
             made, tensors_of = foreign.make(job, source, Path(scratch))
-            return _done(job, path, key, write_image(path, made, tensors_of, on_progress))
+            header = write_image(path, made, tensors_of, on_progress, packs=job.packs)
+            return _done(job, path, key, header)
     prepared = _PREPARE[source.kind](job, source)
     # What a tuple's elements are called is for the model's configuration to say.
     names = ModelConfig(inputs=job.config.inputs or prepared.known.inputs)
@@ -211,7 +219,19 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
         for entry in header.tensors
         if entry.alias_of is None
     )
-    return _done(job, path, key, write_image(path, header, parts, on_progress))
+    return _done(job, path, key, write_image(path, header, parts, on_progress, packs=job.packs))
+
+
+def _rewrite(source: Path, path: Path, on_progress: Progress, *, packs: bool) -> ImageHeader:
+    """Write an image that is there once more, in its packed or in its raw form."""
+    header, payload = read_payload(source)
+    view = memoryview(payload).toreadonly()
+    tensors = (
+        (entry, view[entry.offset : entry.offset + entry.nbytes])
+        for entry in header.tensors
+        if entry.alias_of is None
+    )
+    return write_image(path, header, tensors, on_progress, packs=packs)
 
 
 @contextlib.contextmanager
@@ -313,6 +333,7 @@ def _done(job: Pack, path: Path, key: str, header: ImageHeader) -> PackDone:
         program_key=header.program_key,
         nbytes=header.nbytes,
         parts=header.parts,
+        packed_bytes=header.packed_bytes,
         engine=header.engine,
         config=header.config,
     )

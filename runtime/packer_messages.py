@@ -17,6 +17,7 @@ class Pack(Message, frozen=True):
     config: ModelConfig
     cache_dir: str
     allow_code: bool
+    packs: bool = False  # write weights in their packed form, where that is smaller
 
 
 class PackProgress(Message, frozen=True):
@@ -38,6 +39,7 @@ class PackDone(Message, frozen=True):
     program_key: str = ""
     nbytes: int = 0
     parts: tuple[PartInfo, ...] = ()  # of these bytes, what other images may share
+    packed_bytes: int = 0  # what the others take on disk and in HOST; 0: they are not packed
     engine: str = ""
     config: ModelConfig = ModelConfig()
 

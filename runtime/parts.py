@@ -46,14 +46,16 @@ from overcommit.runtime.config import (
 )
 
 SUFFIX: Final = ".part"
+PACKED_SUFFIX: Final = ".packed"
 HEAD_SHARE: Final = 0.4  # MobileNet's classifier is 0.36 of it, MiniLM's encoder 0.47
 
 
 class PartInfo(msgspec.Struct, frozen=True, array_like=True):
-    """A part, named by its content; `nbytes` is a multiple of PAGE_BYTES."""
+    """A part, named by its raw content; bytes are multiples of PAGE_BYTES."""
 
     digest: str
     nbytes: int
+    packed_bytes: int = 0  # on disk and in HOST; 0: it is not packed
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +66,12 @@ class Part:
     nbytes: int
     versions: int = 0  # that are known and consist of it
     job: int = 0  # of the load in flight, 0: none
+    packed_bytes: int = 0  # 0: it is not packed
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes on disk and in HOST."""
+        return self.packed_bytes or self.nbytes
 
 
 def round_up(nbytes: int, boundary: int) -> int:
@@ -76,9 +84,10 @@ def private_bytes(nbytes: int, parts: Iterable[PartInfo]) -> int:
     return max(0, nbytes - sum(round_up(part.nbytes, SMALL_CHUNK_BYTES) for part in parts))
 
 
-def path_of(image_path: str | Path, digest: str) -> Path:
+def path_of(image_path: str | Path, digest: str, *, is_packed: bool = False) -> Path:
     """Return where the part lies: beside the folder of the images."""
-    return Path(image_path).parent.parent / "parts" / f"{digest}{SUFFIX}"
+    suffix = PACKED_SUFFIX if is_packed else SUFFIX
+    return Path(image_path).parent.parent / "parts" / f"{digest}{suffix}"
 
 
 class PartTable:
@@ -87,24 +96,29 @@ class PartTable:
     def __init__(self, shares: bool = True) -> None:
         """Without `shares` each version has parts of its own, though their bytes are equal."""
         self._shares = shares
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[tuple[str, int], Part] = {}  # a part that is packed is another one
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def parts_of(self, nbytes: int, infos: Iterable[PartInfo]) -> tuple[Part, ...]:
-        """Return the parts of a version that is new here, in order; what is private comes last."""
+    def parts_of(
+        self, nbytes: int, infos: Iterable[PartInfo], packed_bytes: int = 0
+    ) -> tuple[Part, ...]:
+        """Return the parts of a version that is new here, in order; what is private comes last.
+
+        `packed_bytes` are those of what is private; 0: it is not packed.
+        """
         found: list[Part] = []
         for info in infos:
-            part = Part(info.digest, info.nbytes)
+            part = Part(info.digest, info.nbytes, packed_bytes=info.packed_bytes)
             if self._shares:
-                part = self._parts.setdefault(info.digest, part)
+                part = self._parts.setdefault((info.digest, info.packed_bytes), part)
             assert part.nbytes == info.nbytes, "the digest is of the content"
             part.versions += 1
             found.append(part)
         private = private_bytes(nbytes, infos)
         if private:
-            found.append(Part("", private, 1))
+            found.append(Part("", private, 1, packed_bytes=packed_bytes))
         return tuple(found)
 
     def forget(self, parts: Iterable[Part]) -> None:
@@ -112,7 +126,7 @@ class PartTable:
         for part in parts:
             part.versions -= 1
             if self._shares and part.digest and not part.versions:
-                del self._parts[part.digest]
+                del self._parts[part.digest, part.packed_bytes]
 
 
 # --- where to cut -------------------------------------------------------------------------------

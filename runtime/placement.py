@@ -45,9 +45,11 @@ Judge = Callable[[Version], bool]  # whether this one may leave for a prefetch
 class Room:
     """One tier; subclasses say who may leave it and how."""
 
-    def __init__(self, allocator: ChunkAllocator, policy: Policy, totals: Totals) -> None:
+    def __init__(
+        self, allocator: ChunkAllocator, policy: Policy, totals: Totals, *, is_raw: bool = True
+    ) -> None:
         self.allocator = allocator
-        self.holdings = Holdings(allocator)
+        self.holdings = Holdings(allocator, is_raw=is_raw)
         self.holders: dict[int, Version] = {}
         self._policy = policy
         self._order = make_order(policy)
@@ -124,9 +126,13 @@ class Room:
 
     def on_terms(self, version: Version) -> None:
         """It may come from now on; or it is here, and its rank may have shrunk."""
-        self._policy.on_add(version.slot, version.nbytes, version.terms.priority)
+        self._policy.on_add(version.slot, self._weight(version), version.terms.priority)
         if self.holders.get(version.slot) is version:
             self._order.add(version.slot)
+
+    def _weight(self, version: Version) -> int:
+        """Bytes that it would take here if it shared nothing."""
+        return version.nbytes
 
     def on_leaving(self, version: Version) -> None:
         """It is ranked no more, though it still holds bytes."""
@@ -161,7 +167,7 @@ class Room:
                 return False
             kept, spared = self._without_superfluous(chosen, choice, needed)
             mates: list[Version] = []
-            if any(part.nbytes > SLAB_MODEL_BYTES_MAX for part in holdings.missing(parts)):
+            if any(holdings.size(p) > SLAB_MODEL_BYTES_MAX for p in holdings.missing(parts)):
                 kept, mates = self._whole_slabs(kept, now_ns, desperate)
             turns = itertools.chain(
                 self._in_turn(kept, ()),

@@ -54,9 +54,15 @@ log = logging.getLogger("overcommit.registry")
 class Registry(Shelf):
     """All entries, and what becomes of them."""
 
-    def __init__(self, cache_dir: str | os.PathLike[str], slots_max: int = VERSIONS_MAX) -> None:
+    def __init__(
+        self,
+        cache_dir: str | os.PathLike[str],
+        slots_max: int = VERSIONS_MAX,
+        *,
+        packs: bool = False,
+    ) -> None:
         super().__init__()
-        self.index = PackIndex(cache_dir)
+        self.index = PackIndex(cache_dir, packs=packs)
         self._numbers = Slots(slots_max)
         self._leaving: set[int] = set()
         self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves

@@ -80,6 +80,7 @@ from overcommit.runtime.config import LOAD_BACKOFF_S, NEVER_NS
 from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.displacement import Demand, Displacement
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
+from overcommit.runtime.holdings import Forms
 from overcommit.runtime.host_room import HostRoom
 from overcommit.runtime.idle import IdleClock
 from overcommit.runtime.mover_messages import CANCELLED
@@ -161,15 +162,17 @@ class Residency:
         now_ns: int,
         terms: Terms,
         parts: Sequence[PartInfo] = (),
+        packed_bytes: int = 0,
     ) -> None:
         """A version can be asked for; for a known slot: its terms are these from now on.
 
-        `parts` are those of its image that it may share, the rest of `nbytes` is its own.
+        `parts` are those of its image that it may share, the rest of `nbytes` is its own, packed in
+        `packed_bytes` if it is packed.
         """
         version = self._versions.get(slot)
         if version is None:
             generation = self._generations.pop(slot, 0)
-            whole = self._parts.parts_of(nbytes, parts)
+            whole = self._parts.parts_of(nbytes, parts, packed_bytes)
             version = Version(slot, name, nbytes, terms, generation, whole)
             self._versions[slot] = version
         assert version.nbytes == nbytes, f"slot {slot} already has another image"
@@ -388,6 +391,10 @@ class Residency:
     def saved_bytes(self) -> tuple[int, ...]:
         """Return what sharing saves on DEVICE and, if there is one, in HOST."""
         return tuple(room.holdings.saved_bytes() for room in self._rooms)
+
+    def host_forms(self) -> Forms:
+        """Return in which forms HOST holds weights."""
+        return Forms() if self._on_host is None else self._on_host.holdings.forms()
 
     def totals(self) -> Totals:
         """Return a copy of the running totals."""

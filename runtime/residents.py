@@ -137,6 +137,7 @@ class StartLoad:
     host: Extents | None
     device: Extents | None
     urgency: Urgency = "foreground"
+    packed_bytes: int = 0  # of its packed form, if that is what the file and `host` hold
 
 
 @dataclass(slots=True, frozen=True)

@@ -67,7 +67,7 @@ class SiteMemory:
             )
         if gpu is not None:
             log.info("DEVICE is %s of GPU %d", show_bytes(device.capacity_bytes), gpu.device)
-        host = ChunkAllocator(budget.host_bytes) if budget.host_bytes else None
+        host = ChunkAllocator(budget.host_bytes, has_tails=True) if budget.host_bytes else None
         shared = SharedMemory(
             *(device.capacity_bytes, host.capacity_bytes if host else 0),
             *(None if gpu is None else gpu.device, "vmm" if gpu is None else gpu.shares),

@@ -272,7 +272,10 @@ class Transfers:
         urgency: Urgency,
     ) -> StartLoad:
         job = next(self._jobs)
-        load = StartLoad(job, version.slot, part.digest, part.nbytes, source, host, device, urgency)
+        load = StartLoad(
+            *(job, version.slot, part.digest, part.nbytes, source, host, device, urgency),
+            part.packed_bytes,
+        )
         part.job = job
         self._loads[job] = (part, load)
         if urgency == "prefetch":

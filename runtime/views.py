@@ -30,7 +30,8 @@ class View:
 
     tier: Tier
     device_bytes: int  # that it holds, shared ones included
-    host_bytes: int
+    host_bytes: int  # in the form that weights have there
+    host_raw_bytes: int  # what they are on DEVICE
     device_shared_bytes: int  # of these, what other versions hold as well
     host_shared_bytes: int
     generation: int
@@ -52,6 +53,7 @@ def view_of(version: Version, device: Holdings, host: Holdings | None) -> View:
         tier=tier,
         device_bytes=device.footprint(version.device),
         host_bytes=0 if host is None else host.footprint(version.host),
+        host_raw_bytes=sum(part.nbytes for part in version.host),
         device_shared_bytes=_shared(version.device, device),
         host_shared_bytes=0 if host is None else _shared(version.host, host),
         generation=version.generation,
@@ -72,6 +74,7 @@ def joined(views: Sequence[View]) -> View | None:
         tier=best.tier,
         device_bytes=sum(view.device_bytes for view in views),
         host_bytes=sum(view.host_bytes for view in views),
+        host_raw_bytes=sum(view.host_raw_bytes for view in views),
         device_shared_bytes=sum(view.device_shared_bytes for view in views),
         host_shared_bytes=sum(view.host_shared_bytes for view in views),
         generation=best.generation,

@@ -79,7 +79,9 @@ class Checker:
 
     def __init__(self, cache_dir: str | None, allow_code: bool) -> None:
         self._configs = KnownConfigs()
-        self._index = PackIndex(cache_dir) if cache_dir is not None else None
+        self._indices: list[PackIndex] = []
+        if cache_dir is not None:
+            self._indices = [PackIndex(cache_dir, packs=packs) for packs in (False, True)]
         self._allow_code = allow_code
 
     def check(
@@ -149,8 +151,8 @@ class Checker:
             return VersionReport(version=source.version, problem=source.error or "it is broken")
         config = imaged(source.config)
         known = None
-        if self._index is not None:
-            known = self._index.take(source.folder, source.fingerprint, config)
+        for index in self._indices:
+            known = known or index.take(source.folder, source.fingerprint, config)
         if known is not None:
             return VersionReport(
                 version=source.version,

@@ -90,6 +90,7 @@ def serve(
     devices: flags.Devices = None,
     device_memory: flags.DeviceMemory = None,
     host_memory: flags.HostMemory = None,
+    host_packing: flags.HostPacking = None,
     cache_dir: flags.CacheDir = None,
     allow_code: flags.AllowCode = None,
     policy: flags.Policy = None,
@@ -133,21 +134,31 @@ def pack(
     repositories: Annotated[list[str], typer.Argument(metavar="REPOSITORY...")],
     cache_dir: flags.CacheDir = None,
     allow_code: flags.AllowCode = None,
+    host_packing: flags.HostPacking = None,
+    devices: flags.Devices = None,
 ) -> None:
-    """Pack all models now, so that the server need not do it when it starts."""
+    """Pack all models now, so that the server need not do it when it starts.
+
+    The server must be started with the same --host-packing and --devices to find them.
+    """
     from rich.console import Console
 
+    from overcommit.runtime.device_choice import choose, with_packing
     from overcommit.server.settings import load_settings
 
     given: dict[str, object] = {"cache_dir": cache_dir, "allow_code": allow_code}
+    given |= {"host_packing": host_packing, "devices": devices}
     settings = load_settings({"repositories": tuple(repositories), **given}, _pull)
+    if settings.host_packing == "auto":
+        settings = with_packing(settings, choose(settings))
     console = Console()
     with console.status("importing torch"):
         from overcommit.runtime.packer import pack as make_image
         from overcommit.server.pack_command import pack_repositories
     raise typer.Exit(
         pack_repositories(
-            settings.repositories, settings.cache_dir, settings.allow_code, console, make_image
+            *(settings.repositories, settings.cache_dir, settings.allow_code, console, make_image),
+            packs=settings.host_packing == "on",
         )
     )
 

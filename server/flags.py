@@ -69,6 +69,14 @@ Policy = Annotated[
         help="Which model leaves memory first: cost_aware, lru, lfu_da, gdsf or s3_fifo (cost_aware).",
     ),
 ]
+HostPacking = Annotated[
+    str | None,
+    Option(
+        metavar="MODE",
+        help="Weights packed without loss on disk and in HOST: on, off, or auto, where that is faster "
+        "(auto).",
+    ),
+]
 PolicyHalfLife = Annotated[
     str | None,
     Option(metavar="SECONDS", help="In which cost_aware forgets half of a model's uses (172800)."),

@@ -31,10 +31,19 @@ PackOne = Callable[[Pack, Callable[[int, int], None]], PackDone]
 
 
 def pack_repositories(
-    roots: tuple[str, ...], cache_dir: str, allow_code: bool, console: Console, pack_one: PackOne
+    roots: tuple[str, ...],
+    cache_dir: str,
+    allow_code: bool,
+    console: Console,
+    pack_one: PackOne,
+    *,
+    packs: bool = False,
 ) -> int:
-    """Pack what has no image yet and print a table; return 1 if a version could not be packed."""
-    registry = Registry(cache_dir)
+    """Pack what has no image yet and print a table; return 1 if a version could not be packed.
+
+    `packs`: with weights in their packed form.
+    """
+    registry = Registry(cache_dir, packs=packs)
     try:
         changes = registry.apply_scan(repository.scan(roots))
     except OSError as error:
@@ -48,7 +57,7 @@ def pack_repositories(
             count = f"({number + 1} of {len(changes.to_pack)})"
             task = progress.add_task(f"{entry.name} {entry.version} {count}", total=None)
             started_s = time.monotonic()
-            done = pack_one(_job(entry, cache_dir, allow_code), _to_bar(progress, task))
+            done = pack_one(_job(entry, cache_dir, allow_code, packs), _to_bar(progress, task))
             seconds[slot] = time.monotonic() - started_s
             registry.on_packed(slot, done)
             progress.remove_task(task)
@@ -62,7 +71,7 @@ def pack_repositories(
     return 1 if failed else 0
 
 
-def _job(entry: Entry, cache_dir: str, allow_code: bool) -> Pack:
+def _job(entry: Entry, cache_dir: str, allow_code: bool, packs: bool) -> Pack:
     return Pack(
         job=entry.slot,
         name=entry.name,
@@ -71,6 +80,7 @@ def _job(entry: Entry, cache_dir: str, allow_code: bool) -> Pack:
         config=imaged(entry.config),
         cache_dir=cache_dir,
         allow_code=allow_code,
+        packs=packs,
     )
 
 

@@ -115,6 +115,7 @@ class ServeSettings(BaseSettings):
     devices: Annotated[str, AfterValidator(read_devices)] = "auto"
     device_memory: Size | None = None
     host_memory: Size | None = None
+    host_packing: Literal["auto", "off", "on"] = "auto"
     allow_code: bool = False
     policy: Annotated[str, AfterValidator(_check_policy)] = "cost_aware"
     policy_half_life: Annotated[float, Field(ge=HALF_LIFE_S_MIN, le=STAY_S_MAX)] = HALF_LIFE_S
@@ -170,6 +171,7 @@ def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Setti
         devices=chosen.devices,
         device_memory_bytes=chosen.device_memory,
         host_memory_bytes=chosen.host_memory,
+        host_packing=chosen.host_packing,
         start_method=chosen.start_method,
         allow_code=chosen.allow_code,
         policy=chosen.policy,

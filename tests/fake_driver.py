@@ -38,6 +38,7 @@ from overcommit.runtime.driver import (
 
 if TYPE_CHECKING:
     from fake_backend import FakeBackend
+    from fake_unpacker import FakeUnpacker
 
 GRANULARITY = 2 * MIB
 OPEN_COPIES_MAX = 1000  # a stream's queue; a copy beyond would block
@@ -136,6 +137,8 @@ class FakeDriver:
         self.copies: list[tuple[int, int, int]] = []  # (target, source, bytes), as asked for
         self.registered: dict[int, int] = {}
         self.open_max: dict[int, int] = {}  # by stream, the most that was ever queued
+        self.has_unpacker = True
+        self._plain: dict[int, int] = {}  # what cuMemAlloc gave, which nobody else can get at
         self.may_finish = threading.Event()  # cleared: who waits for an event goes on waiting
         self.may_finish.set()
         self.is_dead = False
@@ -300,6 +303,33 @@ class FakeDriver:
         from fake_backend import FakeBackend
 
         return FakeBackend(lambda: self.gpu.is_lost(device))
+
+    def unpacker(self, device: int) -> FakeUnpacker | None:
+        from fake_unpacker import FakeUnpacker
+
+        return FakeUnpacker(self) if self.has_unpacker else None
+
+    def plain_alloc(self, nbytes: int) -> int:
+        """cuMemAlloc, which others than this project's driver calls make."""
+        self._enter("cuMemAlloc", needs_context=True)
+        address = _shm.reserve(nbytes)
+        fd = os.memfd_create("fake-plain")
+        os.ftruncate(fd, nbytes)
+        _shm.map_fixed(address, fd, 0, nbytes, True, False)
+        os.close(fd)
+        self._plain[address] = nbytes
+        return address
+
+    def check_launch(self, address: int, nbytes: int) -> None:
+        """A kernel of the test's own is started that writes there."""
+        with self._lock:
+            self._enter("cuLaunchKernel", needs_context=True)
+            if not self._may_touch(address, nbytes, True):
+                raise self._refuse("cuLaunchKernel", "the device may not write there")
+
+    def may_write(self, address: int) -> bool:
+        """Whether the device may write this byte now."""
+        return self._may_touch(address, 1, True)
 
     def primary_context_retain(self, device: int) -> Context:
         self._enter("cuDevicePrimaryCtxRetain")
@@ -584,6 +614,8 @@ class FakeDriver:
 
     def _may_touch(self, address: int, nbytes: int, writes: bool) -> bool:
         """Whether mappings with access cover the range without a gap."""
+        if any(at <= address and address + nbytes <= at + n for at, n in self._plain.items()):
+            return True
         at = address
         for start, mapping in sorted(self._mappings.items()):
             if mapping.memory.device != self._here():
@@ -619,7 +651,8 @@ class FakeDriver:
 
     def enqueue(self, stream: Stream, work: Callable[[], None]) -> None:
         """Put a kernel of the test's own on a stream."""
-        self._put(self._streams[stream], work)
+        with self._lock:
+            self._put(self._streams[stream], work)
 
     def stream_synchronize(self, stream: Stream) -> None:
         with self._lock:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import functools
 import os
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import TypeVar
 
-from overcommit.runtime import _shm
+from overcommit.runtime import _shm, packed
 from overcommit.runtime.arena import Arena
-from overcommit.runtime.config import PAGE_BYTES, Settings
-from overcommit.runtime.container import Stored, read_stored, write_container
+from overcommit.runtime.config import PAGE_BYTES, READ_BYTES, Settings
+from overcommit.runtime.container import (
+    Stored,
+    read_stored,
+    write_container,
+    write_packed_container,
+)
 from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.messages import Extents, Message, Ready, Start, Stop
 from overcommit.runtime.mover_messages import Load, LoadDone, Populated
@@ -29,6 +35,29 @@ def make_image(path: Path, nbytes: int, seed: int = 0) -> bytes:
     data = random.Random(seed).randbytes(nbytes) + bytes(-nbytes % PAGE_BYTES)
     write_container(path, functools.partial(Stored, len(data)), len(data), [memoryview(data)])
     return data
+
+
+def bf16(nbytes: int, seed: int = 0) -> bytes:
+    """Numbers as weights are: BF16, a few magnitudes; with padding to whole pages."""
+    drawn = random.Random(seed)
+    values = (drawn.gauss(0, 0.02) for _ in range(1 << 14))
+    block = struct.pack(f"<{1 << 14}f", *values)
+    halves = b"".join(block[at + 2 : at + 4] for at in range(0, len(block), 4))
+    noise = bytearray(drawn.randbytes(nbytes // 2 + 1))
+    data = bytearray((halves * (nbytes // len(halves) + 1))[:nbytes])
+    data[::2] = noise[: len(data[::2])]  # mantissas do not repeat
+    return bytes(data) + bytes(-nbytes % PAGE_BYTES)
+
+
+def make_packed_image(path: Path, nbytes: int, seed: int = 0) -> tuple[bytes, int]:
+    """Write a packed file; return its raw payload, and how long the packed one is."""
+    data = bf16(nbytes, seed)
+    count = -(-len(data) // READ_BYTES)
+    pieces = packed.pieces_of([memoryview(data)])
+    _, sizes = write_packed_container(
+        path, lambda crcs, sizes: Stored(sum(sizes), crcs, sizes), count, 2 * len(data), pieces
+    )
+    return data, sum(sizes)
 
 
 def flip_byte(path: Path, at: int) -> None:

@@ -82,7 +82,9 @@ class World:
     def __init__(self, device_chunks: int, host_chunks: int = 0) -> None:
         self.port = FakePort()
         self.device = ChunkAllocator(device_chunks * CHUNK)
-        self.host = ChunkAllocator(host_chunks * CHUNK) if host_chunks else None
+        self.host: ChunkAllocator | None = None
+        if host_chunks:
+            self.host = ChunkAllocator(host_chunks * CHUNK, has_tails=True)
         self.residency = Residency(self.device, self.host, lambda: make_policy("lru"), self.port)
         self.now_ns = SECOND
         self.loads: dict[int, StartLoad] = {}
@@ -103,11 +105,12 @@ class World:
         min_resident_ns: int = 0,
         ttl_ns: int = 0,
         parts: Sequence[PartInfo] = (),
+        packed_bytes: int = 0,
     ) -> None:
-        """`chunks` is what the version has of its own, beside these parts."""
+        """`chunks` is what the version has of its own, beside these parts; packed, it is `packed_bytes`."""
         terms = Terms(pinned, priority, min_resident_ns, ttl_ns)
         nbytes = sum(round_up(part.nbytes, CHUNK) for part in parts) + int(chunks * CHUNK)
-        self.residency.add(slot, f"model-{slot}", nbytes, self.now_ns, terms, parts)
+        self.residency.add(slot, f"model-{slot}", nbytes, self.now_ns, terms, parts, packed_bytes)
 
     def want(self, slot: int, waiter: int = 0, latest_ns: int = NEVER_NS) -> list[Action]:
         if waiter != NOBODY:
@@ -238,6 +241,9 @@ def check(residency: Residency, port: FakePort) -> None:
         places = room.holdings.places
         spans = sorted(extent for place in places.values() for extent in place.extents)
         assert sum(length for _, length in spans) == room.allocator.used_bytes
+        for part, place in places.items():
+            whole = part.nbytes if room is residency._on_device else part.stored_bytes
+            assert sum(n for _, n in place.extents) == room.allocator.footprint(whole)
         for (offset, length), (following, _) in itertools.pairwise(spans):
             assert offset + length <= following, "two parts share bytes"
         holders = {part: {v for v in everybody if part in room.held(v)} for part in places}
@@ -252,7 +258,8 @@ def check(residency: Residency, port: FakePort) -> None:
             if version.state is State.DEVICE and room is residency._on_device:
                 assert all(places[part].is_filled for part in version.device)
     known = [part for version in everybody for part in version.parts]
-    assert {part.digest: part for part in known if part.digest} == residency._parts._parts
+    table = {(part.digest, part.packed_bytes): part for part in known if part.digest}
+    assert table == residency._parts._parts
     assert all(part.versions == known.count(part) for part in known)
     if residency._on_host is not None:
         copies = set(residency._on_host.holders.values())
@@ -263,6 +270,7 @@ def check(residency: Residency, port: FakePort) -> None:
         if load.device is not None:
             device = residency._on_device.holdings.places[part]
             assert load.device == device.extents, "a load lost its bytes"
+        assert load.packed_bytes == part.packed_bytes
         if load.host is not None:
             assert residency._on_host is not None
             host = residency._on_host.holdings.places[part]

@@ -54,11 +54,17 @@ class AgainstIntervals(RuleBasedStateMachine):
     allocations = Bundle("allocations")
 
     @initialize(
-        capacity=st.integers(0, 600 * MIB), can_split=st.booleans(), share=st.floats(0.05, 1.0)
+        capacity=st.integers(0, 600 * MIB),
+        can_split=st.booleans(),
+        share=st.floats(0.05, 1.0),
+        has_tails=st.booleans(),
     )
-    def make(self, capacity: int, can_split: bool, share: float) -> None:
+    def make(self, capacity: int, can_split: bool, share: float, has_tails: bool) -> None:
+        self.has_tails = can_split and has_tails
         self.capacity = capacity - capacity % SMALL_CHUNK_BYTES
-        self.allocator = ChunkAllocator(capacity, can_split=can_split, small_share=share)
+        self.allocator = ChunkAllocator(
+            capacity, can_split=can_split, small_share=share, has_tails=self.has_tails
+        )
         self.held: list[Extent] = []
 
     def free_chunks(self) -> int:
@@ -84,13 +90,17 @@ class AgainstIntervals(RuleBasedStateMachine):
             assert total(extents) == footprint
         else:
             assert footprint <= total(extents) < footprint + LARGE_CHUNK_BYTES
-        unit = PAGE_BYTES if nbytes <= SLAB_MODEL_BYTES_MAX else SMALL_CHUNK_BYTES
+        is_fine = nbytes <= SLAB_MODEL_BYTES_MAX or self.has_tails
+        unit = PAGE_BYTES if is_fine else SMALL_CHUNK_BYTES
+        assert footprint - nbytes < unit or nbytes == 0
         assert all(offset % unit == 0 and length % unit == 0 for offset, length in extents)
         if nbytes <= SLAB_MODEL_BYTES_MAX:
             assert len(extents) == 1
             (offset, length) = extents[0]
             assert offset // SMALL_CHUNK_BYTES == (offset + length - 1) // SMALL_CHUNK_BYTES
-        for left, right in itertools.pairwise(extents):
+        chunks = extents[:-1] if extents[-1].length % SMALL_CHUNK_BYTES else extents
+        assert all(length % SMALL_CHUNK_BYTES == 0 for _, length in chunks)
+        for left, right in itertools.pairwise(chunks):
             assert left.offset + left.length != right.offset, "neighbours are merged"
         self.held.extend(extents)
         return extents
@@ -342,6 +352,20 @@ def test_what_is_obtainable_is_what_the_largest_allocation_of_a_kind_gets(can_sp
     allocator.free(probe)
     run = allocator.obtainable_bytes(1)
     assert allocator.free_bytes >= run >= (chunks if can_split else 0)
+
+
+def test_a_tail_lies_in_a_slab_with_others() -> None:
+    allocator = ChunkAllocator(256 * MIB, has_tails=True)
+    first, second = (allocator.try_allocate(SMALL_CHUNK_BYTES + 700 * KIB) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert allocator.used_bytes == 2 * (SMALL_CHUNK_BYTES + 700 * KIB)
+    slabs = {extents[-1].offset // SMALL_CHUNK_BYTES for extents in (first, second)}
+    assert len(slabs) == 1
+    allocator.free(first)
+    allocator.free(second)
+    allocator.check()
+    assert allocator.try_allocate(256 * MIB) is not None
 
 
 def test_freeing_twice_is_found() -> None:

@@ -28,14 +28,15 @@ from overcommit.runtime.copier import pairs
 from overcommit.runtime.cuda_arena import CudaArena
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import DriverError
-from overcommit.runtime.loading import Base, LoadState
+from overcommit.runtime.loading import LoadState
 from overcommit.runtime.messages import Extents
 from overcommit.runtime.mover_messages import Load, LoadDone, Urgency
+from overcommit.runtime.places import Base
 
 WATCHDOG_S = 60.0
 HOST_BYTES = 24 * MIB
 PIECE = 2 * MIB  # in place of COPY_BYTES_MAX
-PIN = 8 * MIB  # in place of PIN_BYTES
+PIN = 12 * MIB  # in place of PIN_BYTES
 
 
 class Box:
@@ -157,20 +158,20 @@ def test_no_prefetch_gets_a_place_while_a_foreground_copy_waits(
 ) -> None:
     box.pin_all()
     got: list[Urgency] = []
-    is_free = box.copier._is_free
+    is_free = box.copier._places._is_free
 
     def note(urgency: Urgency) -> bool:  # called under the lock: this is the order of the places
         free = is_free(urgency)
         got.extend([urgency] * free)
         return free
 
-    monkeypatch.setattr(box.copier, "_is_free", note)
+    monkeypatch.setattr(box.copier._places, "_is_free", note)
     box.driver.may_finish.clear()
     threads = [in_thread(lambda: box.copy(8 * MIB, "foreground"))]
     wait_until(lambda: len(box.driver.copies) == COPIES_IN_FLIGHT)
     threads.append(in_thread(lambda: box.copy(2 * MIB, "prefetch", start=8 * MIB)))
     threads.append(in_thread(lambda: box.copy(2 * MIB, "foreground", start=16 * MIB)))
-    wait_until(lambda: box.copier._waiting == 1)
+    wait_until(lambda: box.copier._places._waiting == 1)
     box.driver.may_finish.set()
     for thread in threads:
         thread.join(WATCHDOG_S)
@@ -188,7 +189,7 @@ def test_after_a_failure_at_any_call_nothing_is_in_flight(box: Box, number: int)
     box.copy(24 * MIB, "foreground")
     assert box.on_device(((0, 24 * MIB),), 24 * MIB) == b"\x09" * 24 * MIB
     assert len(box.driver.copies) == done + 12
-    assert len(box.copier._free) == COPIES_IN_FLIGHT
+    assert len(box.copier._places._free) == COPIES_IN_FLIGHT
 
 
 def test_memory_that_cannot_be_registered_is_copied_all_the_same(

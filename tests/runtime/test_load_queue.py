@@ -13,8 +13,9 @@ from mover_rig import Memory, make_image
 
 from overcommit.runtime.config import MIB, PREFETCH_READS_IN_FLIGHT, READ_BYTES, READS_IN_FLIGHT
 from overcommit.runtime.load_queue import LoadQueue
-from overcommit.runtime.loading import Base, LoadState, Outcome, State, Step, Work
+from overcommit.runtime.loading import LoadState, Outcome, State, Step, Work
 from overcommit.runtime.mover_messages import Load, Urgency
+from overcommit.runtime.places import Base
 
 ARENA = Base("device", 1 << 40, 1 << 36)  # never touched: steps are not run here
 HOST = Base("host", 1 << 41, 1 << 36)

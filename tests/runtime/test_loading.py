@@ -27,10 +27,11 @@ from overcommit.runtime.config import (
     READS_IN_FLIGHT,
 )
 from overcommit.runtime.errors import ImageError
-from overcommit.runtime.loading import Base, LoadState, Outcome, Places, State, Step, Work
+from overcommit.runtime.loading import LoadState, Outcome, State, Step, Work
 from overcommit.runtime.messages import Extents, Message
 from overcommit.runtime.mover import Mover
 from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Populated, Urgency
+from overcommit.runtime.places import Base, Places
 
 ARENA_BYTES = 32 * MIB
 

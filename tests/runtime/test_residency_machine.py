@@ -51,8 +51,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.foretold: dict[int, Foretold] = {}  # of those that are LOADING
         self.leaving: set[int] = set()  # slots whose former version is not gone yet
 
-    @initialize(host_chunks=st.sampled_from([0, 3, 12]))
-    def build(self, host_chunks: int) -> None:
+    @initialize(host_chunks=st.sampled_from([0, 3, 12]), ratio=st.sampled_from([0.0, 0.7, 0.4]))
+    def build(self, host_chunks: int, ratio: float) -> None:
+        self.ratio = ratio  # of packed bytes to raw ones; 0: nothing is packed
         self.world = World(DEVICE_CHUNKS, host_chunks)
 
     # --- events ---------------------------------------------------------------------------------
@@ -69,14 +70,20 @@ class ResidencyMachine(RuleBasedStateMachine):
     ) -> None:
         if slot not in self.known and (chunks or parts):
             self.known[slot] = pinned
-            infos = self.infos[slot] = [PartInfo(digest, TRUNKS[digest]) for digest in parts]
+            infos = self.infos[slot] = [
+                PartInfo(digest, TRUNKS[digest], self._packed(TRUNKS[digest])) for digest in parts
+            ]
             self.world.add(
                 *(slot, chunks),
                 pinned=pinned,
                 min_resident_ns=stay_ns,
                 ttl_ns=ttl_ns,
                 parts=infos,
+                packed_bytes=self._packed(int(chunks * CHUNK)),
             )
+
+    def _packed(self, nbytes: int) -> int:
+        return int(nbytes * self.ratio) // 4096 * 4096
 
     @rule(slot=SLOTS, pinned=st.booleans(), priority=st.integers(-1, 1), ttl_ns=TTLS_NS)
     def add_again(self, slot: int, pinned: bool, priority: int, ttl_ns: int) -> None:
