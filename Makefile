@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -q --no-compile
 HOST ?= 127.0.0.1
 PORT ?= 8000
 DEMO ?= $(HOME)/.cache/overcommit/demo
@@ -24,10 +25,11 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# PyTorch first and alone: a bare requirement would pull the CUDA packages in.
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(CONSTRAINTS) -e '.[dev,bench]'
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps kserve==0.21.0 \
-		|| echo "KServe's client cannot be installed: its tests are skipped"
+	$(PIP) $(CONSTRAINTS) torch
+	$(PIP) $(CONSTRAINTS) -e '.[dev,bench]'
+	$(PIP) --no-deps kserve==0.21.0 || echo "KServe's client cannot be installed: its tests are skipped"
+	@# pip would compile 17,000 files on one core.  Some are of another Python's syntax: that is no error.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	touch $@
 
 serve: install

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,44 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MakeBert = Callable[[Path, int], None]
-LONGEST_FIRST = ("chaos", "server", "conformance", "bench")
+
+TESTS = Path(__file__).parent
+LONGEST_FIRST = ("conformance", "chaos", "server", "bench")
+# One process runs these, one after the other.  Some share a server, some make files in /dev/shm, and
+# some look there for files that were left behind.
+TOGETHER = ("conformance", "server/test_regions", "bench/test_scenarios", "bench/test_processes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the folders that take longest: who gets a long file last keeps the others waiting."""
 
     def rank(item: pytest.Item) -> int:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        folder = item.path.relative_to(TESTS).parts[0]
         return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=rank)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share tests out by files, with those together that must not run beside each other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file.removeprefix("tests/").startswith(TOGETHER) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests and their servers put into TMPDIR is gone with it, and no neighbour sees it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,7 +14,7 @@ from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.signature import NUMPY_TYPES
 
-WATCHDOG_S = 30.0
+WATCHDOG_S = 60.0
 PAYLOAD_BYTES = 1 << 20
 CAPACITY = 4096
 

@@ -21,7 +21,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-HANG_S = 20.0  # for one input: a watchdog, not a measure
+HANG_S = 60.0  # for one input: a watchdog, not a measure
 GROWTH_BYTES_MAX = 1 << 20  # that the second half of a run may keep, where nothing is remembered
 _ENDS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 63, (1 << 64) - 1)
 _TEXTS = (

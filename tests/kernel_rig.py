@@ -23,7 +23,7 @@ Kernel = Callable[..., None]
 
 @cache
 def _folder() -> Path:
-    return Path(mkdtemp(prefix="overcommit-cuda-on-host-"))
+    return Path(mkdtemp(prefix="cuda-on-host-"))
 
 
 @cache

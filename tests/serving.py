@@ -155,7 +155,7 @@ class Server:
         try:
             return self.process.wait(WATCHDOG_S)
         finally:
-            self._reader.join(5)
+            self._reader.join(WATCHDOG_S)
 
     def wait_until(self, condition: Any) -> None:
         """Poll a condition; a watchdog, not an assertion on speed."""

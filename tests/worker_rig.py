@@ -93,7 +93,7 @@ class Programs:
         return self.by_slot.setdefault(slot, FakeProgram())
 
     def __call__(self, version: VersionInfo) -> Opened:
-        assert self.gate.wait(30)
+        assert self.gate.wait(60)
         if self.error is not None:
             raise self.error
         return opened(self[version.slot])

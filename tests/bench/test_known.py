@@ -23,7 +23,7 @@ from overcommit.bench.run import Run
 from overcommit.bench.tables import TablePlan, TableWorkload, rows_of
 from overcommit.bench.workload import WorkloadPlan, make_workload
 
-WATCHDOG_S = 30.0
+WATCHDOG_S = 60.0
 DIALECTS: list[Dialect] = [
     V2(),
     V2(binary=True, input="INPUT0", output="OUTPUT0"),

@@ -195,7 +195,8 @@ def test_an_idle_connection_that_is_lost_is_not_sent_to() -> None:
     tally = run(FaultyServer(plan_of(Uniform(rate=300)), hang_up), 10**9)
     assert hung
     assert tally.sent == tally.accounted == tally.right
-    assert tally.connects == 4 + len(hung)
+    # The last to hang up may have done so too late to be connected to again.
+    assert len(hung) <= tally.connects <= 4 + len(hung)
 
 
 def test_open_loops_of_several_processes_add_up() -> None:

@@ -27,14 +27,14 @@ class Opener:
         self.bell = threading.Semaphore(0)
 
     def __call__(self, version: VersionInfo) -> Opened:
-        assert self.gate.acquire(timeout=30)
+        assert self.gate.acquire(timeout=60)
         self.made.append(FakeProgram())
         return opened(self.made[-1])
 
     def let_through(self) -> None:
         """Let one load end, and wait until it has."""
         self.gate.release()
-        assert self.bell.acquire(timeout=30)
+        assert self.bell.acquire(timeout=60)
 
 
 @pytest.fixture

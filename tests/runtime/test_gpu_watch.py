@@ -39,7 +39,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, 
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

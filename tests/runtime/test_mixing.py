@@ -200,6 +200,6 @@ def test_the_helper_records_and_a_family_is_found_again() -> None:
     assert families.of(program, shared) is family
     assert families.of(None, shared) is None
     assert family.room(form()) == 1
-    assert rung.wait(30)
+    assert rung.wait(60)
     families.take_recorded()
     assert family.room(form()) == 4

@@ -57,7 +57,7 @@ def test_an_orphan_of_a_peer_that_does_not_start_is_ended_too(tmp_path: Path) ->
     with pytest.raises(BenchError, match=r"(?s)status 3.*last words"):
         process.__enter__()
     pid = int(said.read_text())
-    assert wait_for(lambda: read_row(pid) is None, 5.0)
+    assert wait_for(lambda: read_row(pid) is None, 60.0)
 
 
 def test_our_settings_do_not_reach_a_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
