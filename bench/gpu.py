@@ -6,7 +6,8 @@
  4. graphs                   a captured graph after its weights came back in other chunks
  5. others                   torch, safetensors and what else is installed, against the same limit
  6. kernels                  gather, scatter, digest, unpack, image: bits first, then time
- 7. kills under load         the scenario `chaos`, with DEVICE on the GPU: HTTP, workers and mover
+ 7. HTTP                     what a client waits for a BERT: resident, warm and cold
+ 8. kills under load         the scenario `chaos`, with DEVICE on the GPU: HTTP, workers and mover
 
 Without a GPU that can be used it says so, and that is all: no figure, no condition, status 0.
 """
@@ -18,9 +19,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Final
 
-from overcommit.bench import chaos
+from overcommit.bench import chaos, gpu_http
 from overcommit.bench.gpu_memory import GpuMemory
-from overcommit.bench.prepare import Options
+from overcommit.bench.prepare import Options, run_folder
 from overcommit.bench.report import Figure, Report
 from overcommit.kernels import cuda, digest, gather, image, scatter, timing, unpack
 from overcommit.runtime import device_choice
@@ -32,6 +33,7 @@ from overcommit.runtime.telemetry import Telemetry
 DEVICE_SHARE: Final = 0.8  # of what is free on the GPU
 HOST_SHARE: Final = 0.6  # of what is available
 QUICK_BYTES: Final = 4 * GIB
+HTTP_QUICK_S: Final = 3.0
 NO_GPU: Final = "no GPU: nothing was measured"
 
 
@@ -57,6 +59,7 @@ def run(options: Options, report: Report) -> None:
         _part(report, "gather against copies", lambda: gpu_torch.gather_against_copies(report))
     else:
         report.notes.append("cupy is not installed: kernels were left out")
+    _part(report, "HTTP", lambda: _http(options, report, gpu))
     _part(report, "kills under load", lambda: _kills(options, report))
 
 
@@ -113,6 +116,13 @@ def _rows(report: Report, section: str, rows: list[timing.Row]) -> None:
             row.name, row.nbytes / nanoseconds, "GB/s", note=f"{nanoseconds / 1e3:.1f} us"
         )
         report.add(section, figure)
+
+
+def _http(options: Options, report: Report, gpu: Gpu) -> None:
+    flags = ("--devices", str(gpu.device))
+    seconds = HTTP_QUICK_S if options.quick else gpu_http.SECONDS
+    with run_folder(options, report) as logs:
+        gpu_http.measure(options.work / "gpu", logs, report, {}, flags, seconds)
 
 
 def _kills(options: Options, report: Report) -> None:

@@ -49,9 +49,13 @@ class Server:
         work: Path,
         flags: Sequence[str] = (),
         name: str = "server",
+        serve: Sequence[str] = ("-m", "overcommit", "serve"),
     ) -> None:
-        """`work` gets the log, which is named after `name`, and the server's own TMPDIR."""
-        self._command = [sys.executable, "-P", "-m", "overcommit", "serve", str(repository)]
+        """`work` gets the log, which is named after `name`, and the server's own TMPDIR.
+
+        `serve` is what Python runs.
+        """
+        self._command = [sys.executable, "-P", *serve, str(repository)]
         self._command += ["--port", "0", "--cache-dir", str(cache), *flags]
         self.log = work / f"{name}.log"
         self.temporary = work / "tmp"

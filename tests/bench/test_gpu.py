@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
 from fake_driver import FakeDriver, FakeGpu
 from rich.console import Console
 
-from overcommit.bench import gpu
+from overcommit.bench import gpu, gpu_http
 from overcommit.bench.gpu_memory import GpuMemory, fit
 from overcommit.bench.prepare import Options
 from overcommit.bench.report import Report
@@ -60,3 +61,24 @@ def test_a_part_that_fails_is_a_missed_condition() -> None:
     gpu._part(made, "broken", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     (missed,) = made.missed()
     assert missed.detail.startswith("ZeroDivisionError")
+
+
+@pytest.mark.slow
+def test_a_bert_over_http_on_the_fake_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = Path(__file__).parents[1]
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join((str(tests), os.environ.get("PYTHONPATH", "")))
+    )
+    made = report()
+    shape = {"vocab_size": 9000, "hidden_size": 128, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "intermediate_size": 256}
+    flags, serve = ("--devices", "0"), (str(tests / "gpu_server.py"),)
+    gpu_http.measure(tmp_path, tmp_path, made, shape, flags, seconds=0.3, serve=serve)
+    kinds = [
+        f"{kind}, {what}" for kind in ("resident", "warm", "cold") for what in ("median", "p99")
+    ]
+    assert [figure.name for figure in made.sections["HTTP"]] == kinds
+    assert len(made.conditions) == 4
+    assert not made.missed()
