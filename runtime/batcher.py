@@ -171,9 +171,10 @@ class Batcher:
         return jobs
 
     def take_before(self, slot: int, time_ns: int, now_ns: int) -> list[Job]:
-        """Take the jobs of a lane out whose deadline is before then."""
+        """Take the jobs of a lane out whose deadline is before then, but those that are retried."""
         turn = self._turn(slot)
-        jobs = self._take_out(turn, turn.lane.remove(lambda job: job.deadline_ns < time_ns))
+        late = turn.lane.remove(lambda job: job.deadline_ns < time_ns and not job.alone)
+        jobs = self._take_out(turn, late)
         self._settle(turn, now_ns)
         return jobs
 

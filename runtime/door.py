@@ -29,7 +29,7 @@ class Door:
     def __init__(self, batcher: Batcher, links: Links, *, judges: bool) -> None:
         self._batcher = batcher
         self._links = links
-        self._judges = judges
+        self.judges = judges
         self._promises: dict[int, Promises] = {}
         self._expected: dict[
             int, tuple[int, int]
@@ -56,7 +56,7 @@ class Door:
     def refuses_absent(self, job: Job, title: str, now_ns: int) -> bool:
         """Answer a job whose deadline is before its version's weights; False if it may wait."""
         ready_ns, likely_ns = self._expected.get(job.slot, (0, 0))
-        if ready_ns <= max(now_ns, job.deadline_ns) or not self._judges or job.alone:
+        if ready_ns <= max(now_ns, job.deadline_ns) or not self.judges or job.alone:
             return False
         wait_ms, left_ms = _ms(likely_ns - now_ns), _ms(job.deadline_ns - now_ns)
         text = refusals.not_in_time(title, wait_ms, left_ms)
@@ -69,7 +69,7 @@ class Door:
 
         To be asked when it might be: there are jobs before it that could take as long.
         """
-        if not self._judges or job.alone:
+        if not self.judges or job.alone:
             return False
         foreseen = self._batcher.foresight.of(job, now_ns)
         if foreseen is None:

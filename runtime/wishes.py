@@ -179,6 +179,8 @@ class Wishes:
         if slot not in self._told:
             return  # it was placed, or failed, meanwhile
         self._door.expect(slot, expected.ready_ns, expected.likely_ns)
+        if not self._door.judges or expected.ready_ns <= now_ns:
+            return  # nobody is refused, and who is taken out and put in again loses his place
         late = self._batcher.take_before(slot, expected.ready_ns, now_ns)
         version = self._versions.get(slot)
         title = "the model" if version is None else version.title

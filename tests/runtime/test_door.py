@@ -233,7 +233,7 @@ def test_a_door_that_does_not_judge_lets_everybody_in(
     rig: Rig, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready(rig, front)
-    monkeypatch.setattr(rig.worker.door, "_judges", False)
+    monkeypatch.setattr(rig.worker.door, "judges", False)
     congest(rig, cost_ns=10 * SECOND)
     requests = [front.submit(3, [X], timeout_ns=5 * SECOND) for _ in range(3)]
     rig.answered(front, *requests)
