@@ -29,6 +29,7 @@ from overcommit.runtime.config import RETIRE_GRACE_S, imaged
 from overcommit.runtime.entries import Entry, State, to_route
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
+from overcommit.runtime.hints import hint_of
 from overcommit.runtime.house import House
 from overcommit.runtime.image import read_header
 from overcommit.runtime.overrides import Overrides
@@ -381,6 +382,9 @@ class Catalogue:
             *(self._url(), age_s),
             *(len(entries), len(ready), len(self.packing)),
         )
+        if not entries:
+            for hint in filter(None, map(hint_of, self.house.settings.repositories)):
+                log.warning("nothing to serve: %s", hint)
         for site in self.house.sites:
             log.info("%s", site.residency)
         for entry in ready:

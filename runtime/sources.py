@@ -19,7 +19,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from overcommit.runtime import checkpoint
+from overcommit.runtime import checkpoint_files
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.errors import RepositoryError
 from overcommit.runtime.image import made_by
@@ -90,7 +90,7 @@ def find(job: Pack) -> Source:
                 f'{where}: entry = "{config.entry}" names no file of {folder}; it is '
                 f'"model.py:Class"'
             )
-        weights = tuple(checkpoint.files_in(folder))
+        weights = tuple(checkpoint_files.files_in(folder))
         if file_name in names and weights:
             return Source("user", "torch", folder / file_name, weights, class_name)
         if "config.json" in names and weights:
@@ -157,7 +157,7 @@ def _aoti(where: str, folder: Path, names: Sequence[str], entry: str | None) -> 
             f"{where}: {folder} holds {found[:5] or 'neither a .pt2 program nor an .aoti package'}; the "
             f"engine aoti needs one, which entry may name"
         )
-    weights = tuple(checkpoint.files_in(folder)) if _is_package(found[0]) else ()
+    weights = tuple(checkpoint_files.files_in(folder)) if _is_package(found[0]) else ()
     return Source("aoti", "aoti", folder / found[0], weights)
 
 

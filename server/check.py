@@ -20,6 +20,7 @@ import msgspec
 from overcommit.runtime import ensemble, model_files, sources
 from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, TensorSpec, imaged
 from overcommit.runtime.errors import ConfigurationError, OvercommitError
+from overcommit.runtime.hints import hint_of
 from overcommit.runtime.known_configs import KnownConfigs
 from overcommit.runtime.mlserver_config import SERVER_FILE_NAME
 from overcommit.runtime.model_toml import read_file
@@ -102,6 +103,8 @@ class Checker:
                     f"{os.path.join(root, SERVER_FILE_NAME)}: the server is set up by flags "
                     f"(overcommit serve --help)"
                 )
+            if hint := hint_of(root):
+                remarks.append(hint)
             for folder in models:
                 done += 1
                 on_progress(done, total)
@@ -184,6 +187,9 @@ class Checker:
         try:
             found = sources.find(job)
             engine = found.engine
+            for path in (found.main, *found.weights):
+                if not os.access(path, os.R_OK):
+                    problem = f"{path} may not be read: give the server's user the right to"
             is_code = found.kind == "user" or found.main.suffix == ".aoti"
             if is_code and not (self._allow_code and config.allow_code):
                 problem = (

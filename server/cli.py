@@ -224,8 +224,8 @@ def check(
 
     given: dict[str, object] = {"cache_dir": cache_dir, "allow_code": allow_code}
     settings = load_settings({"repositories": tuple(repositories), **given}, _pull)
-    with Console(stderr=True).status("importing torch"):
-        from overcommit.server.check_command import check_repositories
+    from overcommit.server.check_command import check_repositories
+
     raise typer.Exit(
         check_repositories(
             *(settings.repositories, settings.cache_dir, settings.allow_code, as_json, Console())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from overcommit.runtime import checkpoint
+from overcommit.runtime import checkpoint, checkpoint_files
 from overcommit.runtime.errors import RepositoryError
 
 
@@ -98,11 +98,11 @@ def test_tied_weights_need_one_name() -> None:
 def test_the_index_says_which_files_count(tmp_path: Path) -> None:
     for name in ("a", "b", "adapter"):
         save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    names = {path.name for path in checkpoint.files_in(tmp_path)}
+    names = {path.name for path in checkpoint_files.files_in(tmp_path)}
     assert names == {"a.safetensors", "b.safetensors", "adapter.safetensors"}
-    index = tmp_path / checkpoint.INDEX_FILE
+    index = tmp_path / checkpoint_files.INDEX_FILE
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
-    assert [path.name for path in checkpoint.files_in(tmp_path)] == [
+    assert [path.name for path in checkpoint_files.files_in(tmp_path)] == [
         "a.safetensors",
         "b.safetensors",
     ]
@@ -111,7 +111,7 @@ def test_the_index_says_which_files_count(tmp_path: Path) -> None:
 def test_the_whole_file_wins_over_its_neighbours(tmp_path: Path) -> None:
     for name in ("adapter", "model"):
         save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    assert [path.name for path in checkpoint.files_in(tmp_path)] == ["model.safetensors"]
+    assert [path.name for path in checkpoint_files.files_in(tmp_path)] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_a_wrong_index_is_refused_and_never_leaves_the_folder(content: str, tmp_
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
-    (folder / checkpoint.INDEX_FILE).write_text(content)
+    (folder / checkpoint_files.INDEX_FILE).write_text(content)
     with pytest.raises(RepositoryError, match=r"index|names"):
-        checkpoint.files_in(folder)
+        checkpoint_files.files_in(folder)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +149,36 @@ def test_compiled_models_need_a_compiler_or_leave_to_run(
     problems = {m.name: m.versions[0].problem for m in check(tmp_path).models}
     assert "allow_code" in problems["package"]
     assert "no C++ compiler" in problems["program"]
+
+
+def test_a_folder_that_is_no_repository_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (remark,) = check(tmp_path / "empty").remarks
+    assert "holds no folder" in remark
+    folder = hugging_face(tmp_path / "models", "bert/1")
+    (folder.parent / "model.toml").write_text("")
+    (remark,) = check(folder.parent).remarks
+    assert "holds model.toml, so it looks like one model's folder" in remark
+    assert remark.endswith(f"name {tmp_path / 'models'}")
+    assert not check(tmp_path / "models").remarks
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hugging_face(tmp_path, "m")
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith(".safetensors"))
+    ((version,),) = (model.versions for model in check(tmp_path).models)
+    assert version.problem.startswith(f"{folder}/")
+    assert "may not be read" in version.problem
+
+
+def test_looking_at_folders_does_not_wait_for_torch(tmp_path: Path) -> None:
+    hugging_face(tmp_path, "m")
+    script = (
+        "import sys; from overcommit.server.check_command import check_repositories as check;"
+        "from rich.console import Console;"
+        f"check([{str(tmp_path)!r}], None, False, False, Console());"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
