@@ -21,11 +21,11 @@ CAPACITY = 2 * LARGE_CHUNK_BYTES + 4 * SMALL_CHUNK_BYTES
 TABLE = ChunkTable(CAPACITY, small_share=0.5)
 
 
-def started(gpu: FakeGpu) -> FakeDriver:
-    """A process whose driver is up, with a context in this thread."""
+def started(gpu: FakeGpu, device: int = 0) -> FakeDriver:
+    """A process whose driver is up, with a context of the device in this thread."""
     driver = FakeDriver(gpu)
     driver.init()
-    driver.context_set_current(driver.primary_context_retain(0))
+    driver.context_set_current(driver.primary_context_retain(device))
     return driver
 
 

@@ -27,6 +27,9 @@ TABLE = ChunkTable(3 * LARGE_CHUNK_BYTES + 3 * SMALL_CHUNK_BYTES, small_share=0.
 VERSIONS = 3
 VERSION_BYTES = 3 * SMALL_CHUNK_BYTES
 
+BATCH = 7  # chunks a message
+
+sites = st.integers(0, 1)
 moments = st.none() | st.integers(1, 160)  # before which call a process dies, if it does
 
 
@@ -42,79 +45,93 @@ class Process:
     mappings: list[CudaMapping] | None = None
 
 
-class ChunkMachine(RuleBasedStateMachine):
-    """A supervisor's vault, one mover at a time, two workers at most."""
+class Device:
+    """One device as the machine sees it: the supervisor's vault, one mover at a time, two workers at most."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gpu = FakeGpu()
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.vault = Vault(len(TABLE))
         self.inodes: list[int] = []  # of the chunks, as they were made first
         self.content: dict[int, int] = {}
         self.mover: Process | None = None
         self.workers: list[Process] = []
-        self.batch = 7  # chunks a message
 
     # --- the supervisor's end of the exchange -----------------------------------------------------
-    def _receive(self, chunks: Chunks) -> tuple[Message, dict[str, int]]:
+    def receive(self, chunks: Chunks) -> tuple[Message, dict[str, int]]:
         first = len(chunks)
-        fds = [os.dup(fd) for fd in self.vault.after(first)[: self.batch]]
+        fds = [os.dup(fd) for fd in self.vault.after(first)[:BATCH]]
         names = tuple(map(str, range(len(fds))))
         return messages.Chunks(first=first, fds=names), dict(zip(names, fds, strict=True))
 
-    def _send(self, message: Message, fds: Sequence[int]) -> None:
+    def send(self, message: Message, fds: Sequence[int]) -> None:
         if isinstance(message, messages.Chunks):
             self.vault.accept(message.first, [os.dup(fd) for fd in fds])
         else:
             assert isinstance(message, ChunksTaken)
 
-    def _begin(self, dies_at: int | None) -> Process:
-        driver = started(self.gpu)
+    def begin(self, gpu: FakeGpu, dies_at: int | None) -> Process:
+        driver = started(gpu, self.number)
         if dies_at is not None:
             driver.die_at(dies_at)
-        return Process(driver, Chunks(driver, TABLE, 0))
+        return Process(driver, Chunks(driver, TABLE, self.number))
+
+
+class ChunkMachine(RuleBasedStateMachine):
+    """A server with two devices: what dies on one costs the other nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpu = FakeGpu(count=2)
+        self.devices = [Device(0), Device(1)]
 
     # --- rules --------------------------------------------------------------------------------
-    @precondition(lambda self: self.mover is None)
-    @rule(dies_at=moments)
-    def start_mover(self, dies_at: int | None) -> None:
-        mover = self._begin(dies_at)
+    @rule(site=sites, dies_at=moments)
+    def start_mover(self, site: int, dies_at: int | None) -> None:
+        device = self.devices[site]
+        if device.mover is not None:
+            return
+        mover = device.begin(self.gpu, dies_at)
         try:
             assert take_chunks(
-                mover.chunks, len(self.vault), lambda: self._receive(mover.chunks), self._send
+                *(mover.chunks, len(device.vault)),
+                *(lambda: device.receive(mover.chunks), device.send),
             )
-            make_chunks(mover.chunks, self._send)
+            make_chunks(mover.chunks, device.send)
             mover.arena = CudaArena(mover.chunks)
             mover.address = mover.arena.map_all(True)
         except Died:
             return
-        self.mover = mover
+        device.mover = mover
 
-    @precondition(lambda self: self.vault.is_full and len(self.workers) < 2)
-    @rule(dies_at=moments)
-    def start_worker(self, dies_at: int | None) -> None:
-        worker = self._begin(dies_at)
+    @rule(site=sites, dies_at=moments)
+    def start_worker(self, site: int, dies_at: int | None) -> None:
+        device = self.devices[site]
+        if not device.vault.is_full or len(device.workers) == 2:
+            return
+        worker = device.begin(self.gpu, dies_at)
         try:
             assert take_chunks(
-                worker.chunks, len(TABLE), lambda: self._receive(worker.chunks), self._send
+                *(worker.chunks, len(TABLE)),
+                *(lambda: device.receive(worker.chunks), device.send),
             )
             worker.ranges = CudaRanges(worker.chunks)
             worker.mappings = [worker.ranges.open(VERSION_BYTES) for _ in range(VERSIONS)]
         except Died:
             return
-        self.workers.append(worker)
+        device.workers.append(worker)
 
-    @precondition(lambda self: self.mover is not None)
-    @rule(chunk=st.integers(0, len(TABLE) - 1), value=st.integers(1, 255))
-    def load(self, chunk: int, value: int) -> None:
-        assert self.mover is not None
-        _shm.view(self.mover.address + TABLE.offset(chunk), 1, True)[0] = value
-        self.content[chunk] = value
+    @rule(site=sites, chunk=st.integers(0, len(TABLE) - 1), value=st.integers(1, 255))
+    def load(self, site: int, chunk: int, value: int) -> None:
+        device = self.devices[site]
+        if device.mover is not None:
+            _shm.view(device.mover.address + TABLE.offset(chunk), 1, True)[0] = value
+            device.content[chunk] = value
 
-    @precondition(lambda self: self.workers)
+    @precondition(lambda self: any(device.workers for device in self.devices))
     @rule(data=st.data(), dies_at=moments)
     def place(self, data: st.DataObject, dies_at: int | None) -> None:
-        worker = data.draw(st.sampled_from(self.workers))
+        device = data.draw(st.sampled_from([each for each in self.devices if each.workers]))
+        worker = data.draw(st.sampled_from(device.workers))
         assert worker.mappings is not None
         mapping = data.draw(st.sampled_from(worker.mappings))
         numbers = st.integers(0, len(TABLE) - 1)
@@ -124,59 +141,67 @@ class ChunkMachine(RuleBasedStateMachine):
         try:
             mapping.map([(TABLE.offset(chunk), TABLE.nbytes(chunk)) for chunk in chosen], 1)
         except Died:
-            self.workers.remove(worker)
+            device.workers.remove(worker)
             return
         at = 0
         for chunk in chosen:
             if at >= VERSION_BYTES:
                 break
-            assert _shm.view(mapping.address + at, 1, False)[0] == self.content.get(chunk, 0)
+            held = _shm.view(mapping.address + at, 1, False)[0]
+            assert held == device.content.get(chunk, 0)
             at += TABLE.nbytes(chunk)
 
-    @precondition(lambda self: self.mover is not None)
-    @rule()
-    def kill_mover(self) -> None:
-        assert self.mover is not None
-        self.mover.driver.die()
-        self.mover = None
+    @rule(site=sites)
+    def kill_mover(self, site: int) -> None:
+        device = self.devices[site]
+        if device.mover is not None:
+            device.mover.driver.die()
+            device.mover = None
 
-    @precondition(lambda self: self.workers)
-    @rule(number=st.integers(0, 1))
-    def kill_worker(self, number: int) -> None:
-        self.workers.pop(number % len(self.workers)).driver.die()
+    @rule(site=sites, number=st.integers(0, 1))
+    def kill_worker(self, site: int, number: int) -> None:
+        workers = self.devices[site].workers
+        if workers:
+            workers.pop(number % len(workers)).driver.die()
 
     # --- what always holds --------------------------------------------------------------------
     @invariant()
     def every_chunk_is_held_once_and_nothing_else_is_alive(self) -> None:
-        held = [os.fstat(self._fd(number)).st_ino for number in range(len(self.vault))]
-        assert held[: len(self.inodes)] == self.inodes, "a chunk was exchanged for another"
-        self.inodes = held
-        assert len(set(held)) == len(held)
-        for number, inode in enumerate(held):
-            assert self.gpu.inodes[inode] == TABLE.nbytes(number)
-        assert self.gpu.live() == set(held), "a chunk was leaked or lost"
-
-    def _fd(self, number: int) -> int:
-        return self.vault.after(number)[0]
+        everything: list[int] = []
+        for device in self.devices:
+            vault = device.vault
+            held = [os.fstat(vault.after(number)[0]).st_ino for number in range(len(vault))]
+            assert held[: len(device.inodes)] == device.inodes, "a chunk was exchanged for another"
+            device.inodes = held
+            for number, inode in enumerate(held):
+                assert self.gpu.inodes[inode] == TABLE.nbytes(number)
+                assert self.gpu.places[inode] == device.number
+            everything += held
+        assert len(set(everything)) == len(everything)
+        assert self.gpu.live() == set(everything), "a chunk was leaked or lost"
 
     @invariant()
     def no_chunk_is_mapped_twice(self) -> None:
-        if self.mover is not None:
-            placed = {TABLE.offset(n): inode for n, inode in enumerate(self.inodes)}
-            start = self.mover.address
-            assert {at - start: i for at, i in self.mover.driver.mapped().items()} == placed
-        for worker in self.workers:
-            mapped = list(worker.driver.mapped().values())
-            assert len(set(mapped)) == len(mapped)
+        for device in self.devices:
+            if device.mover is not None:
+                placed = {TABLE.offset(n): inode for n, inode in enumerate(device.inodes)}
+                start, mapped = device.mover.address, device.mover.driver.mapped()
+                assert {at - start: inode for at, inode in mapped.items()} == placed
+            for worker in device.workers:
+                inodes = list(worker.driver.mapped().values())
+                assert len(set(inodes)) == len(inodes)
+                assert set(inodes) <= set(device.inodes)
 
     def teardown(self) -> None:
         for driver in self.gpu.drivers:
             driver.die()
-        assert self.gpu.live() == set(self.inodes), "the vault alone keeps what was made"
-        self.vault.close()
+        kept = {inode for device in self.devices for inode in device.inodes}
+        assert self.gpu.live() == kept, "the vaults alone keep what was made"
+        for device in self.devices:
+            device.vault.close()
         gc.collect()
         assert self.gpu.used_bytes() == 0
 
 
-ChunkMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
+ChunkMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=15, deadline=None)
 TestChunkMachine = ChunkMachine.TestCase

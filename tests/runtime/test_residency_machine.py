@@ -181,6 +181,24 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.world.residency.forget_waiter(waiter)
         self.outstanding = {pair for pair in self.outstanding if pair[1] != waiter}
 
+    @rule(slot=SLOTS)
+    def serve_elsewhere(self, slot: int) -> None:
+        port, residency = self.world.port, self.world.residency
+        was_leased = bool(port.leases[slot])
+        is_held = slot in self.known and self.world.state(slot) is State.DEVICE
+        gave_back = residency.release(slot, self.world.now_ns)
+        if is_held and not self.known[slot]:
+            assert gave_back is (self.world.state(slot) is not State.DEVICE)
+            assert not (gave_back and was_leased)
+
+    @rule()
+    def lose_device(self) -> None:
+        """The memory is gone with the mover, and with it every worker that had it open."""
+        self.world.port.leases.clear()
+        self.world.port.lies = 0
+        self._settle(self.world.take(self.world.residency.lose_device(self.world.now_ns)))
+        assert all(self.world.state(slot) is not State.DEVICE for slot in self.known)
+
     @rule(step_ns=STEPS_NS)
     def tick(self, step_ns: int) -> None:
         self._settle(self.world.tick(step_ns))
