@@ -107,6 +107,14 @@ class Accounts:
                 name=entry.name,
                 version=entry.version,
                 engine=entry.engine,
-                config=with_labels(entry.config, entry.source_config),
+                config=_as_configured(entry),
             )
         )
+
+
+def _as_configured(entry: Entry) -> ModelConfig:
+    """What packing has found out, with what `model.toml` says and no image depends on."""
+    config, source = with_labels(entry.config, entry.source_config), entry.source_config
+    if source is None:
+        return config
+    return msgspec.structs.replace(config, naming=source.naming, warmup=source.warmup)

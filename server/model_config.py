@@ -17,9 +17,12 @@ from overcommit.runtime.config import (
     Batching,
     Control,
     ModelConfig,
+    Naming,
     Sequence,
     SequenceState,
     TensorSpec,
+    Warmup,
+    WarmupInput,
     smallest,
 )
 from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
@@ -51,7 +54,7 @@ def describe(described: Described) -> Object:
         "platform": "",
         "backend": described.engine,
         "runtime": "",
-        "version_policy": {"all": {}},
+        "version_policy": _versions(config.naming),
         "max_batch_size": batching.max_batch_size,
         "input": [_input(spec, config, batches) for spec in visible_inputs(config)],
         "output": [_output(spec, batches) for spec in visible_outputs(config)],
@@ -103,8 +106,38 @@ def describe(described: Described) -> Object:
         "parameters": {
             name: {"string_value": _text(value)} for name, value in config.parameters.items()
         },
-        "model_warmup": [],
+        "model_warmup": [_warmup(each) for each in config.warmup],
     }
+
+
+def _versions(naming: Naming | None) -> Object:
+    if naming is not None and naming.latest:
+        return {"latest": {"num_versions": naming.latest}}
+    if naming is not None and naming.specific:
+        return {"specific": {"versions": [int(version) for version in naming.specific]}}
+    return {"all": {}}
+
+
+def _warmup(warmup: Warmup) -> Object:
+    return {
+        "name": warmup.name,
+        "batch_size": warmup.batch_size,
+        "inputs": {
+            each.name: {
+                "data_type": _type(each.datatype),
+                "dims": list(each.shape),
+                **_data(each),
+            }
+            for each in warmup.inputs
+        },
+        "count": warmup.count,
+    }
+
+
+def _data(given: WarmupInput) -> Object:
+    if given.data == "file":
+        return {"input_data_file": os.path.basename(given.file)}
+    return {"random_data": True} if given.data == "random" else {"zero_data": True}
 
 
 def _policy(timeout_us: int, jobs_max: int) -> Object:

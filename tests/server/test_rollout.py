@@ -26,6 +26,9 @@ TOML = """
 allow_code = true
 [versions]
 latest = %d
+[[warmup]]
+name = "zeros"
+inputs.x = { datatype = "FP32", shape = [1, 2] }
 [[input]]
 name = "x"
 datatype = "FP32"
@@ -68,6 +71,19 @@ def answer(server: Server, path: str = "scale", **headers: str) -> tuple[str, fl
     value = body["outputs"][0]["data"][0]
     assert value == float(body["model_version"])
     return body["model_version"], value
+
+
+def test_the_configuration_shows_the_version_policy_and_the_warm_up(server: Server) -> None:
+    config = server.get("/v2/models/scale/config").json()
+    assert config["version_policy"] == {"latest": {"num_versions": 1}}
+    assert config["model_warmup"] == [
+        {
+            "name": "zeros",
+            "batch_size": 1,
+            "inputs": {"x": {"data_type": "TYPE_FP32", "dims": [1, 2], "zero_data": True}},
+            "count": 1,
+        }
+    ]
 
 
 def index(server: Server) -> dict[str, Any]:
