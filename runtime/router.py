@@ -72,6 +72,10 @@ class Router:
         self._loads[worker] = _Load(site)
         self._homes.clear()
 
+    def home_site(self, slot: int) -> int:
+        """Return the site that serves a version first."""
+        return self._sites.get(slot, (0,))[0]
+
     def spread(self, sites: Mapping[int, tuple[int, ...]]) -> None:
         """These versions, by slot, are served by these sites from now on."""
         self._sites.update(sites)

@@ -17,7 +17,8 @@ Invariants
     worker that serves it, and only one with room and half the work at most.  It is given up after
     COLD_LOOKS looks in a row without half a batch waiting, or when its site gets short of room.
  4. A version that was moved or changed its number of sites is left alone for REST_LOOKS looks.
- 5. Bytes that were promised to a site count as used there until they can be seen (SETTLE_LOOKS).
+ 5. A version that keeps state between requests stays where it is, unless that is lost.
+ 6. Bytes that were promised to a site count as used there until they can be seen (SETTLE_LOOKS).
 
 Pure.  Called by `spreading`, once a second.
 """
@@ -59,6 +60,7 @@ class _Placed:
     sites: tuple[int, ...]
     nbytes: int
     share: str  # the digest of what it may share; "": nothing
+    is_fixed: bool = False
     hot: int = 0  # looks in a row with a queue
     cold: int = 0  # looks in a row with none, while it has several sites
     rest: int = 0  # looks for which it is left alone
@@ -99,7 +101,7 @@ class Spread:
         return sum(site in placed.sites for placed in self._placed.values())
 
     # --- events ---------------------------------------------------------------------------------
-    def add(self, slot: int, nbytes: int, share: str = "") -> bool:
+    def add(self, slot: int, nbytes: int, share: str = "", is_fixed: bool = False) -> bool:
         """A version can be served; True if it is new here.  `share` names its largest part."""
         placed = self._placed.get(slot)
         if placed is not None:
@@ -108,7 +110,7 @@ class Spread:
                 placed.nbytes, placed.share = nbytes, share
                 self._count(placed, +1)
             return False
-        placed = _Placed((self._choose(share),), nbytes, share)
+        placed = _Placed((self._choose(share),), nbytes, share, is_fixed)
         self._placed[slot] = placed
         self._count(placed, +1)
         return True
@@ -165,7 +167,7 @@ class Spread:
         changed: dict[int, tuple[int, ...]] = {}
         for slot in self._several | self._hot | queues.keys():
             placed = self._placed.get(slot)
-            if placed is None:
+            if placed is None or placed.is_fixed:
                 continue
             sites = self._weigh(slot, placed, looks, queues.get(slot, 0), max(1, batch_of(slot)))
             if sites is not None:
@@ -218,7 +220,7 @@ class Spread:
             return changed
         for slot in dict.fromkeys(look.loaded):
             placed = self._placed.get(slot)
-            if placed is None or placed.sites != (site,) or placed.rest:
+            if placed is None or placed.sites != (site,) or placed.rest or placed.is_fixed:
                 continue
             others = [
                 (self._room(other, looks[other], ROOM_SHARE), other)

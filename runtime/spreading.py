@@ -50,7 +50,8 @@ class Spreading:
     # --- events ---------------------------------------------------------------------------------
     def add(self, entry: Entry) -> None:
         """A version can be served."""
-        if self.spread.add(entry.slot, entry.nbytes, _share_of(entry)):
+        is_fixed = entry.config.sequence is not None
+        if self.spread.add(entry.slot, entry.nbytes, _share_of(entry), is_fixed):
             self._unsaid[entry.slot] = self.spread.sites_of(entry.slot)
 
     def remove(self, slot: int) -> None:

@@ -63,7 +63,7 @@ class Dispatch:
         call_soon: Callable[[Callable[[], None]], object],
         seats: int = 1,
     ) -> None:
-        """`seats`: of workers, whether somebody sits there or not."""
+        """`seats`: of a site's workers, whether somebody sits there or not."""
         self._call_soon = call_soon
         self._to_wake: set[WorkerLink] = set()
         self._unheard = 0  # requests pushed since the last wake-up
@@ -74,7 +74,7 @@ class Dispatch:
         self.links: dict[int, WorkerLink] = {}
         self._router = Router()
         self._avoid: set[int] = set()  # links that take no more at the moment
-        self.tracks = Tracks(seats)
+        self.tracks = Tracks(seats, self._router.home_site)
         self.pending: dict[int, Pending] = {}
         self._held: dict[int, Pending] = {}
         self.requests = self.errors = self.late = self.retried = 0

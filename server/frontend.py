@@ -105,7 +105,7 @@ class FrontEnd:
         self.plans.is_split = self.table.is_split
         self.dispatch = Dispatch(
             *(start.seat, start.epoch, self._ingress, egress, call_soon),
-            seats=start.settings.workers * start.sites,
+            seats=start.settings.workers,
         )
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -115,8 +115,10 @@ def _flag(parameters: codec.Parameters | None, name: str) -> bool:
 class Tracks:
     """Where the sequences of this front end's requests went."""
 
-    def __init__(self, seats: int) -> None:
+    def __init__(self, seats: int, site_of: Callable[[int], int] = lambda slot: 0) -> None:
+        """`seats` of workers that each site has; `site_of(slot)` is the one that serves a version."""
         self._seats = seats
+        self._site_of = site_of
         self._known: dict[tuple[int, Key], int] = {}  # (slot, id) -> link
 
     def __len__(self) -> int:
@@ -148,7 +150,8 @@ class Tracks:
     def seat_of(self, slot: int, key: Key) -> int:
         """The seat whose worker has this sequence."""
         kind, text = (b"n", str(key)) if isinstance(key, int) else (b"t", key)
-        return zlib.crc32(b"%d %b %b" % (slot, kind, text.encode())) % self._seats
+        inside = zlib.crc32(b"%d %b %b" % (slot, kind, text.encode())) % self._seats
+        return self._site_of(slot) * self._seats + inside
 
     def _remember(self, name: tuple[int, Key], link: int) -> None:
         self._known.pop(name, None)

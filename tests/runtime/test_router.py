@@ -158,3 +158,8 @@ def test_where_its_sites_have_no_worker_a_version_has_none() -> None:
     assert router.choose(8, 2) == 20
     router.spread({7: (0,)})
     assert router.choose(7, 2) == 10
+
+
+def test_a_versions_home_site_is_the_first_it_was_told() -> None:
+    router = spread({10: 0, 20: 1}, {7: (1, 0)})
+    assert (router.home_site(7), router.home_site(8)) == (1, 0)

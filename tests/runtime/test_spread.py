@@ -144,6 +144,13 @@ def test_room_is_not_promised_twice(spread: Spread) -> None:
     assert not any(later)
 
 
+def test_a_version_with_state_stays_unless_its_device_is_lost(spread: Spread) -> None:
+    spread.add(1, GB, is_fixed=True)
+    assert heat(spread, 1, 2 * REPLICA_LOOKS) == {}
+    assert take(spread, [look(working_set=40 * GB, loaded=(1,)), look()]) == {}
+    assert spread.lose(0) == {1: (1,)}
+
+
 # --- losing -------------------------------------------------------------------------------------
 def test_versions_of_a_lost_device_are_served_by_the_others(spread: Spread) -> None:
     for slot in range(10):
