@@ -35,6 +35,7 @@ class Scenario(enum.Enum):
     variants = "variants"
     fleet = "fleet"
     sharing = "sharing"
+    packing = "packing"
     chaos = "chaos"
     gpu = "gpu"
     serving = "serving"

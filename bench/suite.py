@@ -28,6 +28,7 @@ from overcommit.bench import (
     many_models,
     micro,
     overcommit,
+    packing,
     pressure,
     replay,
     same_host,
@@ -55,6 +56,7 @@ SCENARIOS: Final[dict[str, Callable[[Options, Report], None]]] = {
     "variants": variants.run,
     "fleet": fleet.run,
     "sharing": sharing.run,
+    "packing": packing.run,
     "chaos": chaos.run,
     "gpu": gpu.run,
 }

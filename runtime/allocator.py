@@ -10,8 +10,9 @@ weights are of any length, and 1 MiB on average of 11 would be lost.
 Invariants
  1. Every 4 KiB page is free or belongs to exactly one allocation.
  2. An allocation of at most SLAB_MODEL_BYTES_MAX is one contiguous run inside one slab; any other is
-    a list of whole chunks in any order (and a tail), so no allocation over that size can fail while
-    enough 2 MiB chunks are free: there is no external fragmentation and nothing to compact.
+    a list of whole chunks in any order (and a tail in one or two runs), so no allocation over that
+    size can fail while enough 2 MiB chunks are free: there is no external fragmentation and nothing
+    to compact.
  3. With `can_split` (memfd) a 64 MiB chunk splits on demand and merges when all 32 parts are free.
     Without (CUDA, whose chunks are made once) a share is split at construction, for ever; a rest
     for which the small ones do not suffice takes a 64 MiB chunk whole, unless `exact`; and when
@@ -37,6 +38,7 @@ from overcommit.runtime.ranking import Ranking
 
 SMALL_PER_LARGE: Final = LARGE_CHUNK_BYTES // SMALL_CHUNK_BYTES
 PAGES_PER_SLAB: Final = SMALL_CHUNK_BYTES // PAGE_BYTES
+TAIL_PAGES_MIN: Final = 16  # of the first part of a tail that is in two
 
 
 class Extent(NamedTuple):
@@ -178,14 +180,21 @@ class ChunkAllocator:
         return _merge(extents)
 
     def _take_with_tail(self, smalls: int, pages: int) -> tuple[Extent, ...] | None:
-        run = self._take_run(pages)
-        if run is None:
-            return None
-        chunks = self._take_chunks(smalls, exact=False)
+        """Take chunks and a tail, which may be in two: slabs would be left with gaps of half a chunk."""
+        runs: list[Extent] = []
+        longest = self._runs.highest()
+        if TAIL_PAGES_MIN <= longest < pages and (first := self._take_run(longest)) is not None:
+            runs.append(first)
+            pages -= longest
+        last = self._take_run(pages)
+        chunks = None if last is None else self._take_chunks(smalls, exact=False)
+        if last is not None:
+            runs.append(last)
         if chunks is None:
-            self._free_run(run.offset // SMALL_CHUNK_BYTES, *run)
+            for offset, length in runs:
+                self._free_run(offset // SMALL_CHUNK_BYTES, offset, length)
             return None
-        return (*chunks, run)  # not merged: a run and a chunk are freed differently
+        return (*chunks, *runs)  # not merged: a run and a chunk are freed differently
 
     def _split(self, parent: int, smalls: int) -> None:
         first = parent * SMALL_PER_LARGE

@@ -98,8 +98,9 @@ class AgainstIntervals(RuleBasedStateMachine):
             assert len(extents) == 1
             (offset, length) = extents[0]
             assert offset // SMALL_CHUNK_BYTES == (offset + length - 1) // SMALL_CHUNK_BYTES
-        chunks = extents[:-1] if extents[-1].length % SMALL_CHUNK_BYTES else extents
-        assert all(length % SMALL_CHUNK_BYTES == 0 for _, length in chunks)
+        chunks = [extent for extent in extents if extent.length % SMALL_CHUNK_BYTES == 0]
+        assert extents[: len(chunks)] == tuple(chunks), "tails come last"
+        assert len(extents) - len(chunks) <= 2
         for left, right in itertools.pairwise(chunks):
             assert left.offset + left.length != right.offset, "neighbours are merged"
         self.held.extend(extents)
@@ -366,6 +367,18 @@ def test_a_tail_lies_in_a_slab_with_others() -> None:
     allocator.free(second)
     allocator.check()
     assert allocator.try_allocate(256 * MIB) is not None
+
+
+def test_a_tail_fills_the_gap_of_a_slab_before_it_takes_another() -> None:
+    allocator = ChunkAllocator(4 * MIB, has_tails=True)
+    first, second = (allocator.try_allocate(1400 * KIB) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert len(second) == 2
+    allocator.free(first)
+    allocator.free(second)
+    allocator.check()
+    assert allocator.try_allocate(4 * MIB) is not None
 
 
 def test_freeing_twice_is_found() -> None:
