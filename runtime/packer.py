@@ -61,13 +61,11 @@ from overcommit.runtime.image import (
     FORMAT_VERSION,
     ImageHeader,
     TensorFacts,
-    is_there,
     lay_out,
     layout_hash,
-    read_header,
-    read_payload,
     write_image,
 )
+from overcommit.runtime.kept_images import reusable, rewrite
 from overcommit.runtime.messages import Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 
@@ -193,11 +191,11 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
     path, other = folder / f"{key}.image", folder / f"{key}p.image"
     if job.packs:
         path, other, key = other, path, f"{key}p"
-    if (header := _reusable(path)) is not None:
+    if (header := reusable(path)) is not None:
         return _done(job, path, key, header)
-    if _reusable(other) is not None:
+    if reusable(other) is not None:
         # The same weights in the other form: they were seen to answer as they should.
-        return _done(job, path, key, _rewrite(other, path, on_progress, packs=job.packs))
+        return _done(job, path, key, rewrite(other, path, on_progress, packs=job.packs))
     if source.kind in foreign.KINDS:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = TEMPORARY_PREFIX
@@ -222,18 +220,6 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
     return _done(job, path, key, write_image(path, header, parts, on_progress, packs=job.packs))
 
 
-def _rewrite(source: Path, path: Path, on_progress: Progress, *, packs: bool) -> ImageHeader:
-    """Write an image that is there once more, in its packed or in its raw form."""
-    header, payload = read_payload(source)
-    view = memoryview(payload).toreadonly()
-    tensors = (
-        (entry, view[entry.offset : entry.offset + entry.nbytes])
-        for entry in header.tensors
-        if entry.alias_of is None
-    )
-    return write_image(path, header, tensors, on_progress, packs=packs)
-
-
 @contextlib.contextmanager
 def _only_reading(module: nn.Module, job: Pack) -> Iterator[None]:
     """Refuse a module that writes to its own tensors: mapped weights are read-only.
@@ -248,23 +234,6 @@ def _only_reading(module: nn.Module, job: Pack) -> Iterator[None]:
                 f"model '{job.name}' writes to its tensor '{name}' while it runs, but weights are "
                 f"read-only; compute a new tensor instead"
             )
-
-
-def _reusable(path: Path) -> ImageHeader | None:
-    if not path.exists():
-        return None
-    try:
-        header, _ = read_header(path)
-    except ImageError as error:
-        log.warning("%s is made again: %s", path, error.message)
-        return None
-    if not Path(header.program.get("file", "/")).exists():
-        log.warning("%s is made again: its program is gone", path)
-        return None
-    if not all(is_there(path, part) for part in header.parts):
-        log.warning("%s is made again: a part of it is gone", path)
-        return None
-    return header
 
 
 def _working_header(
