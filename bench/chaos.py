@@ -44,6 +44,7 @@ QUICK_KILL_S: Final = 12.0
 QUICK_RESIDENT_S: Final = 6.0
 DRAIN_AFTER_S: Final = 1.5
 ORPHANS_AFTER_S: Final = 1.5
+ANSWERS_LIMIT_S: Final = 90.0  # for the first ones, of a server that has just started
 END_LIMIT_S: Final = 15.0  # for orphans to be gone
 LOAD_S_MAX: Final = 120.0  # of a load that a phase ends itself
 
@@ -98,7 +99,8 @@ class Chaos:
 
     def until(self, load: Load, seconds: float) -> None:
         """Let a load run until it has got answers for a while."""
-        processes.wait_for(lambda: load.progress.right >= 4 * self.options.connections, END_LIMIT_S)
+        wanted = 4 * self.options.connections
+        processes.wait_for(lambda: load.progress.right >= wanted, ANSWERS_LIMIT_S)
         processes.wait_for(lambda: False, seconds)
 
     # --- phases ---------------------------------------------------------------------------------
@@ -183,7 +185,11 @@ class Chaos:
             "orphans: SIGKILL of the supervisor leaves no process", gone and not left, text
         )
         bad = tally.wrong + tally.unexpected
-        self.report.expect("orphans: no wrong answer", bad == 0 < tally.right, f"{bad} wrong")
+        self.report.expect(
+            "orphans: no wrong answer",
+            bad == 0 < tally.right,
+            f"{tally.right} right, {bad} wrong; {tally.statuses}",
+        )
 
     # --- judging --------------------------------------------------------------------------------
     def _judge(self, phase: str, tally: Tally, killer: Killer) -> None:
