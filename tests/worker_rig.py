@@ -35,7 +35,7 @@ from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import LinkDown, LinkUp, Message, Start
 from overcommit.runtime.worker import Worker
-from overcommit.runtime.worker_messages import Activate, Placed, VersionInfo
+from overcommit.runtime.worker_messages import Activate, Attaches, Placed, VersionInfo
 from overcommit.runtime.worker_process import serve
 
 ARENA_BYTES = 1024 * PAGE_BYTES
@@ -193,9 +193,14 @@ class Rig:
 
     # --- the supervisor's messages --------------------------------------------------------------
     def receive(self) -> Message | None:
-        """The worker's next message, without deadlines; None after the watchdog."""
-        received = self.control.receive(WATCHDOG_S)
-        return None if received is None else plain(received[0])
+        """The worker's next message, without deadlines; None after the watchdog.
+
+        Attaches are passed over: the clock says when they come.
+        """
+        while (received := self.control.receive(WATCHDOG_S)) is not None:
+            if not isinstance(received[0], Attaches):
+                return plain(received[0])
+        return None
 
     def heard(self) -> list[Message]:
         """Everything that the worker has said, without deadlines."""
