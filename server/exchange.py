@@ -208,10 +208,13 @@ class Exchange:
         self.more_body = False
         assert self.prepared is not None
         if self.pending is not None:  # else it was answered meanwhile
-            front = self.protocol.front
-            timeout_ns = front.timeout_ns(self.prepared)
-            front.dispatch.urge(self.pending, self.prepared.level)
-            front.dispatch.send(self.pending, time.monotonic_ns() + timeout_ns)
+            self._send(self.pending, self.prepared, time.monotonic_ns())
+
+    def _send(self, pending: Pending, prepared: Prepared, now_ns: int) -> None:
+        """Send a request whose tensors are in its block; short ones do this in `_submit`."""
+        front = self.protocol.front
+        front.dispatch.urge(pending, prepared.level)
+        front.dispatch.send(pending, now_ns + front.timeout_ns(prepared))
 
     def abandon(self) -> None:
         """The client is gone."""

@@ -10,6 +10,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from overcommit.runtime.config import METRICS_MODELS
+
 Repositories = Annotated[
     list[str] | None,
     Argument(metavar="REPOSITORY...", help="Folders with one folder per model, or URLs of such."),
@@ -90,7 +92,8 @@ Ttl = Annotated[
     Option(metavar="SECONDS", help="Without a use, then a model leaves memory; 0: never (0)."),
 ]
 MetricsModels = Annotated[
-    str | None, Option(metavar="N", help="Models with metric series of their own (100).")
+    str | None,
+    Option(metavar="N", help=f"Models with metric series of their own ({METRICS_MODELS})."),
 ]
 Admission = Annotated[
     bool | None,

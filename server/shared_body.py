@@ -130,8 +130,7 @@ class SharedExchange(Exchange):
             super()._submit(prepared, data)
             return
         self.prepared = prepared
-        front = self.protocol.front
-        dispatch = front.dispatch
+        dispatch = self.protocol.front.dispatch
         now_ns = time.monotonic_ns()
         pending = dispatch.open(prepared.plans.route, prepared.plan, self, now_ns)
         try:
@@ -141,7 +140,7 @@ class SharedExchange(Exchange):
             raise
         self.pending = pending
         self.drop_body()
-        dispatch.send(pending, now_ns + front.timeout_ns(prepared))
+        self._send(pending, prepared, now_ns)
 
     def succeed(self, view: memoryview) -> None:
         """Write the model's answer: its tensors into the region, if they fit."""

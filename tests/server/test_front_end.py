@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import PIPELINE_MAX
+from overcommit.runtime.front_end_messages import Region, RegionsChanged
 from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.server.limits import (
     BODY_TIMEOUT_S,
@@ -23,7 +25,10 @@ from overcommit.server.limits import (
     SMALL_BODY_BYTES,
     WRITE_TIMEOUT_S,
 )
+from overcommit.server.plans import Plans
+from overcommit.server.regions import Regions
 from overcommit.server.routing import CANARY
+from overcommit.server.shared_body import MEDIA_TYPE
 
 HEAD = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: h\r\n"
 
@@ -390,6 +395,38 @@ def test_how_urgent_a_request_is_travels_with_it_where_its_version_has_levels() 
                 assert submission[9] >> LEVEL_SHIFT == level
                 peer.answer(submission)
                 rig.dispatch.drain()
+
+    in_loop(test)
+
+
+@pytest.mark.parametrize("kind", ["body", "region"])
+def test_how_urgent_a_long_request_is_travels_with_it_too(kind: str, tmp_path: Path) -> None:
+    def test() -> None:
+        rig = Rig(msgspec.structs.replace(ROUTE, priority_levels=3))
+        (tmp_path / "key").write_bytes(VALUES.tobytes())
+        rig.plans = Plans(Regions(is_allowed=True, folder=str(tmp_path)))
+        region = Region(name="r", key="/key", offset=0, byte_size=VALUES.nbytes)
+        rig.plans._regions.apply(RegionsChanged(upsert=(region,)))
+        peer, client = Peer(rig, 0, 1), rig.connect()
+        tensor = {"name": "x", "datatype": "FP32", "shape": [1, VALUES.size]}
+        asked: dict[str, Any] = {
+            "inputs": [{**tensor, "parameters": {"binary_data_size": VALUES.nbytes}}],
+            "parameters": {"priority": 2, "binary_data_output": True},
+        }
+        if kind == "region":
+            asked["parameters"] |= {"shared_memory_region": "r"}
+            asked["parameters"] |= {"shared_memory_byte_size": VALUES.nbytes}
+            text = json.dumps(asked).encode()
+            client.send(request(text, b"Content-Type: " + MEDIA_TYPE))
+        else:
+            text = json.dumps(asked).encode()
+            length = b"Inference-Header-Content-Length: %d" % len(text)
+            client.send(request(text + VALUES.tobytes(), length))
+        (submission,) = peer.take()
+        assert submission[9] >> LEVEL_SHIFT == 2
+        peer.answer(submission)
+        rig.dispatch.drain()
+        assert rig.is_empty()
 
     in_loop(test)
 
