@@ -10,7 +10,6 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import ssl
 from collections.abc import Mapping, Sequence
@@ -23,12 +22,10 @@ from overcommit.runtime.errors import (
     BadRequest,
     DeadlineExceeded,
     NotFound,
-    OvercommitError,
     Unavailable,
 )
-from overcommit.server.clients import exchange, sharing
+from overcommit.server.clients import exchange, shared_calls
 from overcommit.server.clients.exchange import (
-    Inference,
     ModelInfo,
     ModelState,
     Received,
@@ -36,7 +33,8 @@ from overcommit.server.clients.exchange import (
     Sent,
     ServerError,
 )
-from overcommit.server.clients.sharing import ASK_TIMEOUT_S, Region, Sharing
+from overcommit.server.clients.shared_calls import Ask, Steps, T
+from overcommit.server.clients.sharing import Sharing
 from overcommit.server.clients.sync import TIMEOUT_S
 from overcommit.server.clients.tensors import Array
 from overcommit.server.urls import DEFAULT_URL, place_of
@@ -86,7 +84,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Close all connections, give shared memory back; the client can be used again."""
         if self._sharing is not None:
-            await self._drop(self._sharing.close())
+            await self._run(shared_calls.drop(self._sharing.close()))
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -116,8 +114,8 @@ class AsyncClient:
                 model, version, inputs, outputs, info, timeout_s, id, sequence
             )
             result = None
-            if not asked.is_once:
-                result = await self._infer_shared(asked, timeout_s)
+            if self._sharing is not None and not asked.is_once:
+                result = await self._run(shared_calls.infer(self._sharing, asked, timeout_s))
             if result is None:
                 received = await self._send_patiently(asked.in_body(), timeout_s)
                 result = exchange.infer_result(received)
@@ -174,86 +172,30 @@ class AsyncClient:
         status: dict[str, Any] = await self._get("/v2/overcommit/status", dict[str, Any])
         return status
 
-    # --- shared memory: as `Client` has it, awaited ----------------------------------------------
-    async def _infer_shared(self, asked: Inference, timeout_s: float | None) -> Result | None:
-        region = await self._region(asked)
-        if region is None:
-            return None
-        assert self._sharing is not None
-        try:
-            received = await self._send_patiently(sharing.sent_in(region, asked), timeout_s)
-        except BaseException:
-            self._sharing.retire(region)
-            raise
-        if sharing.is_refusal(received):
-            self._sharing.give_back(region)
-            received = await self._send_patiently(asked.in_body(), timeout_s)
-            if not sharing.is_refusal(received):
-                await self._drop(self._sharing.fail())
-            return exchange.infer_result(received)
-        try:
-            return sharing.result_of(received, region)
-        finally:
-            if exchange.is_servers_own(received):
-                self._sharing.give_back(region)
-            else:
-                self._sharing.retire(region)
-
-    async def _region(self, asked: Inference) -> Region | None:
-        own = self._sharing
-        if own is None or not (nbytes := own.wanted_bytes(asked)):
-            return None
-        if not own.is_on and not await self._begin(own):
-            return None
-        region = own.lend(nbytes)
-        if region is not None:
-            return region
-        region, gone = own.make(nbytes)
-        proof = ""
-        try:
-            await self._drop(gone)
-            if region is None:
-                return None
-            sent = exchange.region_request(region.name, "register", region.name, region.nbytes)
-            with contextlib.suppress(OvercommitError):
-                proof = exchange.region_proof(await self._send(sent, ASK_TIMEOUT_S))
-        except BaseException:
-            if region is not None:
-                own.retire(region)
-            raise
-        if proof == region.proof:
-            return region
-        own.refuse(region)
-        return None
-
-    async def _begin(self, own: Sharing) -> bool:
-        if not own.begin():
-            return False
-        is_on = False
-        try:
-            with contextlib.suppress(OvercommitError):
-                is_on = exchange.takes_regions(await self._send(Sent("GET", "/v2"), ASK_TIMEOUT_S))
-        finally:
-            own.end(is_on)
-        return is_on
-
-    async def _drop(self, regions: Sequence[Region]) -> None:
-        is_there = True
-        try:
-            for region in regions:
-                try:
-                    if is_there:
-                        sent = exchange.region_request(region.name, "unregister")
-                        await self._send(sent, ASK_TIMEOUT_S)
-                except OvercommitError:
-                    is_there = False
-        finally:
-            for region in regions:
-                region.close()
-
     # --- inside ---------------------------------------------------------------------------------
     async def _get(self, path: str, kind: type[Any]) -> Any:
         return exchange.decode(await self._send(Sent("GET", path), self._timeout_s), kind)
+
+    async def _run(self, steps: Steps[T]) -> T:
+        """Send what the steps ask, and return what they return."""
+        try:
+            ask = next(steps)
+            while True:
+                try:
+                    received = await self._ask(ask)
+                except BaseException as error:  # the steps put things right, and raise it again
+                    ask = steps.throw(error)
+                else:
+                    ask = steps.send(received)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    async def _ask(self, ask: Ask) -> Received:
+        if ask.is_patient:
+            return await self._send_patiently(ask.sent, ask.timeout_s)
+        timeout_s = self._timeout_s if ask.timeout_s is None else ask.timeout_s
+        return await self._send(ask.sent, timeout_s)
 
     async def _send_patiently(self, sent: Sent, timeout_s: float | None) -> Received:
         """Send, and again when the server says that it will have time."""

@@ -11,7 +11,6 @@ Invariants
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import itertools
 import ssl
@@ -27,13 +26,11 @@ from overcommit.runtime.errors import (
     BadRequest,
     DeadlineExceeded,
     NotFound,
-    OvercommitError,
     Unavailable,
 )
-from overcommit.server.clients import exchange, sharing
+from overcommit.server.clients import exchange, shared_calls
 from overcommit.server.clients.exchange import (
     ConnectionWasClosed,
-    Inference,
     ModelInfo,
     ModelState,
     Received,
@@ -41,7 +38,8 @@ from overcommit.server.clients.exchange import (
     Sent,
     ServerError,
 )
-from overcommit.server.clients.sharing import ASK_TIMEOUT_S, Region, Sharing
+from overcommit.server.clients.shared_calls import Ask, Steps, T
+from overcommit.server.clients.sharing import Sharing
 from overcommit.server.clients.tensors import Array
 from overcommit.server.urls import DEFAULT_URL, place_of
 
@@ -97,7 +95,7 @@ class Client:
     def close(self) -> None:
         """Close all idle connections, give shared memory back; the client can be used again."""
         if self._sharing is not None:
-            self._drop(self._sharing.close())
+            self._run(shared_calls.drop(self._sharing.close()))
         with self._lock:
             idle, self._idle = self._idle, []
         for connection in idle:
@@ -134,8 +132,8 @@ class Client:
                 model, version, inputs, outputs, info, timeout_s, id, sequence
             )
             result = None
-            if not asked.is_once:
-                result = self._infer_shared(asked, timeout_s)
+            if self._sharing is not None and not asked.is_once:
+                result = self._run(shared_calls.infer(self._sharing, asked, timeout_s))
             if result is None:
                 received = self._send_patiently(asked.in_body(), timeout_s)
                 result = exchange.infer_result(received)
@@ -191,91 +189,30 @@ class Client:
         status: dict[str, Any] = self._get("/v2/overcommit/status", dict[str, Any])
         return status
 
-    # --- shared memory ---------------------------------------------------------------------------
-    def _infer_shared(self, asked: Inference, timeout_s: float | None) -> Result | None:
-        """Run a model over shared memory; None: the tensors are to be sent in the body."""
-        region = self._region(asked)
-        if region is None:
-            return None
-        assert self._sharing is not None
-        try:
-            received = self._send_patiently(sharing.sent_in(region, asked), timeout_s)
-        except ConnectionWasClosed:
-            self._sharing.retire(region)
-            return None
-        except BaseException:
-            self._sharing.retire(region)
-            raise
-        if sharing.is_refusal(received):
-            self._sharing.give_back(region)
-            received = self._send_patiently(asked.in_body(), timeout_s)
-            if not sharing.is_refusal(received):  # so it was the region
-                self._drop(self._sharing.fail())
-            return exchange.infer_result(received)
-        try:
-            return sharing.result_of(received, region)
-        finally:
-            if exchange.is_servers_own(received):
-                self._sharing.give_back(region)
-            else:
-                self._sharing.retire(region)
-
-    def _region(self, asked: Inference) -> Region | None:
-        """Have a region that the server has proved to see; None: there is none."""
-        own = self._sharing
-        if own is None or not (nbytes := own.wanted_bytes(asked)):
-            return None
-        if not own.is_on and not self._begin(own):
-            return None
-        region = own.lend(nbytes)
-        if region is not None:
-            return region
-        region, gone = own.make(nbytes)
-        self._drop(gone)
-        if region is None:
-            return None
-        sent = exchange.region_request(region.name, "register", region.name, region.nbytes)
-        proof = ""
-        try:
-            with contextlib.suppress(OvercommitError):
-                proof = exchange.region_proof(self._send(sent, ASK_TIMEOUT_S))
-        except BaseException:
-            own.retire(region)
-            raise
-        if proof == region.proof:
-            return region
-        own.refuse(region)
-        return None
-
-    def _begin(self, own: Sharing) -> bool:
-        if not own.begin():
-            return False
-        is_on = False
-        try:
-            with contextlib.suppress(OvercommitError):
-                is_on = exchange.takes_regions(self._send(Sent("GET", "/v2"), ASK_TIMEOUT_S))
-        finally:
-            own.end(is_on)
-        return is_on
-
-    def _drop(self, regions: Sequence[Region]) -> None:
-        """Unregister and remove regions; the server finds out by itself if it cannot be told."""
-        is_there = True
-        try:
-            for region in regions:
-                try:
-                    if is_there:
-                        sent = exchange.region_request(region.name, "unregister")
-                        self._send(sent, ASK_TIMEOUT_S)
-                except OvercommitError:
-                    is_there = False
-        finally:
-            for region in regions:
-                region.close()
-
     # --- inside ---------------------------------------------------------------------------------
     def _get(self, path: str, kind: type[Any]) -> Any:
         return exchange.decode(self._send(Sent("GET", path), self._timeout_s), kind)
+
+    def _run(self, steps: Steps[T]) -> T:
+        """Send what the steps ask, and return what they return."""
+        try:
+            ask = next(steps)
+            while True:
+                try:
+                    received = self._ask(ask)
+                except BaseException as error:  # the steps put things right, and raise it again
+                    ask = steps.throw(error)
+                else:
+                    ask = steps.send(received)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+    def _ask(self, ask: Ask) -> Received:
+        if ask.is_patient:
+            return self._send_patiently(ask.sent, ask.timeout_s)
+        timeout_s = self._timeout_s if ask.timeout_s is None else ask.timeout_s
+        return self._send(ask.sent, timeout_s)
 
     def _send_patiently(self, sent: Sent, timeout_s: float | None) -> Received:
         """Send, and again when the server says that it will have time."""
