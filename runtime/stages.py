@@ -11,7 +11,7 @@ a batch and not a request.
 
 Times are rounded to the unit and cut to what fits (half a second).
 
-Pure.  Written by the runner, read by a front end's tallies.
+Pure.  Written by the runner, read by a front end's counts (`server/_counts.c`, which has the layout again).
 """
 
 from __future__ import annotations
@@ -35,13 +35,3 @@ def pack(rows: int, requests: int, input_ns: int, output_ns: int) -> int:
     gathered = min((input_ns + UNIT_NS // 2) // UNIT_NS, _TIME_MAX)
     split = min((output_ns + UNIT_NS // 2) // UNIT_NS, _TIME_MAX)
     return min(rows, _ROWS_MAX) | min(requests, _REQUESTS_MAX) << 13 | gathered << 22 | split << 43
-
-
-def unpack(word: int) -> tuple[int, int, int, int]:
-    """Return rows, requests, input_ns, output_ns."""
-    return (
-        word & _ROWS_MAX,
-        word >> 13 & _REQUESTS_MAX,
-        (word >> 22 & _TIME_MAX) * UNIT_NS,
-        (word >> 43) * UNIT_NS,
-    )
