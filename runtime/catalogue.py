@@ -15,7 +15,6 @@ only `_results` and the bell are shared with it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -27,16 +26,14 @@ from pathlib import Path
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
 from overcommit.runtime.entries import Entry, State, to_route
-from overcommit.runtime.errors import ImageError
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.hints import hint_of
 from overcommit.runtime.house import House
-from overcommit.runtime.image import read_header
 from overcommit.runtime.overrides import Overrides
 from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
-from overcommit.runtime.preload import modules_of
-from overcommit.runtime.process import ForkServer, Process
+from overcommit.runtime.process import Process
+from overcommit.runtime.programs import Programs
 from overcommit.runtime.rehearsal import Rehearsals
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout
@@ -74,10 +71,7 @@ class Catalogue:
         self._is_scanned = False
         self._is_serving = False
         self._is_example_shown = False
-        self._programs: set[str] = set()  # keys of those whose imports are known
-        self._new_programs: dict[str, str] = {}  # key -> an image of it
-        self._modules: set[str] = set()  # what known programs import
-        self._preloaded_by: ForkServer | None = None
+        self._programs = Programs(house.fleet)
 
     # --- the repository -------------------------------------------------------------------------
     def start(self) -> None:
@@ -217,7 +211,7 @@ class Catalogue:
     def _on_usable(self, entry: Entry, now_ns: int) -> None:
         """A version has all that it needs; one on trial shows that it works first."""
         self.house.add(entry, now_ns)
-        self._note_program(entry)
+        self._programs.note(entry)
         if not entry.on_trial:
             self._let_go(entry.name, now_ns)
         elif entry.config.steps:
@@ -302,30 +296,6 @@ class Catalogue:
         if entry is not None:
             log.error("%s version %s cannot be bound: %s", entry.name, entry.version, message)
 
-    def preload(self) -> None:
-        """Have the fork server import what known programs need, for the workers to come.
-
-        Not before the first workers were forked: they would have to wait for it.
-        """
-        server = self.house.fleet.fork_server
-        if server is None or not server.is_ready or server.unfit is not None:
-            return
-        new: set[str] = set()
-        for image_path in self._new_programs.values():
-            with contextlib.suppress(ImageError):
-                new.update(modules_of(read_header(image_path)[0].program))
-        self._programs |= self._new_programs.keys()
-        self._new_programs.clear()
-        wanted = new - self._modules if self._preloaded_by is server else new | self._modules
-        self._modules |= new
-        self._preloaded_by = server
-        if wanted:
-            server.preload(tuple(sorted(wanted)))
-
-    def _note_program(self, entry: Entry) -> None:
-        if entry.program_key not in self._programs and entry.image_path:
-            self._new_programs.setdefault(entry.program_key, entry.image_path)
-
     def name(self, name: str, **said: str) -> bytes:
         """Take over what an operator says of a model's names.  Raises BadRequest, NotFound."""
         answer = self.rollout.say(name, **said)
@@ -353,9 +323,8 @@ class Catalogue:
         """Pack, tell new front ends, let retired versions go."""
         self.packing.step(now_ns)
         self.rehearsals.step(now_ns)
-        is_new_server = self.house.fleet.fork_server is not self._preloaded_by
-        if self._is_serving and (self._new_programs or is_new_server):
-            self.preload()
+        if self._is_serving:  # not before the first workers were forked: they would have to wait
+            self._programs.step()
         if self._is_scanned:
             self._announcer.tell_new(self.registry.entries(), self.rollout.told())
             self._announcer.step(now_ns)
