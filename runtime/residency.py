@@ -300,11 +300,12 @@ class Residency:
 
         One that is pinned comes back elsewhere.
         """
-        actions: list[Action] = []
-        for version in self._on_device.clear_from(offset, now_ns):
-            if version.pinned:
-                actions += self.want(version.slot, NOBODY, now_ns)
-        return actions
+        return self._pinned_again(self._on_device.clear_from(offset, now_ns), now_ns)
+
+    def _pinned_again(self, gone: Iterable[Version], now_ns: int) -> list[Action]:
+        """Of those that left DEVICE who is pinned comes back."""
+        pinned = [version.slot for version in gone if version.pinned]
+        return [action for slot in pinned for action in self.want(slot, NOBODY, now_ns)]
 
     def lose_device(self, now_ns: int) -> list[Action]:
         """All bytes on DEVICE are gone, and no worker is left that held a lease: load again."""
@@ -319,9 +320,7 @@ class Residency:
         for version in list(self._transfers.loading.values()):
             if not version.is_leaving:
                 actions += self._transfers.start_again(version, now_ns)
-        for version in lost:
-            if version.pinned:
-                actions += self.want(version.slot, NOBODY, now_ns)
+        actions += self._pinned_again(lost, now_ns)
         return actions + self._pump.run(now_ns)
 
     def release(self, slot: int, now_ns: int) -> bool:
