@@ -18,11 +18,8 @@ import math
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from overcommit.runtime.config import (
-    CUDA_CHUNKS_MAX,
-    LARGE_CHUNK_BYTES,
-    SMALL_CHUNK_BYTES,
-)
+from overcommit.runtime.config import LARGE_CHUNK_BYTES, SMALL_CHUNK_BYTES
+from overcommit.runtime.device_limits import CUDA_CHUNKS_MAX
 
 _PER_LARGE: Final = LARGE_CHUNK_BYTES // SMALL_CHUNK_BYTES
 

@@ -25,7 +25,8 @@ from typing import Final
 
 import msgspec
 
-from overcommit.runtime.config import DEVICES_MAX, FDS_SPARE, PROBE_TIMEOUT_S, Settings
+from overcommit.runtime.config import Settings
+from overcommit.runtime.device_limits import DEVICES_MAX, FDS_SPARE, PROBE_TIMEOUT_S
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.gpu import Gpu
 

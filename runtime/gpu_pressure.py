@@ -22,7 +22,7 @@ from collections.abc import Callable
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.chunk_table import ChunkTable
-from overcommit.runtime.config import (
+from overcommit.runtime.device_limits import (
     GPU_FREE_GOAL_BYTES,
     GPU_FREE_LOW_BYTES,
     GPU_KEEP_SHARE,

@@ -25,8 +25,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from overcommit.runtime.config import PROBE_TIMEOUT_S, Settings
+from overcommit.runtime.config import Settings
 from overcommit.runtime.cuda_tier import probe, probe_ipc, try_open
+from overcommit.runtime.device_limits import PROBE_TIMEOUT_S
 from overcommit.runtime.driver import Driver, DriverError
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.gpu import Gpu, Shares

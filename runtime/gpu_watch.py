@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from overcommit.runtime.config import GPU_WATCH_S, XIDS_KEPT
+from overcommit.runtime.device_limits import GPU_WATCH_S, XIDS_KEPT
 from overcommit.runtime.gpu import Gpu
 
 log = logging.getLogger("overcommit.gpu")

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.chunk_table import ChunkTable, small_share_of
-from overcommit.runtime.config import LOST_STARTS, LOST_XIDS, Settings
+from overcommit.runtime.config import Settings
+from overcommit.runtime.device_limits import LOST_STARTS, LOST_XIDS
 from overcommit.runtime.drivers import open_nvml
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.gate import SharedGate

@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from overcommit.runtime.config import (
+from overcommit.runtime.device_limits import (
     COLD_LOOKS,
     FULL_SHARE,
     MOVES_MAX,

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from overcommit.runtime.config import HOMES_A_MESSAGE, SPREAD_INTERVAL_S
+from overcommit.runtime.device_limits import HOMES_A_MESSAGE, SPREAD_INTERVAL_S
 from overcommit.runtime.entries import Entry
 from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.front_end_messages import Homes

@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Final
 
 from overcommit.runtime.config import (
-    CUDA_CONTEXT_BYTES,
-    CUDA_HOST_SHARE,
-    CUDA_RESERVE_BYTES,
-    CUDA_RESERVE_SHARE,
     DEVICE_SHARE,
     GIB,
     HOST_SHARE,
@@ -27,6 +23,12 @@ from overcommit.runtime.config import (
     MIB,
     SMALL_CHUNK_BYTES,
     Settings,
+)
+from overcommit.runtime.device_limits import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_HOST_SHARE,
+    CUDA_RESERVE_BYTES,
+    CUDA_RESERVE_SHARE,
 )
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.gpu import Gpu

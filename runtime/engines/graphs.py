@@ -25,7 +25,7 @@ from typing import Final, Protocol
 
 import torch
 
-from overcommit.runtime.config import GRAPH_AFTER, GRAPH_SHAPES_MAX, GRAPHS_MAX
+from overcommit.runtime.device_limits import GRAPH_AFTER, GRAPH_SHAPES_MAX, GRAPHS_MAX
 
 Tensors = dict[str, torch.Tensor]
 Call = Callable[[Tensors], Tensors]

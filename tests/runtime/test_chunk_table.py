@@ -8,14 +8,8 @@ from hypothesis import strategies as st
 
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.chunk_table import ChunkTable, small_share_of
-from overcommit.runtime.config import (
-    CUDA_CHUNKS_MAX,
-    GIB,
-    KIB,
-    LARGE_CHUNK_BYTES,
-    MIB,
-    SMALL_CHUNK_BYTES,
-)
+from overcommit.runtime.config import GIB, KIB, LARGE_CHUNK_BYTES, MIB, SMALL_CHUNK_BYTES
+from overcommit.runtime.device_limits import CUDA_CHUNKS_MAX
 
 capacities = st.integers(1, 700).map(lambda smalls: smalls * SMALL_CHUNK_BYTES)
 shares = st.floats(0.01, 1.0)

@@ -10,15 +10,9 @@ import pytest
 from fake_driver import FakeDriver, FakeGpu
 
 from overcommit.runtime import device_choice, gpu_probe
-from overcommit.runtime.config import (
-    CUDA_CONTEXT_BYTES,
-    CUDA_RESERVE_BYTES,
-    FDS_SPARE,
-    GIB,
-    MIB,
-    Settings,
-)
+from overcommit.runtime.config import GIB, MIB, Settings
 from overcommit.runtime.device_choice import allow_descriptors, choose, read_devices
+from overcommit.runtime.device_limits import CUDA_CONTEXT_BYTES, CUDA_RESERVE_BYTES, FDS_SPARE
 from overcommit.runtime.driver import Result
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.gpu import Gpu

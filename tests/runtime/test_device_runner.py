@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from overcommit.runtime.config import (
-    GRAPH_AFTER,
-    GRAPH_SHAPES_MAX,
-    Batching,
-    ModelConfig,
-    TensorSpec,
-)
+from overcommit.runtime.config import Batching, ModelConfig, TensorSpec
+from overcommit.runtime.device_limits import GRAPH_AFTER, GRAPH_SHAPES_MAX
 from overcommit.runtime.engines import places
 from overcommit.runtime.engines.bound_module import BoundModule
 from overcommit.runtime.engines.device_runner import DeviceRunner

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from overcommit.runtime.config import (
+from overcommit.runtime.device_limits import (
     COLD_LOOKS,
     QUEUE_BATCHES,
     REPLICA_LOOKS,
