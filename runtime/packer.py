@@ -140,16 +140,10 @@ def _prepare_user(job: Pack, source: sources.Source) -> Prepared:
 
 def _prepare_export(job: Pack, source: sources.Source) -> Prepared:
     modules = archive.inspect(source.main)
-    try:
+    with torch_export.reading(source.main):
         exported = torch_export.load(source.main, modules)
         signature = torch_export.signature_of(exported)
         module = exported.module()
-    except OvercommitError:
-        raise
-    except Exception as error:  # torch raises anything for a damaged archive
-        raise RepositoryError(
-            f"{source.main} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
     limits = signature.batch_limits
     return Prepared(
         module=module,

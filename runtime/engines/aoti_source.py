@@ -10,7 +10,7 @@ Called by `foreign`, in the packer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -20,10 +20,10 @@ from overcommit.runtime import checkpoint, trials
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.engines import aoti, aoti_package, archive, manifest, torch_export
 from overcommit.runtime.engines.aoti_package import Manifest
-from overcommit.runtime.engines.bound_module import BoundModule
+from overcommit.runtime.engines.bound_module import Arguments, BoundModule
 from overcommit.runtime.engines.manifest import dense_stride
 from overcommit.runtime.engines.user_code import require_allowed
-from overcommit.runtime.errors import ImageError, OvercommitError, RepositoryError
+from overcommit.runtime.errors import ImageError, RepositoryError
 from overcommit.runtime.foreign import Candidate, Foreign
 from overcommit.runtime.image import TensorFacts
 from overcommit.runtime.packer_messages import Pack
@@ -35,16 +35,10 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     if source.main.suffix == aoti_package.SUFFIX:
         return _prepare_package(job, source, scratch)
     modules = archive.inspect(source.main)
-    try:
+    with torch_export.reading(source.main):
         exported = torch_export.load(source.main, modules)
         described, tensors = aoti_package.manifest_of(exported, modules)
         module = exported.module()
-    except OvercommitError:
-        raise
-    except Exception as error:  # torch raises anything for a damaged archive
-        raise RepositoryError(
-            f"{source.main} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
     signature = torch_export.signature_of(exported)
     call = torch_export.Call(module, exported.call_spec.in_spec, signature)
     facts, data = _laid_out(tensors)
@@ -54,22 +48,15 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
         # Another one: compiling changes it.
         return aoti_package.compile_program(torch_export.load(source.main, modules), described)
 
-    def candidates() -> Iterator[Candidate]:
-        yield Candidate(
-            label="aoti",
-            program={"kind": "aoti"},
-            facts=facts,
-            data=data,
-            key=_key(key, described),
-            save=lambda folder: aoti_package.save(folder, compiled, described),
-        )
-
-    return Foreign(
-        known=trials.Known(described.inputs, described.sizes, described.batch_limits),
-        run=BoundModule(call, _named(job, described)).run_typed,
-        others=(),
-        candidates=candidates,
+    candidate = Candidate(
+        label="aoti",
+        program={"kind": "aoti"},
+        facts=facts,
+        data=data,
+        key=_key(key, described),
+        save=lambda folder: aoti_package.save(folder, compiled, described),
     )
+    return _foreign(job, described, call, candidate)
 
 
 def _prepare_package(job: Pack, source: Source, scratch: Path) -> Foreign:
@@ -88,27 +75,28 @@ def _prepare_package(job: Pack, source: Source, scratch: Path) -> Foreign:
     facts, data = _laid_out(tensors)
     digest = hashlib.blake2b(code, digest_size=16).hexdigest()
 
-    def candidates() -> Iterator[Candidate]:
-        yield Candidate(
-            label="package",
-            program={"kind": "native"},
-            facts=facts,
-            data=data,
-            key=_key(digest, described),
-            save=lambda folder: aoti_package.save(folder, lambda: code, described),
-        )
+    candidate = Candidate(
+        label="package",
+        program={"kind": "native"},
+        facts=facts,
+        data=data,
+        key=_key(digest, described),
+        save=lambda folder: aoti_package.save(folder, lambda: code, described),
+    )
+    return _foreign(job, described, call, candidate)
 
+
+def _foreign(
+    job: Pack, described: Manifest, call: Callable[[Arguments], object], candidate: Candidate
+) -> Foreign:
+    """A source that can be run in one way; its tensors are called as the configuration says, else as here."""
+    named = ModelConfig(inputs=job.config.inputs or described.inputs, outputs=job.config.outputs)
     return Foreign(
         known=trials.Known(described.inputs, described.sizes, described.batch_limits),
-        run=BoundModule(call, _named(job, described)).run_typed,
+        run=BoundModule(call, named).run_typed,
         others=(),
-        candidates=candidates,
+        candidates=lambda: iter((candidate,)),
     )
-
-
-def _named(job: Pack, described: Manifest) -> ModelConfig:
-    """What the tensors are called: as the configuration says, else as the program has it."""
-    return ModelConfig(inputs=job.config.inputs or described.inputs, outputs=job.config.outputs)
 
 
 def _key(program: str, described: Manifest) -> str:

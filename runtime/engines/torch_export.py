@@ -11,12 +11,13 @@ Called by the packer and by workers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import io
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -33,13 +34,29 @@ from overcommit.runtime.engines.bound_module import Arguments, BoundModule
 from overcommit.runtime.engines.dtypes import v2_of_torch
 from overcommit.runtime.engines.mixed import MixedProgram, MixedPrograms
 from overcommit.runtime.engines.store import save_once
-from overcommit.runtime.errors import ImageError, ModelError, RepositoryError
+from overcommit.runtime.errors import ImageError, ModelError, OvercommitError, RepositoryError
 from overcommit.runtime.image import ImageHeader, TensorFacts
 
 PROGRAM_FILE: Final = "program.pt2"
 _UNBOUNDED: Final = 1 << 40
 
 _load_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of which archive torch complains: it raises anything for a damaged one.
+
+    Raises RepositoryError; errors of our own pass.
+    """
+    try:
+        yield
+    except OvercommitError:
+        raise
+    except Exception as error:  # foreign code, on foreign bytes
+        raise RepositoryError(
+            f"{path} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
 def load(path: Path | str, modules: Sequence[str] = ()) -> torch.export.ExportedProgram:
