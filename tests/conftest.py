@@ -64,25 +64,35 @@ def _little_garbage_to_look_through() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def make_bert() -> MakeBert:
-    """Return a function that writes a tiny BERT encoder with seeded weights to a folder."""
+def _bert_maker(words: int, width: int) -> MakeBert:
     import torch
     from transformers import BertConfig, BertModel
 
     def make(folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         config = BertConfig(
-            vocab_size=200,
-            hidden_size=32,
+            vocab_size=words,
+            hidden_size=width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            intermediate_size=64,
+            intermediate_size=2 * width,
             max_position_embeddings=64,
         )
         BertModel(config, add_pooling_layer=False).save_pretrained(folder)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_bert() -> MakeBert:
+    """Return a function that writes a tiny BERT encoder with seeded weights to a folder."""
+    return _bert_maker(200, 32)
+
+
+@pytest.fixture(scope="session")
+def make_long_bert() -> MakeBert:
+    """The same with weights that take two chunks."""
+    return _bert_maker(4000, 128)
 
 
 @pytest.fixture(scope="session")

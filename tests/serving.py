@@ -172,12 +172,16 @@ class Server:
         body: bytes | None = None,
         headers: dict[str, str] | None = None,
     ) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WATCHDOG_S)
+        connection = self.connect()
         try:
             connection.request(method, path, body, headers or {})
             return Answer(connection.getresponse())
         finally:
             connection.close()
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection of its own, for each request."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=WATCHDOG_S)
 
     def get(self, path: str) -> Answer:
         return self.request("GET", path)

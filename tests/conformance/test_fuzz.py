@@ -13,13 +13,13 @@ import msgspec
 import numpy as np
 from front_end_rig import Client, Peer, Rig
 from fuzzing import fuzz
+from image_rig import header_of
 
 from overcommit.runtime import payload, repository
 from overcommit.runtime.config import ModelConfig, TensorSpec
-from overcommit.runtime.container import FORMAT_VERSION
 from overcommit.runtime.errors import OvercommitError
 from overcommit.runtime.front_end_messages import Route
-from overcommit.runtime.image import ImageHeader, lay_out, layout_hash, read_header, write_image
+from overcommit.runtime.image import read_header, write_image
 from overcommit.runtime.signature import Signature
 from overcommit.server import binary, hpack, inference, msgpack_body
 from overcommit.server.clients.exchange import Received, infer_result
@@ -278,19 +278,12 @@ def test_image_headers(tmp_path: Path) -> None:
         (f"layer.{number}", "parameter", True, "float32", (4, 4), (4, 1), 64, None)
         for number in range(3)
     ]
-    entries, nbytes = lay_out(facts)  # type: ignore[arg-type]
-    header = ImageHeader(
-        format_version=FORMAT_VERSION,
-        engine="torch",
-        program_key="abc",
-        program={"class": "Linear"},
-        layout_hash=layout_hash(entries),
-        nbytes=nbytes,
-        tensors=entries,
-        config=ModelConfig(inputs=WIDE.inputs),
-    )
+    config = ModelConfig(inputs=WIDE.inputs)
+    header = header_of(facts, config, {"class": "Linear"})  # type: ignore[arg-type]
     path = tmp_path / "good.image"
-    write_image(path, header, [(entry, memoryview(bytes(entry.nbytes))) for entry in entries])
+    write_image(
+        path, header, [(entry, memoryview(bytes(entry.nbytes))) for entry in header.tensors]
+    )
     _, start = read_header(path)
     head = path.read_bytes()[:start]
     bad = tmp_path / "bad.image"
@@ -303,9 +296,9 @@ def test_image_headers(tmp_path: Path) -> None:
         # With its digest put right: damage that is no accident.
         fields = FIELDS.pack(*FIELDS.unpack_from(head)[:3], len(encoded))
         digest = struct.pack("<I", zlib.crc32(encoded, zlib.crc32(fields)))
-        read((fields + digest + encoded).ljust(start, b"\0") + bytes(nbytes))
+        read((fields + digest + encoded).ljust(start, b"\0") + bytes(header.nbytes))
 
-    fuzz(read, [head + bytes(nbytes)], 1000, (OvercommitError,))
+    fuzz(read, [head + bytes(header.nbytes)], 1000, (OvercommitError,))
     length = FIELDS.unpack_from(head)[3]
     encoded = head[FIELDS.size + 4 :][:length]
     assert fuzz(read_sealed, [encoded], 3000, (OvercommitError,)) > 50

@@ -25,23 +25,15 @@ Want = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory, bert_repository: Path) -> Path:
+def repository(
+    tmp_path_factory: pytest.TempPathFactory,
+    bert_repository: Path,
+    make_long_bert: Callable[[Path, int], None],
+) -> Path:
     """Encoders that take two chunks, and small ones."""
-    import torch
-    from transformers import BertConfig, BertModel
-
     root = tmp_path_factory.mktemp("repository")
     for number in range(LARGE):
-        torch.manual_seed(100 + number)
-        config = BertConfig(
-            vocab_size=4000,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=64,
-        )
-        BertModel(config, add_pooling_layer=False).save_pretrained(root / f"large-{number}")
+        make_long_bert(root / f"large-{number}", 100 + number)
     for number in range(SMALL):
         shutil.copytree(bert_repository / f"bert-{number:02}", root / f"small-{number}")
     return root

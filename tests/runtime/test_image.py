@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import image_rig
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -57,17 +58,7 @@ def content(entry: TensorEntry) -> bytes:
 
 
 def header_of(facts: list[TensorFacts]) -> ImageHeader:
-    entries, nbytes = lay_out(facts)
-    return ImageHeader(
-        format_version=FORMAT_VERSION,
-        engine="torch",
-        program_key="abc",
-        program={"class": "Linear", "config": "{}"},
-        layout_hash=layout_hash(entries),
-        nbytes=nbytes,
-        tensors=entries,
-        config=CONFIG,
-    )
+    return image_rig.header_of(facts, CONFIG, {"class": "Linear", "config": "{}"})
 
 
 def given_tensors(header: ImageHeader) -> Iterator[tuple[TensorEntry, memoryview]]:

@@ -185,24 +185,16 @@ IDS = [[5, 17, 3, 99], [7, 8, 9, 10]]
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory, bert_repository: Path) -> Path:
+def repository(
+    tmp_path_factory: pytest.TempPathFactory,
+    bert_repository: Path,
+    make_long_bert: Callable[[Path, int], None],
+) -> Path:
     root = tmp_path_factory.mktemp("repository")
     for number in range(4):
         shutil.copytree(bert_repository / f"bert-{number:02}", root / f"small-{number}")
-    import torch
-    from transformers import BertConfig, BertModel
-
     for number in range(3):
-        torch.manual_seed(100 + number)
-        config = BertConfig(
-            vocab_size=4000,
-            hidden_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=256,
-            max_position_embeddings=64,
-        )
-        BertModel(config, add_pooling_layer=False).save_pretrained(root / f"large-{number}")
+        make_long_bert(root / f"large-{number}", 100 + number)
     return root
 
 

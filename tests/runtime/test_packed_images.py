@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from image_rig import header_of
 from mover_rig import bf16
 from pack_rig import Opened
 from safetensors.torch import save_file
@@ -20,11 +21,8 @@ from overcommit.runtime.container import read_stored
 from overcommit.runtime.device_choice import with_packing
 from overcommit.runtime.gpu import Gpu
 from overcommit.runtime.image import (
-    FORMAT_VERSION,
     ImageHeader,
     is_there,
-    lay_out,
-    layout_hash,
     read_header,
     read_payload,
     write_image,
@@ -78,18 +76,8 @@ def write(path: Path, tensors: dict[str, bytes], *, packs: bool = True) -> Image
     facts = [
         (n, "parameter", True, "uint8", (len(b),), (1,), len(b), None) for n, b in tensors.items()
     ]
-    entries, nbytes = lay_out(facts)  # type: ignore[arg-type]
-    header = ImageHeader(
-        format_version=FORMAT_VERSION,
-        engine="torch",
-        program_key="key",
-        program={},
-        layout_hash=layout_hash(entries),
-        nbytes=nbytes,
-        tensors=entries,
-        config=ModelConfig(),
-    )
-    given = [(entry, memoryview(tensors[entry.name])) for entry in entries]
+    header = header_of(facts)  # type: ignore[arg-type]
+    given = [(entry, memoryview(tensors[entry.name])) for entry in header.tensors]
     return write_image(path, header, given, packs=packs)
 
 

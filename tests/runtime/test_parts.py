@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from image_rig import header_of
 
 from overcommit.runtime.config import (
     MIB,
@@ -15,14 +16,10 @@ from overcommit.runtime.config import (
     PART_BYTES_MIN,
     SMALL_CHUNK_BYTES,
     TENSOR_ALIGN_BYTES,
-    ModelConfig,
 )
 from overcommit.runtime.image import (
-    FORMAT_VERSION,
     ImageHeader,
     is_there,
-    lay_out,
-    layout_hash,
     read_payload,
     write_image,
 )
@@ -115,21 +112,12 @@ def test_the_number_of_parts_grows_slowly() -> None:
 # --- on disk --------------------------------------------------------------------------------------
 def write(path: Path, trunk: bytes, head: bytes) -> ImageHeader:
     sizes = {"bert.w": len(trunk), "classifier.w": len(head)}
-    entries, nbytes = lay_out(
+    header = header_of(
         [(n, "parameter", True, "uint8", (s,), (1,), s, None) for n, s in sizes.items()]
         + [("tied", "parameter", True, "uint8", (len(trunk),), (1,), len(trunk), "bert.w")]
     )
-    header = ImageHeader(
-        format_version=FORMAT_VERSION,
-        engine="torch",
-        program_key="key",
-        program={},
-        layout_hash=layout_hash(entries),
-        nbytes=nbytes,
-        tensors=entries,
-        config=ModelConfig(),
-    )
-    given = [(entries[0], memoryview(trunk)), (entries[1], memoryview(head))]
+    first, second, _ = header.tensors
+    given = [(first, memoryview(trunk)), (second, memoryview(head))]
     return write_image(path, header, given)
 
 

@@ -80,6 +80,13 @@ def numbers(answer: tuple[int, Any]) -> list[float]:
     return data
 
 
+def ask(client: Client, peer: Peer, *requests: bytes) -> None:
+    """Send one after the other, each when the one before has its answer."""
+    for each in requests:
+        client.send(each)
+        peer.answer_all()
+
+
 # --- ways in ------------------------------------------------------------------------------------
 @given(
     cuts=st.lists(st.integers(0, 1200), max_size=8),
@@ -122,9 +129,7 @@ def test_a_head_is_parsed_once() -> None:
         rig = Rig()
         peer = Peer(rig, 0, 1)
         client = rig.connect()
-        for _ in range(3):
-            client.send(request(body(1.0)))
-            peer.answer_all()
+        ask(client, peer, *[request(body(1.0))] * 3)
         assert (len(rig.heads.targets), len(rig.heads.fields)) == (1, 1)
         # And the parser has not seen the other two.
         assert client.protocol._raw_head == b""
@@ -198,16 +203,11 @@ def test_the_parts_of_heads_mean_the_same_in_any_combination() -> None:
         client = rig.connect()
         longer = body(1.25)
         to_other = request(body(1.0)).replace(b"/infer", b"/versions/1/infer", 1)
-        client.send(request(longer))
-        peer.answer_all()
-        client.send(to_other)
-        peer.answer_all()
+        ask(client, peer, request(longer), to_other)
         assert (len(rig.heads.targets), len(rig.heads.fields)) == (2, 2)
         client.protocol._feed = lambda _: pytest.fail("the parser is asked")  # type: ignore[method-assign]
-        client.send(request(longer).replace(b"/infer", b"/versions/1/infer", 1))
-        peer.answer_all()
-        client.send(request(body(1.0)))
-        peer.answer_all()
+        longer_to_other = request(longer).replace(b"/infer", b"/versions/1/infer", 1)
+        ask(client, peer, longer_to_other, request(body(1.0)))
         found = answers(client.written)
         assert [numbers(each) for each in found] == [[2.5], [2.0], [2.5], [2.0]]
 
@@ -220,13 +220,8 @@ def test_a_version_asked_by_a_header_is_not_taken_for_the_lines() -> None:
         peer = Peer(rig, 0, 1)
         client = rig.connect()
         canary = b"X-Overcommit-Canary: always"
-        for raw in [
-            request(body(1.0), canary).replace(b"/infer", b"/versions/1/infer", 1),
-            request(body(1.0), canary),
-            request(body(1.0)),
-        ] * 2:
-            client.send(raw)
-            peer.answer_all()
+        named = request(body(1.0), canary).replace(b"/infer", b"/versions/1/infer", 1)
+        ask(client, peer, *[named, request(body(1.0), canary), request(body(1.0))] * 2)
         asked = {line: target.version for line, target in rig.heads.targets.items()}
         assert sorted(asked.values(), key=str) == ["1", None]
         assert {fields.asks for fields in rig.heads.fields.values()} == {CANARY, None}
@@ -240,20 +235,16 @@ def test_what_a_line_means_is_asked_again_when_routes_have_changed() -> None:
         rig = Rig()
         peer = Peer(rig, 0, 1)
         client = rig.connect()
-        for _ in range(3):
-            client.send(request(body(1.0)))
-            peer.answer_all()
+        ask(client, peer, *[request(body(1.0))] * 3)
         (target,) = rig.heads.targets.values()
         former = target.plans
         assert former is not None
         rig.plans.forget_names()
         rig.plans._routes.clear()
-        client.send(request(body(1.0)))
-        peer.answer_all()
+        ask(client, peer, request(body(1.0)))
         (now,) = rig.plans.serving.values()
         assert now is not former
-        client.send(request(body(1.0)))
-        peer.answer_all()
+        ask(client, peer, request(body(1.0)))
         assert target.plans is now
 
     in_loop(test)

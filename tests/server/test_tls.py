@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import WATCHDOG_S, Answer, Server
+from serving import WATCHDOG_S, Server
 
 import overcommit
 from overcommit.bench.models_repo import ALLOW_CODE, make_echo
@@ -49,21 +49,10 @@ class TlsServer(Server):
 
     context: ssl.SSLContext
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> Answer:
-        connection = http.client.HTTPSConnection(
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPSConnection(
             "127.0.0.1", self.port, timeout=WATCHDOG_S, context=self.context
         )
-        try:
-            connection.request(method, path, body, headers or {})
-            return Answer(connection.getresponse())
-        finally:
-            connection.close()
 
 
 @pytest.fixture(scope="module")
