@@ -10,10 +10,10 @@ served is exchanged when it is complete (`mirror.py`), so a server may run meanw
 Invariants
  1. No file is in place whose size, or known digest, is another than its place said.
  2. A fetch that is killed loses at most the pieces in flight.
- 3. `hf://OWNER/NAME[@REVISION]` is a repository of one model, called NAME; every other URL has a folder for
-    each model.
+ 3. What a person must change (credentials, an address) is not tried again.
 
-Called by the command line, never by a server's processes.
+Called by the command line, never by a server's processes.  `remote_places.py` knows the addresses and what
+failures mean, `remote_files.py` what places say of their files.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from overcommit.runtime.config import MIB
-from overcommit.runtime.errors import ConfigurationError, Unavailable
+from overcommit.runtime.errors import ConfigurationError, Unavailable, said_by
 from overcommit.server import mirror
 from overcommit.server.mirror import Files, RemoteFile, check_path
+from overcommit.server.remote_files import describe, find_problem
+from overcommit.server.remote_places import explain, open_place
 
 PIECE_BYTES: Final = 8 * MIB
 FILES_AT_ONCE: Final = 4
 TRIES: Final = 4  # of one file, each from where the one before broke off
 PAUSE_S: Final = 0.5  # before the second; doubled for each further one
 RESERVE_BYTES: Final = 256 * MIB  # of the disk, left to others
-_MD5: Final = re.compile(r'"?([0-9a-f]{32})"?')
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://.+")
 
 Progress = Callable[[int, int], None]  # bytes that are there, bytes in all
@@ -55,6 +56,21 @@ class _Record(msgspec.Struct):
 
     url: str
     files: dict[str, RemoteFile]
+    is_whole: bool = False  # every model has been fetched, if not its newest files
+
+
+def is_here(url: str, cache_dir: str) -> bool:
+    """Whether all models of a repository elsewhere have been fetched at some time."""
+    record = _recall(Path(folder_of(url, cache_dir)).parent, url)
+    return record is not None and record.is_whole
+
+
+def _recall(home: Path, url: str) -> _Record | None:
+    try:
+        record = msgspec.json.decode((home / "mirror.json").read_bytes(), type=_Record)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return record if record.url == url else None
 
 
 def is_url(path: str) -> bool:
@@ -79,10 +95,12 @@ class Fetcher:
         self.models = Path(folder_of(url, cache_dir))
         self._home = self.models.parent
         self._fetched = self._home / "fetched"
-        self._file_system, self._base, self._prefix = _open(url)
+        self._place = open_place(url)
+        self._file_system = self._place.file_system
         self._on_progress = on_progress
         self._lock = threading.Lock()
         self._done = self._total = 0
+        self._is_whole = False
 
     def fetch(self) -> int:
         """Fetch what has changed; return how many bytes came.
@@ -109,6 +127,7 @@ class Fetcher:
                 self._write(had)
             for unit in work.gone:
                 self._drop(unit, wanted, had)
+            self._is_whole = True
             self._write({path: file for path, file in had.items() if path in wanted})
             for name in ("fetched", "parts", "marks"):
                 mirror.drop(self._home / name)
@@ -117,23 +136,23 @@ class Fetcher:
     # --- what there is --------------------------------------------------------------------------
     def _list(self) -> Files:
         try:
-            found = self._file_system.find(self._base, detail=True)
+            found = self._file_system.find(self._place.base, detail=True, **self._place.listing)
         except Exception as error:  # each file system has errors of its own
-            raise Unavailable(f"{self.url} cannot be listed: {_text(error)}") from error
+            raise explain(self.url, "cannot be listed", error) from error
         files: dict[str, RemoteFile] = {}
-        base = self._base.rstrip("/") + "/"
+        base, prefix = self._place.base.rstrip("/") + "/", self._place.prefix
         for name, info in found.items():
             relative = (
                 name.lstrip("/") if not base.strip("/") else name.removeprefix(base).lstrip("/")
             )
             if not name.lstrip("/").startswith(base.lstrip("/")) or not relative:
                 continue
-            path = check_path(self._prefix + relative)
-            if path is None or (not self._prefix and "/" not in path):
+            path = check_path(prefix + relative)
+            if path is None or (not prefix and "/" not in path):
                 continue  # beside the models
             if info.get("size") is None:
                 info = self._info(name)
-            files[path] = _describe(info)
+            files[path] = describe(info)
         if not files:
             raise ConfigurationError(f"{self.url} holds no model: is the address right?")
         return files
@@ -142,18 +161,16 @@ class Fetcher:
         try:
             info: dict[str, Any] = self._file_system.info(name)
         except Exception as error:  # each file system has errors of its own
-            raise Unavailable(f"{name}: {_text(error)}") from error
+            raise explain(self.url, f"does not tell of {name}", error) from error
         if info.get("size") is None:
             raise ConfigurationError(f"{name}: its server does not say how long it is")
         return info
 
     def _had(self) -> Files:
-        try:
-            record = msgspec.json.decode((self._home / "mirror.json").read_bytes(), type=_Record)
-        except (OSError, msgspec.MsgspecError):
+        record = _recall(self._home, self.url)
+        if record is None:
             return {}
-        if record.url != self.url:
-            return {}
+        self._is_whole = record.is_whole
         # What somebody removed or cut here is fetched again.
         return {
             path: file
@@ -163,7 +180,7 @@ class Fetcher:
 
     def _write(self, files: Files) -> None:
         temporary = self._home / "mirror.json.tmp"
-        temporary.write_bytes(msgspec.json.encode(_Record(self.url, dict(files))))
+        temporary.write_bytes(msgspec.json.encode(_Record(self.url, dict(files), self._is_whole)))
         temporary.replace(self._home / "mirror.json")
 
     # --- units ----------------------------------------------------------------------------------
@@ -226,13 +243,16 @@ class Fetcher:
                 self._append(path, file, part)
                 break
             except Exception as error:  # each file system has errors of its own
+                refusal = explain(self.url, f"does not give {path}", error)
+                if isinstance(refusal, ConfigurationError):
+                    raise refusal from error
                 if attempt == TRIES - 1:
                     raise Unavailable(
                         f"{self.url}: {path} broke off at byte {_size(part) or 0} of {file.size}: "
-                        f"{_text(error)}; the next try goes on from there"
+                        f"{said_by(error)}; the next try goes on from there"
                     ) from error
                 time.sleep(PAUSE_S * 2**attempt)
-        problem = _check(part, file)
+        problem = find_problem(part, file)
         if problem is not None:
             part.unlink(missing_ok=True)
             raise Unavailable(f"{self.url}: {path} {problem}; it is fetched anew by the next try")
@@ -251,7 +271,7 @@ class Fetcher:
                         self._tell(len(piece))
             while (at := out.tell()) < file.size:
                 end = min(at + PIECE_BYTES, file.size)
-                piece = self._file_system.cat_file(name, start=at, end=end)
+                piece = self._file_system.cat_file(name, start=at, end=end, **self._place.reading)
                 if len(piece) != end - at:
                     raise EOFError(f"{end - at} bytes were asked for, {len(piece)} came")
                 out.write(piece)
@@ -276,7 +296,7 @@ class Fetcher:
                 return True
 
     def _name(self, path: str) -> str:
-        return f"{self._base.rstrip('/')}/{path.removeprefix(self._prefix)}"
+        return f"{self._place.base.rstrip('/')}/{path.removeprefix(self._place.prefix)}"
 
     def _tell(self, nbytes: int) -> None:
         with self._lock:
@@ -284,76 +304,8 @@ class Fetcher:
             self._on_progress(self._done, self._total)
 
 
-def _open(url: str) -> tuple[Any, str, str]:
-    """Return the file system, the path in it, and what comes before each file's name here.
-
-    Raises ConfigurationError.
-    """
-    try:
-        import fsspec
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{url} needs the package fsspec: pip install 'overcommit[remote]'"
-        ) from error
-    try:
-        file_system, base = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise ConfigurationError(f"{url}: {error}; pip install 'overcommit[remote]'") from error
-    except (ValueError, OSError) as error:
-        raise ConfigurationError(f"{url}: {_text(error)}") from error
-    prefix = ""
-    if url.startswith("hf://"):
-        parts = url.removeprefix("hf://").split("/")
-        name = parts[1].partition("@")[0] if len(parts) == 2 else ""
-        if not name:
-            raise ConfigurationError(f"{url}: it is hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
-        prefix = f"{name}/"
-    return file_system, base, prefix
-
-
-def _describe(info: dict[str, Any]) -> RemoteFile:
-    """Size and marks of a file, as the many file systems call them."""
-    lfs = info.get("lfs")
-    sha256 = lfs.get("sha256", "") if isinstance(lfs, dict) else getattr(lfs, "sha256", "") or ""
-    tag = next(
-        (str(info[key]) for key in ("ETag", "etag", "blob_id", "md5Hash") if info.get(key)), ""
-    )
-    when = next(
-        (
-            str(info[key])
-            for key in ("mtime", "LastModified", "last_modified", "updated", "created")
-            if info.get(key)
-        ),
-        "",
-    )
-    md5 = _MD5.fullmatch(tag)
-    # S3 encrypted with a customer's key has tags that are no digests: the mark alone counts there.
-    is_digest = md5 is not None and "SSEKMSKeyId" not in info and "ServerSideEncryption" not in info
-    return RemoteFile(
-        size=int(info["size"]),
-        mark=tag or when,
-        sha256=str(sha256),
-        md5=md5[1] if md5 is not None and is_digest and "blob_id" not in info else "",
-    )
-
-
 def _mark(file: RemoteFile) -> str:
     return f"{file.size} {file.mark}"
-
-
-def _check(part: Path, file: RemoteFile) -> str | None:
-    """Say what is wrong with a file that has come."""
-    if _size(part) != file.size:
-        return f"has {_size(part)} bytes, {file.size} were said"
-    for name, expected in (("sha256", file.sha256), ("md5", file.md5)):
-        if expected:
-            digest = hashlib.new(name, usedforsecurity=False)
-            with part.open("rb") as content:
-                while piece := content.read(PIECE_BYTES):
-                    digest.update(piece)
-            if digest.hexdigest() != expected:
-                return f"has the {name} {digest.hexdigest()}, {expected} was said"
-    return None
 
 
 @contextmanager
@@ -382,7 +334,3 @@ def _read(path: Path) -> str | None:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:500]

@@ -43,6 +43,8 @@ class RemoteFile:
     mark: str
     sha256: str = ""  # where the place knows it
     md5: str = ""
+    git_sha1: str = ""  # of git's blob: its length, then its bytes
+    crc32c: str = ""
 
 
 Files = Mapping[str, RemoteFile]  # by path, relative to the repository

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,14 +18,21 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from overcommit.runtime.errors import ConfigurationError, OvercommitError
+from overcommit.runtime.errors import ConfigurationError, OvercommitError, Unavailable
 from overcommit.runtime.telemetry import show_bytes
-from overcommit.server.fetching import Fetcher, is_url
+from overcommit.server.fetching import Fetcher, is_here, is_url
 from overcommit.server.settings import DEFAULT_CACHE_DIR, ENV_PREFIX
+
+EXIT_FAILED: Final = 1
+EXIT_BEFORE: Final = 75  # EX_TEMPFAIL
 
 
 def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Console) -> int:
-    """Fetch each; return 1 if one could not be."""
+    """Fetch each; return an exit status.
+
+    EXIT_FAILED: one could not be fetched.  EXIT_BEFORE: it cannot be reached just now, but has been fetched
+    whole before.
+    """
     for url in urls:
         if not is_url(url) or url.startswith("file://"):
             raise ConfigurationError(
@@ -32,7 +40,7 @@ def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Conso
             )
     chosen = cache_dir or os.environ.get(f"{ENV_PREFIX}CACHE_DIR") or DEFAULT_CACHE_DIR
     folder = os.path.abspath(os.path.expanduser(chosen))
-    failed = 0
+    status = 0
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(
         TextColumn("{task.description}"), *columns, TimeRemainingColumn(), console=console
@@ -43,8 +51,13 @@ def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Conso
                 fetcher = Fetcher(url, folder, _to_bar(bars, task))
                 came = fetcher.fetch()
             except OvercommitError as error:
-                failed += 1
-                console.print(f"[red]{escape(error.message)}[/]", highlight=False, soft_wrap=True)
+                text = error.message
+                if isinstance(error, Unavailable) and is_here(url, folder):
+                    text += "; what was fetched before is still here"
+                    status = status or EXIT_BEFORE
+                else:
+                    status = EXIT_FAILED
+                console.print(f"[red]{escape(text)}[/]", highlight=False, soft_wrap=True)
                 continue
             text = (
                 f"{escape(url)}: {show_bytes(came)} fetched"
@@ -54,7 +67,7 @@ def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Conso
             console.print(
                 f"{text}, in {escape(str(fetcher.models))}", highlight=False, soft_wrap=True
             )
-    return 1 if failed else 0
+    return status
 
 
 def _to_bar(bars: Progress, task: TaskID) -> Callable[[int, int], None]:

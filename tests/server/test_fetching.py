@@ -259,6 +259,53 @@ def test_the_command_fetches_and_says_where(site: str, tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, nowhere).exit_code == 1
 
 
+def test_what_was_fetched_before_is_served_while_its_place_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = tmp_path / "site" / "m", tmp_path / "cache"
+    folder.mkdir(parents=True)
+    (folder / "net.onnx").write_bytes(b"no model")
+    served = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0),
+        lambda *arguments: Handler(*arguments, directory=str(tmp_path / "site")),
+    )
+    threading.Thread(target=served.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{served.server_port}/"
+    monkeypatch.setattr(Handler, "breaks", 0)
+    arguments = ["check", url, "--cache-dir", str(cache)]
+    first = CliRunner().invoke(cli.app, arguments)
+    served.shutdown()
+    served.server_close()
+    again = CliRunner().invoke(cli.app, arguments)
+    assert "1 versions will be served" in first.output
+    assert again.output == first.output
+    pulled = CliRunner().invoke(cli.app, ["pull", *arguments[1:]])
+    assert pulled.exit_code == 75
+    assert "what was fetched before is still here" in pulled.output
+    never = CliRunner().invoke(cli.app, ["check", url, "--cache-dir", str(tmp_path / "other")])
+    assert never.exit_code == 2
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_folder_that_cannot_be_listed_just_now_is_not_taken_for_gone(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    fetch(tmp_path, site)
+    listing = Handler.send_head
+
+    def refuse(self: Handler) -> Any:
+        if self.path == "/m/1/":
+            self.send_error(status)
+            return None
+        return listing(self)
+
+    monkeypatch.setattr(Handler, "send_head", refuse)
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+    with pytest.raises((ConfigurationError, Unavailable), match=site):
+        fetch(tmp_path, site)
+    assert here(tmp_path, site) == {"m/1/weights": CONTENT}
+
+
 def test_urls_are_served_from_their_folders_here(tmp_path: Path) -> None:
     def bring(urls: list[str], cache_dir: str) -> None:
         assert urls == ["s3://bucket/models"]

@@ -1,23 +1,20 @@
-"""Repositories on S3, as a real S3 service over HTTP serves them (moto's server, through s3fs).
-
-Both are optional: `pip install 'overcommit[s3-tests]'`; without them these tests are skipped.
-"""
+"""Repositories on S3, as a real S3 service over HTTP serves them (moto's server, through s3fs)."""
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from overcommit.runtime.errors import ConfigurationError, Unavailable
 from overcommit.server import cli, fetching
 from overcommit.server.fetching import Fetcher, folder_of
-
-s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
-moto_server = pytest.importorskip("moto.server", reason="needs moto[server]")
 
 URL = "s3://models/team"
 FILES = {"a/1/model.onnx": b"one" * 1000, "a/config.pbtxt": b"", "b/w": b"flat" * 1000}
@@ -25,7 +22,7 @@ FILES = {"a/1/model.onnx": b"one" * 1000, "a/config.pbtxt": b"", "b/w": b"flat" 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -125,7 +122,36 @@ def test_an_object_in_parts_is_checked_by_its_size(bucket: Any, tmp_path: Path) 
 
 
 def test_what_is_not_there_is_said_with_the_address(bucket: Any, tmp_path: Path) -> None:
-    with pytest.raises((ConfigurationError, Unavailable), match=URL):
+    with pytest.raises(ConfigurationError, match=f"{URL} .*is the address right"):
         fetch(tmp_path)
     done = CliRunner().invoke(cli.app, ["pull", "s3://nobody/x", "--cache-dir", str(tmp_path)])
     assert done.exit_code != 0
+
+
+def test_credentials_that_are_missing_or_refused_are_said_with_what_to_set(
+    bucket: Any, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(bucket, **FILES)
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.delenv(name)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "nothing"))
+        with pytest.raises(ConfigurationError, match=f"{URL} .*AWS_ACCESS_KEY_ID"):
+            fetch(tmp_path)
+    _check_keys(endpoint, after="0")
+    try:
+        with pytest.raises(ConfigurationError, match=f"{URL} .*AWS_ACCESS_KEY_ID"):
+            fetch(tmp_path)
+    finally:
+        _check_keys(endpoint, after="inf")
+    assert fetch(tmp_path) == sum(map(len, FILES.values()))
+
+
+def _check_keys(endpoint: str, after: str) -> None:
+    """Have the service refuse keys that it does not know, after so many requests."""
+    request = urllib.request.Request(
+        f"{endpoint}/moto-api/reset-auth", after.encode(), {"Content-Type": "text/plain"}
+    )
+    urllib.request.urlopen(request).close()
