@@ -30,7 +30,7 @@ from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
 from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, LinkUp, Message, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
-from overcommit.runtime.seats import Seat, SeatState
+from overcommit.runtime.seats import Seat
 
 log = logging.getLogger("overcommit.fleet")
 
@@ -390,7 +390,3 @@ class Fleet:
                 }
             )
         return rows
-
-    def is_broken(self) -> bool:
-        """Whether a seat has used up its restart budget."""
-        return any(seat.state is SeatState.BROKEN for seat in self.seats)

@@ -85,6 +85,12 @@ class Homes(Message, frozen=True):
     homes: dict[int, tuple[int, ...]]
 
 
+class SeatsBroken(Message, frozen=True):
+    """Front end: nobody will sit in these workers' seats again."""
+
+    seats: tuple[int, ...]
+
+
 class Admin(Message, frozen=True):
     """Front end: an operation that only the supervisor can do.
 
@@ -195,6 +201,7 @@ FrontEndMessage = (
     | Admin
     | AdminReply
     | RegionsChanged
+    | SeatsBroken
     | TellCounts
     | Counters
 )

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 
 from overcommit.runtime.administration import Administration
+from overcommit.runtime.broken_seats import BrokenSeats
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.config import BATCH_TIMEOUT_S, STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
@@ -65,9 +66,9 @@ class Supervisor:
         self.phase = Phase.STARTING
         self._selector = selectors.DefaultSelector()
         self._deadline_ns = 0
-        self._broken_seen = False
         self._started_ns = time.monotonic_ns()
         self.house = House(settings, self._watch_forked, self._on_child_gone, wall_s)
+        self._broken_seats = BrokenSeats(self.house.fleet)
         self.catalogue = Catalogue(self.house)
         self.administration = Administration(self.house, self.catalogue)
         self._signals, self._signals_write = socket.socketpair()
@@ -156,9 +157,7 @@ class Supervisor:
         self.administration.loads.step(now_ns)
         if self.catalogue.packing.process is not None:
             self._watch(self.catalogue.packing.process, None)
-        if house.fleet.is_broken() and not self._broken_seen:
-            self._broken_seen = True
-            log.error("a process dies again and again: see its log above; it is not started again")
+        self._broken_seats.step()
         if self.phase is Phase.DRAINING:
             fronts = list(house.fleet.of_kind("front_end", ready=False))
             if not fronts or now_ns >= self._deadline_ns:

@@ -97,6 +97,11 @@ class Dispatch:
         self._router.spread(homes)
         self._push_held()
 
+    def give_up(self, seats: Sequence[int]) -> None:
+        """Nobody will sit in these seats again: their sequences are others' from now on."""
+        self.tracks.broken = frozenset(seats)
+        self._push_held()
+
     def _push_held(self) -> None:
         held, self._held = self._held, {}
         for pending in held.values():
@@ -119,7 +124,7 @@ class Dispatch:
         is_listed = len(ids) < _shm.STATUS_BATCH_MAX
         head = link.submissions.head()
         mine = [each for each in self.pending.values() if each.link is link]
-        lost = self._lost_with(mine)
+        lost = self._lost_with(mine, head)
         for pending in mine:
             consumed = pending.position < head
             in_batch = pending.request_id in suspects or not is_listed
@@ -141,12 +146,17 @@ class Dispatch:
                     pending, WorkerLost(f"model '{name}': the worker that ran it died twice")
                 )
 
-    def _lost_with(self, pendings: Sequence[Pending]) -> dict[int, OvercommitError]:
-        """Which requests cannot go to another worker, because their sequence's state is gone."""
+    def _lost_with(self, pendings: Sequence[Pending], head: int) -> dict[int, OvercommitError]:
+        """Which requests cannot go to another worker, because their sequence's state is gone.
+
+        The dead one had taken those before `head`.
+        """
         mine = [each for each in pendings if each.route.sequence]
         asks = [sequences.ask_of(self.parcels, each) for each in mine]
-        slots = [each.route.slot for each in mine]
-        verdicts = sequences.can_go_on(zip(slots, asks, strict=True))
+        verdicts = sequences.can_go_on(
+            (each.route.slot, ask, each.position < head)
+            for each, ask in zip(mine, asks, strict=True)
+        )
         return {
             each.request_id: sequences.lost(each.route, ask)
             for each, ask, can in zip(mine, asks, verdicts, strict=True)
@@ -239,11 +249,7 @@ class Dispatch:
     def _choose_for_sequence(self, pending: Pending) -> int | None:
         """The one worker that may have a request of a sequence; None: it is held, or was failed."""
         ask = sequences.ask_of(self.parcels, pending)
-        try:
-            link = self.tracks.link_for(pending, ask, self.links)
-        except WorkerLost as error:
-            self._fail(pending, error)
-            return None
+        link = self.tracks.link_for(pending.route.slot, ask.key, self.links)
         if link is not None and link.key not in self._avoid:
             return link.key
         if link is not None:

@@ -41,6 +41,7 @@ from overcommit.runtime.front_end_messages import (
     Rehearse,
     Route,
     Routes,
+    SeatsBroken,
     TellCounts,
 )
 from overcommit.runtime.messages import Drain, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
@@ -226,6 +227,9 @@ class FrontEnd:
                 self.on_bell()
             elif isinstance(message, Homes):
                 self.dispatch.spread(message.homes)
+                self.on_bell()
+            elif isinstance(message, SeatsBroken):
+                self.dispatch.give_up(message.seats)
                 self.on_bell()
             elif isinstance(message, AdminReply):
                 self._on_reply(message)

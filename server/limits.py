@@ -22,7 +22,6 @@ JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their 
 HELD_REQUESTS_MAX: Final = 1024  # requests that wait for a worker, or for a version's image
 WAKE_REQUESTS: Final = 4  # a worker that sleeps is woken at the latest when so many were pushed
 IDLE_BLOCKS_MAX: Final = 1024  # pairs of the smallest blocks that stay together between requests
-SEQUENCES_KNOWN_MAX: Final = 65_536  # whose worker a front end remembers
 REGROWS_MAX: Final = 2  # larger egress blocks for one request
 SWEEP_S: Final = 0.05  # granularity of deadlines and connection time-outs
 PLANS_MAX: Final = 512  # remembered layouts of a version's requests, and of its answers

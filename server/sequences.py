@@ -1,19 +1,14 @@
 """Which sequence a request is of, and which worker has it.
 
 A sequence's worker is known by its id alone: every front end finds the same seat, without a word to each
-other.  When a worker dies, the sequences of its seat are gone; its successor sits in the same seat and
-knows none.  So that nobody is told that he forgot START when it was the worker that forgot, each front end
-remembers for the sequences that it has sent where they went.
-
-    unknown --a START is pushed--> at a link --END--> unknown
-    at a link --[its worker dies]--> lost --the next request: WorkerLost, or a START--> ...
+other.  When a worker dies, the sequences of its seat are gone; its successor sits in the same seat, knows
+none, and says so.  A front end remembers nothing of sequences: begun again through another front end, one
+that it believed to be lost lives.
 
 Invariants
- 1. All requests of one sequence go to the same seat; while nobody sits there they are held.
- 2. A request in the middle of a sequence never goes to another incarnation than the one before it did,
-    as far as this front end has seen them.
- 3. At most SEQUENCES_KNOWN_MAX are remembered; of one that was forgotten the worker says that it needs
-    a START.
+ 1. All requests of one sequence go to the same seat; while nobody sits there they are held.  Sequences
+    of a seat that is broken for good go to the others of its site.
+ 2. Whether a sequence is lost is said by who sits there, but for requests that a dead worker had taken.
 
 Called by `inference` (`read`), and by the dispatch.
 """
@@ -39,13 +34,11 @@ from overcommit.runtime.sequence_terms import (
     mark_again,
 )
 from overcommit.server import codec
-from overcommit.server.limits import SEQUENCES_KNOWN_MAX
 
 if TYPE_CHECKING:
     from overcommit.server.parcels import Parcels, Pending
     from overcommit.server.worker_link import WorkerLink
 
-_TO_COME: Final = 0  # in the place of a link: its START waits for a worker
 _UINT64_MAX: Final = 2**64 - 1
 
 
@@ -113,51 +106,30 @@ def _flag(parameters: codec.Parameters | None, name: str) -> bool:
 
 # --- where it goes ------------------------------------------------------------------------------
 class Tracks:
-    """Where the sequences of this front end's requests went."""
+    """Where the requests of sequences go."""
 
     def __init__(self, seats: int, site_of: Callable[[int], int] = lambda slot: 0) -> None:
         """`seats` of workers that each site has; `site_of(slot)` is the one that serves a version."""
         self._seats = seats
         self._site_of = site_of
-        self._known: dict[tuple[int, Key], int] = {}  # (slot, id) -> link
+        self.broken: frozenset[int] = frozenset()  # seats that nobody will sit in again
 
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def link_for(
-        self, pending: Pending, ask: Ask, links: Mapping[int, WorkerLink]
-    ) -> WorkerLink | None:
-        """Return the link that a request must go to; None: its worker is not there (yet).
-
-        Raises WorkerLost.
-        """
-        slot = pending.route.slot
-        name = slot, ask.key
-        seat = self.seat_of(slot, ask.key)
+    def link_for(self, slot: int, key: Key, links: Mapping[int, WorkerLink]) -> WorkerLink | None:
+        """Return the link that a sequence's requests must go to; None: its worker is not there (yet)."""
+        seat = self.seat_of(slot, key)
         link = next((link for key, link in links.items() if key >> 16 == seat), None)
-        if link is not None and link.is_broken:
-            link = None
-        known = self._known.get(name)
-        if ask.is_start:
-            self._remember(name, _TO_COME if link is None else link.key)
-        elif known and (link is None or known != link.key) and known not in links:
-            del self._known[name]
-            raise lost(pending.route, ask)
-        if ask.is_end and link is not None:
-            self._known.pop(name, None)
-        return link
+        return None if link is None or link.is_broken else link
 
     def seat_of(self, slot: int, key: Key) -> int:
         """The seat whose worker has this sequence."""
         kind, text = (b"n", str(key)) if isinstance(key, int) else (b"t", key)
-        inside = zlib.crc32(b"%d %b %b" % (slot, kind, text.encode())) % self._seats
-        return self._site_of(slot) * self._seats + inside
-
-    def _remember(self, name: tuple[int, Key], link: int) -> None:
-        self._known.pop(name, None)
-        while len(self._known) >= SEQUENCES_KNOWN_MAX:
-            del self._known[next(iter(self._known))]
-        self._known[name] = link
+        digest = zlib.crc32(b"%d %b %b" % (slot, kind, text.encode()))
+        first = self._site_of(slot) * self._seats
+        seat = first + digest % self._seats
+        if seat in self.broken:
+            left = [each for each in range(first, first + self._seats) if each not in self.broken]
+            return left[digest // self._seats % len(left)] if left else seat
+        return seat
 
 
 def ask_of(parcels: Parcels, pending: Pending) -> Ask:
@@ -171,18 +143,20 @@ def say_again(parcels: Parcels, pending: Pending) -> None:
     mark_again(parcels.request(pending))
 
 
-def can_go_on(asks: Iterable[tuple[int, Ask]]) -> list[bool]:
+def can_go_on(asks: Iterable[tuple[int, Ask, bool]]) -> list[bool]:
     """Which of a dead worker's requests may be sent to another one.
 
-    `asks`: slot and ask of each, in the order of their coming.  Those from a START on: what the worker knew
-    of their sequence is in them.
+    `asks`: slot and ask of each, and whether the worker had taken it, in the order of their coming.  Those
+    from a START on: what the worker knew of their sequence is in them.  And those that it never saw: the
+    next one knows whether their sequence was begun again, through another front end.
     """
     begun: set[tuple[int, Key]] = set()
     verdicts: list[bool] = []
-    for slot, ask in asks:
+    for slot, ask, was_taken in asks:
         if ask.is_start:
             begun.add((slot, ask.key))
-        verdicts.append((slot, ask.key) in begun and not ask.is_again)
+        can = (slot, ask.key) in begun or not was_taken
+        verdicts.append(can and not ask.is_again)
     return verdicts
 
 

@@ -12,8 +12,7 @@ from front_end_rig import ROUTE, Client, Peer, Rig, in_loop
 from tests.server.test_front_end import HEAD, answers
 
 from overcommit.runtime import _shm
-from overcommit.runtime.errors import BadRequest, WorkerLost
-from overcommit.runtime.front_end_messages import Route
+from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.sequence_terms import ASK_BYTES, ASK_ROOM_BYTES, Ask, decode
 from overcommit.server import codec, sequences
 from overcommit.server.sequences import Tracks, can_go_on, read
@@ -25,14 +24,6 @@ START, NEXT, END = Ask(1, is_start=True), Ask(1), Ask(1, is_end=True)
 class Link:
     key: int
     is_broken: bool = False
-
-
-@dataclass
-class Pending:
-    route: Route
-
-
-PENDING: Any = Pending(Route(slot=3, name="m", version="1", state="ready", sequence=True))
 
 
 def links(*keys: int) -> Any:
@@ -55,46 +46,42 @@ def test_a_sequence_goes_to_its_seat_alone() -> None:
     tracks = Tracks(2)
     seat = tracks.seat_of(3, 1)
     both = links(1, 1 << 16 | 1)
-    assert tracks.link_for(PENDING, START, both).key >> 16 == seat  # type: ignore[union-attr]
+    link = tracks.link_for(3, 1, both)
+    assert link is not None
+    assert link.key >> 16 == seat
     there = {key: link for key, link in both.items() if key >> 16 != seat}
-    fresh = Tracks(2)
-    assert fresh.link_for(PENDING, START, there) is None, "held until somebody sits there"
-    assert fresh.link_for(PENDING, NEXT, there) is None, "behind its START"
-    assert fresh.link_for(PENDING, NEXT, both) is not None
+    assert tracks.link_for(3, 1, there) is None, "held until somebody sits there"
+    both[link.key].is_broken = True
+    assert tracks.link_for(3, 1, both) is None
 
 
-def test_after_the_workers_death_the_next_request_is_told_and_a_start_begins_anew() -> None:
-    tracks = Tracks(1)
-    assert tracks.link_for(PENDING, START, links(1)) is not None
-    with pytest.raises(WorkerLost, match="sequence 1 is lost"):
-        tracks.link_for(PENDING, NEXT, {})
-    assert tracks.link_for(PENDING, START, links(2)) is not None
-    assert tracks.link_for(PENDING, NEXT, links(2)) is not None
-    with pytest.raises(WorkerLost):
-        tracks.link_for(PENDING, END, links(3))
-
-
-def test_a_sequence_that_ended_is_forgotten() -> None:
-    tracks = Tracks(1)
-    tracks.link_for(PENDING, START, links(1))
-    tracks.link_for(PENDING, END, links(1))
-    assert len(tracks) == 0
-
-
-def test_so_many_are_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequences, "SEQUENCES_KNOWN_MAX", 2)
-    tracks = Tracks(1)
-    for key in (1, 2, 3):
-        tracks.link_for(PENDING, Ask(key, is_start=True), links(1))
-    assert len(tracks) == 2
-    assert tracks.link_for(PENDING, Ask(1), links(2)) is not None, "its worker will say so"
+def test_a_broken_seats_sequences_are_spread_over_the_others_and_those_stay() -> None:
+    tracks, whole = Tracks(3, lambda slot: 1), Tracks(3, lambda slot: 1)
+    tracks.broken = frozenset({4})
+    keys = range(1, 301)
+    moved = [tracks.seat_of(3, key) for key in keys if whole.seat_of(3, key) == 4]
+    assert set(moved) == {3, 5}
+    assert all(
+        tracks.seat_of(3, key) == whole.seat_of(3, key)
+        for key in keys
+        if whole.seat_of(3, key) != 4
+    )
+    tracks.broken = frozenset({3, 4, 5})
+    assert tracks.seat_of(3, 1) == whole.seat_of(3, 1)
 
 
 def test_of_a_dead_workers_requests_those_from_a_start_on_can_go_on() -> None:
     other = Ask(2)
     asks = [NEXT, END, START, other, NEXT, START._replace(is_again=True)]
-    assert can_go_on((3, ask) for ask in asks) == [False, False, True, False, True, False]
-    assert can_go_on([(3, START), (4, NEXT)]) == [True, False], "another version's"
+    verdicts = [False, False, True, False, True, False]
+    assert can_go_on((3, ask, True) for ask in asks) == verdicts
+    assert can_go_on([(3, START, True), (4, NEXT, True)]) == [True, False], "another version's"
+
+
+def test_what_a_dead_worker_never_saw_is_for_the_next_one_to_judge() -> None:
+    again = NEXT._replace(is_again=True)
+    asks = [(3, NEXT, True), (3, NEXT, False), (3, again, False)]
+    assert can_go_on(asks) == [False, True, False]
 
 
 def test_parameters_are_read() -> None:
@@ -149,18 +136,39 @@ def test_what_waits_for_a_dead_worker_goes_on_with_its_start_or_is_lost() -> Non
         world.send(1, 2)  # the dead worker knew what came before it
         world.send(2, 3, start=True)
         world.send(2, 4)
+        world.peer.take()
+        world.send(1, 5)
         world.rig.dispatch.link_down(0, 1)
-        assert world.statuses() == [[200], [502], [], []]
+        assert world.statuses() == [[200], [502], [], [], []]
         world.peer = Peer(world.rig, 0, 2)
         taken = world.peer.take()
         assert [world.asked(each) for each in taken] == [
             (2, True, False, False),
             (2, False, False, False),
+            (1, False, False, False),
         ]
         for each in taken:
             world.peer.answer(each)
         world.rig.dispatch.drain()
-        assert world.statuses() == [[200], [502], [200], [200]]
+        assert world.statuses() == [[200], [502], [200], [200], [200]]
+        assert world.rig.is_empty()
+
+    in_loop(test)
+
+
+def test_a_sequence_that_was_begun_again_through_another_front_end_is_not_lost() -> None:
+    def test() -> None:
+        world = World()
+        world.send(1, 1, start=True)
+        world.peer.answer_all()
+        world.rig.dispatch.link_down(0, 1)
+        world.send(1, 2)  # its START went to the successor, by another way
+        assert world.statuses() == [[200], []]
+        world.peer = Peer(world.rig, 0, 2)
+        assert world.peer.answer_all() == 1
+        world.send(1, 3, end=True)
+        assert world.peer.answer_all() == 1
+        assert world.statuses() == [[200], [200], [200]]
         assert world.rig.is_empty()
 
     in_loop(test)
@@ -196,5 +204,19 @@ def test_requests_of_a_seat_that_is_empty_are_held_until_somebody_sits_there() -
         assert world.statuses() == [[200], [200]]
         world.send(7, 2)
         assert world.peer.answer_all() == 1, "its worker says that it must begin with a START"
+
+    in_loop(test)
+
+
+def test_requests_of_a_seat_that_broke_for_good_go_to_another() -> None:
+    def test() -> None:
+        world = World()
+        world.rig.dispatch.tracks = tracks = Tracks(2)
+        key = next(key for key in range(1, 99) if tracks.seat_of(3, key) == 1)
+        world.send(key, 1, start=True)
+        assert world.peer.answer_all() == 0
+        world.rig.dispatch.give_up((1,))
+        assert world.peer.answer_all() == 1
+        assert world.statuses() == [[200]]
 
     in_loop(test)
