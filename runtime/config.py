@@ -331,6 +331,7 @@ class Naming(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str, str
     ] = {}  # further names -> a version, or "" for what the model's name means
     weights: dict[str, float] = {}  # version -> percent of the requests that name none
+    called: str = ""  # what its files call the version, where that is no whole number
 
 
 class OnnxOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -370,6 +371,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     onnx: OnnxOptions | None = None
     python: PythonOptions | None = None
     naming: Naming | None = None
+    adapts: bool = False  # its one input is taken under any name and as any kind of number
 
 
 def imaged(config: ModelConfig) -> ModelConfig:

@@ -137,6 +137,7 @@ def facts_of(entry: Entry) -> PackDone:
 def to_route(entry: Entry) -> Route:
     """Return what a front end must know."""
     config = entry.config
+    naming = None if entry.source_config is None else entry.source_config.naming
     return Route(
         slot=entry.slot,
         name=entry.name,
@@ -152,6 +153,8 @@ def to_route(entry: Entry) -> Route:
         steps=config.steps,
         sequence=config.sequence is not None,
         priority_levels=config.batching.priority_levels,
+        adapts=config.adapts,
+        called=naming.called if naming is not None else "",
     )
 
 

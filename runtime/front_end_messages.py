@@ -44,6 +44,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...] = ()  # an ensemble's
     sequence: bool = False  # its requests are of sequences
     priority_levels: int = 0  # that its requests may have
+    adapts: bool = False  # its one input is taken under any name and as any kind of number
+    called: str = ""  # what its files call the version, where that is no whole number
 
 
 class ModelNames(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -2,7 +2,10 @@
 
 Invariants
  1. Every key of the file is read, noted, or refused.
- 2. A name of its own becomes an alias of the folder's name, and a version that is no whole number a note.
+ 2. A name of its own becomes an alias of the folder's name, and a version that is no whole number what the
+    version is called.
+ 3. Models of scikit-learn, XGBoost and LightGBM take one tensor of numbers, whatever it is called, and answer
+    columns, as MLServer has it; what the file says of their tensors decides nothing there, nor here.
 
 Pure.  Called by `model_files`.
 """
@@ -29,6 +32,7 @@ _ENGINES: Final = {
     "mlserver_huggingface.HuggingFaceRuntime": "torch",
     "mlserver_onnx.OnnxModel": "onnx",
 }
+_LIBRARIES: Final = frozenset({"sklearn", "xgboost", "lightgbm"})
 _VERSION: Final = re.compile(VERSION)
 
 
@@ -90,19 +94,27 @@ def read(content: bytes) -> tuple[dict[str, Any], list[str]]:
     table: dict[str, Any] = {}
     if model.implementation:
         table["engine"] = _engine(model.implementation)
+    is_library = table.get("engine") in _LIBRARIES
+    if is_library:
+        table["adapts"] = True
+    if table.get("engine") == "sklearn":
+        # This very line of the model's own asks for a pickle to be read; the server's flag is needed too.
+        table["allow_code"] = True
     parameters = model.parameters or _Parameters()
     _parameters(parameters, table, notes)
     if model.name:
         version = str(parameters.version) if parameters.version is not None else ""
         table["aliases"] = {model.name: ""}
         if version and not _VERSION.fullmatch(version):
-            notes.append(f"parameters.version '{version}': versions are whole numbers here")
+            table["called"] = version
     size = min(model.max_batch_size, BATCH_SIZE_LIMIT)
     if size > 1:
         delay_us = round(model.max_batch_time * 1e6)
         table["batching"] = {"max_batch_size": size, "max_queue_delay_us": delay_us}
     for kind, tensors in (("input", model.inputs), ("output", model.outputs)):
-        if tensors:
+        if tensors and is_library:
+            notes.append(f"{kind}s: the library's file says what it takes and gives")
+        elif tensors:
             table[kind] = [_tensor(kind, tensor, notes) for tensor in tensors]
     return table, notes
 

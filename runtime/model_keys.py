@@ -168,6 +168,8 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ensemble: Ensemble | None = None
     onnx: Onnx | None = None
     python: Python | None = None
+    adapts: bool = False
+    called: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
 
 
 def rules() -> str:

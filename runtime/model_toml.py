@@ -125,6 +125,7 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
         python=(
             None if file.python is None else PythonOptions(**msgspec.structs.asdict(file.python))
         ),
+        adapts=file.adapts,
     )
     try:
         return with_all_tensors(config)
@@ -157,6 +158,7 @@ def _to_naming(origin: str, file: keys.File) -> Naming | None:
         specific=tuple(map(str, versions.specific or ())),
         aliases={name: "" if v == "latest" else v for name, v in file.aliases.items()},
         weights=weights,
+        called=file.called,
     )
     return naming if naming != Naming() else None
 

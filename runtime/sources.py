@@ -27,12 +27,12 @@ from overcommit.runtime.packer_messages import Pack
 
 # Suffixes by engine; a library that reads its own files.
 _TREES: Final = {
-    "lightgbm": (".lgb", ".txt"),
-    "xgboost": (".ubj", ".json"),
-    "sklearn": (".joblib", ".pkl"),
+    "lightgbm": (".lgb", ".txt", ".bst"),
+    "xgboost": (".ubj", ".json", ".bst"),
+    "sklearn": (".joblib", ".pkl", ".pickle"),
 }
 # What a folder for another engine may hold as well: only where the model says so is it a model.
-_AMBIGUOUS: Final = frozenset({".txt", ".json", ".pkl"})
+_AMBIGUOUS: Final = frozenset({".txt", ".json", ".pkl", ".pickle", ".bst"})
 ENGINES: Final = ("torch", "torch_export", "aoti", "onnx", "python", "torchscript", *_TREES)
 _NO_WEIGHTS: Final = frozenset({"model.toml", "model-settings.json", "settings.json"})
 _HASH_BYTES: Final = 1 << 22
@@ -117,6 +117,8 @@ def _trees(where: str, names: Sequence[str], config: ModelConfig) -> tuple[str, 
         if config.engine not in (None, engine):
             continue
         found = [name for name in names if name.endswith(suffixes) and name not in _NO_WEIGHTS]
+        if config.engine is not None and config.entry is not None and config.entry in names:
+            found = [config.entry]  # whatever its suffix
         if config.engine is None:
             found = [name for name in found if Path(name).suffix not in _AMBIGUOUS]
         if config.entry is not None:

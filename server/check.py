@@ -190,7 +190,8 @@ class Checker:
             for path in (found.main, *found.weights):
                 if not os.access(path, os.R_OK):
                     problem = f"{path} may not be read: give the server's user the right to"
-            is_code = found.kind == "user" or found.main.suffix == ".aoti"
+            is_code = found.kind in ("user", "python") or engine == "sklearn"
+            is_code = is_code or found.main.suffix == ".aoti"
             if is_code and not (self._allow_code and config.allow_code):
                 problem = (
                     "it brings its own code: served only if its model.toml says allow_code = true and "

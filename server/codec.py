@@ -48,6 +48,13 @@ CODES: Final = {
     "FP32": "f",
     "FP64": "d",
 }
+FLOATS: Final = ("FP16", "FP32", "FP64")
+# Datatypes whose values may become floats.
+NUMBERS: Final = {
+    **{name: np.dtype(code) for name, code in CODES.items()},
+    "FP16": np.dtype(np.float16),
+    "BOOL": np.dtype(np.bool_),
+}
 _OPENING: Final = re.compile(rb"[\[\s]*")
 
 
@@ -212,6 +219,16 @@ def _pack_bools(raw: Raw, shape: tuple[int, ...]) -> bytes:
         if any(value not in (0, 1) for value in values):
             raise BadRequest("BOOL data must be true, false, 1 or 0") from None
         return bytes(values)
+
+
+def cast(data: bytes | memoryview, given: str, wanted: str) -> bytes:
+    """Turn numbers of one datatype into those of another.  Raises BadRequest."""
+    try:
+        numbers = np.frombuffer(data, NUMBERS[given])
+    except ValueError as error:
+        raise BadRequest(f"{len(data)} bytes are no {given} numbers: {error}") from error
+    with np.errstate(all="ignore"):
+        return numbers.astype(NUMBERS[wanted]).tobytes()
 
 
 # --- response data ------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Requests:
 
 
 def _can_be_known(plans: RoutePlans, prepared: Prepared) -> bool:
-    if plans.route.sequence:
+    if plans.route.sequence or prepared.is_adapted:
         return False  # their heads have ids in them
     return all(spec.datatype != "BYTES" for spec in plans.route.inputs) and prepared.id is None
 

@@ -12,7 +12,7 @@ Pure; called by the exchange.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overcommit.runtime import sequence_terms
 from overcommit.runtime.config import ID_CHARS_MAX, TENSORS_MAX
@@ -40,6 +40,7 @@ class Prepared:
     timeout_us: int | None = None
     sequence: Ask | None = None  # that it is of
     level: int = 0  # how urgent it is; 0: as its version says
+    is_adapted: bool = False  # its bytes were others when it came
 
     @property
     def route(self) -> Route:
@@ -72,7 +73,7 @@ def prepare(
         if known is not None:
             return known, tensors
     prepared, data = _prepare_named(plans, body, None)
-    if prepared.id is None and prepared.timeout_us is None:
+    if prepared.id is None and prepared.timeout_us is None and not prepared.is_adapted:
         if template is None:
             datatypes = [place.datatype for place in prepared.plan.places]
             plans.templates.learn(
@@ -116,7 +117,9 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
     """
     try:
         request = codec.decode_request(text)
-        if plans.ask_shape is not None or any(item.datatype == "BYTES" for item in request.inputs):
+        if plans.ask_shape is not None or plans.route.adapts:
+            return None
+        if any(item.datatype == "BYTES" for item in request.inputs):
             return None
         sizes = [codec.whole(item.parameters, "binary_data_size") for item in request.inputs]
         if any(size is None for size in sizes):
@@ -169,7 +172,10 @@ def _prepare_decoded(
         ask = sequences.read(request.parameters, plans.route.name)
         key = (*key, (sequence_terms.ASK_NAME, "UINT8", plans.ask_shape))
     plan = plans.known(key)
+    asked = key
     if plan is None:
+        if plans.route.adapts:
+            key = given = plans.adapt(key)
         plans.check(given)
         if ask is not None and plans.route.max_batch_size and any(s[0] != 1 for *_, s in given):
             raise BadRequest(
@@ -204,13 +210,18 @@ def _prepare_decoded(
             _check_elements(item, data[-1])
     if at != len(tail):
         raise BadRequest(f"{len(tail) - at} bytes follow the last binary tensor")
+    if key is not asked:
+        data = [codec.cast(data[0], asked[0][1], key[0][1])]
     if ask is not None:
         data.append(sequence_terms.encode(ask))
     if plan is None or any(
         len(each) != place.nbytes for each, place in zip(data, plan.places, strict=True)
     ):
         plan = plans.make(key, [len(each) for each in data])
-    return _finish(plans, plan, request, ask), data
+    prepared = _finish(plans, plan, request, ask)
+    if key is not asked:
+        prepared = replace(prepared, is_adapted=True)
+    return prepared, data
 
 
 def _check_limits(request: codec.InferRequest) -> None:

@@ -155,6 +155,17 @@ class RoutePlans:
             if name not in seen and not spec.optional:
                 raise BadRequest(f"input '{name}' is missing; its inputs are {sorted(specs)}")
 
+    def adapt(self, key: Key) -> Key:
+        """Say one tensor of numbers as what the version takes, whatever it is called and holds.
+
+        What cannot be is left as it is.
+        """
+        if len(key) != 1 or len(self._specs) != 1:
+            return key
+        (given,), (spec,) = key, self.route.inputs
+        is_number = given[1] in codec.NUMBERS and spec.datatype in codec.FLOATS
+        return ((spec.name, spec.datatype, given[2]),) if is_number else key
+
     def make(self, key: Key, sizes: Sequence[int]) -> InputPlan:
         """Make the plan of inputs that were checked and take this many bytes.
 

@@ -169,6 +169,9 @@ class RouteTable:
             raise NotFound(f"Request for unknown model: '{name}' is not found")
         found = versions.get(version)
         if found is None:
+            for route in versions.values() if not version.isdecimal() else ():
+                if route.called == version:
+                    return route
             if not version.isdecimal():
                 raise BadRequest(f"model '{name}': '{version}' is no version number")
             known = ", ".join(self.versions(name)[:20])

@@ -3,16 +3,18 @@
 The file lies in the image as it is, so the budgets count it; what the library makes of it is a private
 copy, counted and bounded (`private_copies`), and made again from the mapping when it was dropped.
 
-    lightgbm   *.txt, *.lgb           Booster.save_model
-    xgboost    *.ubj, *.json          Booster.save_model
+    lightgbm   *.txt, *.lgb, *.bst    Booster.save_model
+    xgboost    *.ubj, *.json, *.bst   Booster.save_model, XGBModel.save_model
     sklearn    *.joblib, *.pkl        a pickle, which runs code: only where operator and model allow it
 
 Input `input`, FP32 or FP64 [rows, features]; outputs `predict` and, where a classifier has it,
-`predict_proba`.
+`predict_proba`; of what only transforms, `transform`.  A file of XGBClassifier predicts classes, one of a
+Booster what its objective gives.
 
 Invariants
  1. Nothing is unpickled but by `sklearn`, and by that only what was allowed.
  2. A model takes as many threads as a batch may.
+ 3. A model that adapts gives columns: a row for each row, [rows, 1] at least, as MLServer does.
 
 Called by the packer and by workers.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -84,6 +87,9 @@ def _load_xgboost(content: bytes) -> Loaded:
     package = library("xgboost")
     booster: Any = package.Booster({"nthread": engines.batch_threads()})
     booster.load_model(bytearray(content))
+    kind = _estimator_of(booster)
+    if kind in ("classifier", "regressor"):
+        return _load_estimator(package, kind, content)
 
     def run(rows: Array) -> dict[str, Array]:
         # A name for each column would have to be asked for; the order is what counts.
@@ -92,19 +98,40 @@ def _load_xgboost(content: bytes) -> Loaded:
     return Loaded(booster.num_features(), run)
 
 
+def _estimator_of(booster: Any) -> str:
+    """Return what a file says of the estimator that it was saved by: classifier, regressor, or ""."""
+    try:
+        return str(json.loads(booster.attr("scikit_learn") or "{}").get("_estimator_type", ""))
+    except (ValueError, AttributeError):
+        return ""
+
+
+def _load_estimator(package: Any, kind: str, content: bytes) -> Loaded:
+    library("sklearn")
+    known = {"classifier": package.XGBClassifier, "regressor": package.XGBRegressor}
+    model: Any = known[kind](n_jobs=engines.batch_threads())
+    model.load_model(bytearray(content))
+    return Loaded(int(model.n_features_in_), lambda rows: _predictions(model, rows))
+
+
 def _load_sklearn(content: bytes) -> Loaded:
     library("sklearn")
     model: Any = library("joblib").load(io.BytesIO(content))
+    if not hasattr(model, "predict") and not hasattr(model, "transform"):
+        raise RepositoryError(
+            f"the pickle holds a {type(model).__name__}, which neither predicts nor transforms"
+        )
+    features = int(getattr(model, "n_features_in_", 0))
+    return Loaded(features, lambda rows: _predictions(model, rows))
+
+
+def _predictions(model: Any, rows: Array) -> dict[str, Array]:
     if not hasattr(model, "predict"):
-        raise RepositoryError(f"the pickle holds a {type(model).__name__}, which predicts nothing")
-
-    def run(rows: Array) -> dict[str, Array]:
-        outputs = {"predict": _plain(model.predict(rows))}
-        if hasattr(model, "predict_proba"):
-            outputs["predict_proba"] = np.asarray(model.predict_proba(rows))
-        return outputs
-
-    return Loaded(int(getattr(model, "n_features_in_", 0)), run)
+        return {"transform": np.asarray(model.transform(rows))}
+    outputs = {"predict": _plain(model.predict(rows))}
+    if hasattr(model, "predict_proba"):
+        outputs["predict_proba"] = np.asarray(model.predict_proba(rows))
+    return outputs
 
 
 def _plain(labels: Any) -> Array:
@@ -148,6 +175,7 @@ class TreesModel:
     def __init__(self, header: ImageHeader, memory: memoryview) -> None:
         (entry,) = header.tensors
         self._names = [spec.name for spec in header.config.outputs]
+        self._columns = header.config.adapts
 
         def make() -> Loaded:
             return load(header.engine, bytes(memory[entry.offset : entry.offset + entry.nbytes]))
@@ -159,14 +187,19 @@ class TreesModel:
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError."""
-        outputs = run(self._copy.get(), inputs)
+        outputs = run(self._copy.get(), inputs, columns=self._columns)
         return {name: outputs[name] for name in self._names}
 
 
-def run(loaded: Loaded, inputs: dict[str, Array]) -> dict[str, Array]:
-    """Run one batch.  Raises ModelError."""
+def run(loaded: Loaded, inputs: dict[str, Array], *, columns: bool = False) -> dict[str, Array]:
+    """Run one batch; `columns`: answer [rows, 1] for [rows].  Raises ModelError."""
     (rows,) = inputs.values()
     try:
-        return {name: np.ascontiguousarray(array) for name, array in loaded.run(rows).items()}
+        outputs = {name: np.ascontiguousarray(array) for name, array in loaded.run(rows).items()}
     except Exception as error:  # each library raises its own
         raise ModelError.of(error) from error
+    if not columns:
+        return outputs
+    return {
+        name: array.reshape(-1, 1) if array.ndim == 1 else array for name, array in outputs.items()
+    }

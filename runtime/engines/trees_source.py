@@ -36,7 +36,7 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     key = hashlib.blake2b(f"{source.engine} {package.__version__}".encode(), digest_size=16)
 
     def run(inputs: trials.Arrays) -> tuple[trials.Arrays, dict[str, str]]:
-        outputs = trees.run(loaded, inputs)
+        outputs = trees.run(loaded, inputs, columns=job.config.adapts)
         return outputs, {name: v2_of_numpy(array) for name, array in outputs.items()}
 
     def candidates() -> Iterator[Candidate]:
@@ -51,5 +51,9 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
 
     shape = (-1, loaded.features or -1)
     axes = ("batch", None if loaded.features else f"{trees.INPUT}.1")
-    spec = TensorSpec(name=trees.INPUT, datatype="FP32", shape=shape, axes=axes)
+    # Whoever takes any number takes them as exactly as the library does.
+    is_exact = job.config.adapts and source.engine != "xgboost"
+    spec = TensorSpec(
+        name=trees.INPUT, datatype="FP64" if is_exact else "FP32", shape=shape, axes=axes
+    )
     return Foreign(known=trials.Known((spec,)), run=run, others=(), candidates=candidates)

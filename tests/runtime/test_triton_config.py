@@ -270,12 +270,19 @@ def test_model_settings_are_read() -> None:
     assert config == ModelConfig(
         engine="sklearn",
         entry="model.joblib",
-        inputs=(TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),),
         batching=Batching(max_batch_size=16, max_queue_delay_us=250_000),
         parameters={"a": 1},
-        naming=Naming(aliases={"iris": ""}),
+        naming=Naming(aliases={"iris": ""}, called="v0.1.0"),
+        allow_code=True,
+        adapts=True,
     )
-    assert len(notes) == 4
+    assert len(notes) == 3
+    onnx = SETTINGS.replace("mlserver_sklearn.SKLearnModel", "mlserver_onnx.OnnxModel")
+    config, notes = model_files.read([(mlserver_config.FILE_NAME, onnx.encode())])
+    assert config.inputs == (TensorSpec(name="x", datatype="FP32", shape=(-1, 4)),)
+    assert not config.adapts
+    assert not config.allow_code
+    assert len(notes) == 3
 
 
 @pytest.mark.parametrize(

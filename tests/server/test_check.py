@@ -73,11 +73,17 @@ def test_what_will_not_be_served_says_why(
     assert problem in report.models[0].problems[0][1]
 
 
-def test_code_is_served_where_both_allow_it(tmp_path: Path) -> None:
-    folder = make_model(tmp_path, "own", "allow_code = true")
-    (folder / "model.py").write_text("")
+@pytest.mark.parametrize(
+    ("settings", "file"),
+    [("", "model.py"), ('engine = "python"', "model.py"), ('engine = "sklearn"', "m.joblib")],
+)
+def test_code_is_served_where_both_allow_it(tmp_path: Path, settings: str, file: str) -> None:
+    folder = make_model(tmp_path, "own", f"allow_code = true\n{settings}")
+    (folder / file).write_text("")
     assert check(tmp_path).counts() == (0, 1)
     assert check(tmp_path, allow_code=True).counts() == (1, 0)
+    (folder / "model.toml").write_text(settings)
+    assert check(tmp_path, allow_code=True).counts() == (0, 1)
 
 
 def test_aliases_that_clash_and_settings_of_a_server_are_remarked(tmp_path: Path) -> None:
