@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from overcommit.runtime import triton_metrics
 from overcommit.runtime.accounts import Accounts
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.client_books import ClientBooks
@@ -28,7 +29,7 @@ from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
 from overcommit.runtime.dependents import brought_along, taken_along
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
-from overcommit.runtime.exposition import exposition, exposition_of
+from overcommit.runtime.exposition import exposition, exposition_of, rows_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.gathering import Gathering
@@ -347,11 +348,14 @@ class Administration:
         )
 
     def _metrics(self, request: Admin) -> bytes:
-        name = request.arguments.get("model")
-        if name:
-            versions = self.house.registry.versions(_text(request, "model"))
-            return exposition_of(self.house, versions)
-        return exposition(self.house, self.totals())
+        name, house = request.arguments.get("model"), self.house
+        versions = house.registry.versions(_text(request, "model")) if name else None
+        if request.arguments.get("names") == "triton":
+            sites = house.sites if versions is None else ()
+            return triton_metrics.exposition(rows_of(house, versions), sites)
+        if versions is not None:
+            return exposition_of(house, versions)
+        return exposition(house, self.totals())
 
 
 def _reason(entry: Entry) -> dict[str, str]:

@@ -79,16 +79,7 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily("overcommit_payload_blocks_used", "Payload blocks in use", blocks)
 
     def _models(self) -> Iterator[Metric]:
-        house = self._house
-        rows: list[Row] = []
-        for slot in house.ledger.shown():
-            entry = house.registry.by_slot(slot)
-            if entry is not None:
-                rows.append(((entry.name, entry.version), house.ledger.get(slot)))
-        rest = house.ledger.rest()
-        if any(rest):
-            rows.append(((OTHER, ""), rest))
-        yield from _model_families(rows)
+        yield from _model_families(rows_of(self._house))
 
     def _residency(self) -> Iterator[Metric]:
         sites = self._house.sites
@@ -237,9 +228,7 @@ class _Detail(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
         entries = self._entries
-        yield from _model_families(
-            [((entry.name, entry.version), self._house.ledger.get(entry.slot)) for entry in entries]
-        )
+        yield from _model_families(rows_of(self._house, entries))
         for name, text in (
             ("loads_from_disk", "Loads from disk"),
             ("loads_from_host", "Loads from HOST"),
@@ -260,6 +249,21 @@ class _Detail(Collector):
                 value = 0 if view is None else getattr(view, f"{tier}_bytes")
                 held.add_metric((entry.name, entry.version, tier), value)
         yield held
+
+
+def rows_of(house: House, entries: Sequence[Entry] | None = None) -> list[Row]:
+    """Return the counts of these versions; else of those that are shown, and of the rest."""
+    if entries is not None:
+        return [((each.name, each.version), house.ledger.get(each.slot)) for each in entries]
+    rows: list[Row] = []
+    for slot in house.ledger.shown():
+        entry = house.registry.by_slot(slot)
+        if entry is not None:
+            rows.append(((entry.name, entry.version), house.ledger.get(slot)))
+    rest = house.ledger.rest()
+    if any(rest):
+        rows.append(((OTHER, ""), rest))
+    return rows
 
 
 def _model_families(rows: list[Row]) -> Iterator[Metric]:

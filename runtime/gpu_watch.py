@@ -64,6 +64,11 @@ class GpuWatch:
         self._thread = threading.Thread(target=self._watch, name="gpu-watch", daemon=True)
         self._thread.start()
 
+    @property
+    def uuid(self) -> str:
+        """Which GPU it is, as its driver names it."""
+        return self._gpu.uuid
+
     def close(self) -> None:
         """End the thread; one that hangs in NVML is left to the end of the process."""
         self._closing.set()

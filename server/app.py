@@ -169,8 +169,10 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
         return await front.ask("unload", name=name, unload_dependents=along)
 
     @app.get("/metrics", tags=["operations"], responses=answers(404))
-    async def metrics(model: str = "") -> Response:
-        return await front.ask("metrics", model=model)
+    async def metrics(model: str = "", names: str = "") -> Response:
+        if names not in ("", "overcommit", "triton"):
+            raise BadRequest("names must be overcommit or triton")
+        return await front.ask("metrics", model=model, names=names)
 
     @app.get("/v2/overcommit/models", tags=["operations"], responses=answers())
     async def models(offset: int = 0, limit: int = 100, order: str = "name") -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -74,6 +75,34 @@ def test_statistics_of_all_models_and_of_unknown_ones(triton: Any, client: Clien
     assert {"add", "faulty"} <= {row["name"] for row in rows}
     with pytest.raises(InferenceServerException, match="nope"):
         client.get_inference_statistics("nope")
+
+
+def test_metrics_have_tritons_names_where_they_are_asked_for(
+    server: Server, triton: Any, client: Client
+) -> None:
+    # Names and labels as Triton 2.51 writes them.
+    counters = {
+        *("nv_inference_request_success", "nv_inference_request_failure", "nv_inference_count"),
+        *("nv_inference_exec_count", "nv_inference_request_duration_us"),
+        *("nv_inference_queue_duration_us", "nv_inference_compute_input_duration_us"),
+        *("nv_inference_compute_infer_duration_us", "nv_inference_compute_output_duration_us"),
+    }
+    client.infer("faulty", [fp32(triton, [1.0])])
+    told = counted(triton, client)
+    text = server.get("/metrics?names=triton&model=faulty").body.decode()
+    families = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
+    assert {name for name, kind in families.items() if kind == "counter"} == counters
+    assert families["nv_cpu_memory_total_bytes"] == "gauge"
+    labels = 'model="faulty",version="1"'
+    rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    assert int(rows[f"nv_inference_request_success{{{labels}}}"]) == told["success"]
+    assert int(rows[f"nv_inference_count{{{labels}}}"]) == told["inferences"]
+    assert int(rows[f"nv_inference_compute_infer_duration_us{{{labels}}}"]) > 0
+    failed = 'nv_inference_request_failure{model="faulty",reason="OTHER",version="1"}'
+    assert int(rows[failed]) == told["fail"]
+    everything = server.get("/metrics?names=triton").body.decode()
+    assert f"nv_inference_exec_count{{{labels}}}" in everything
+    assert server.get("/metrics?names=other").status == 400
 
 
 def test_a_configuration_has_what_load_generators_read(triton: Any, client: Client) -> None:

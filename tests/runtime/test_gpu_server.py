@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -128,6 +129,9 @@ def test_status_and_metrics_tell_what_nvml_says(server: Server) -> None:
     assert 'overcommit_gpu_memory_free_bytes{gpu="0"} 3.221225472e+09' in text
     assert 'overcommit_gpu_process_bytes{gpu="0",kind="other"}' in text
     assert "overcommit_gpu_busy_percent" not in text
+    text = server.get("/metrics?names=triton").body.decode()
+    assert re.search(r'^nv_gpu_memory_total_bytes\{gpu_uuid="[^"]+"\} \d+$', text, re.MULTILINE)
+    assert "nv_gpu_utilization" not in text
 
 
 def test_weights_outlive_the_mover_and_the_workers(server: Server, want: Want) -> None:
