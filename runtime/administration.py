@@ -1,6 +1,6 @@
 """What a front end asks on behalf of a client and only the supervisor knows.
 
-Operations: `index`, `load`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`, `rollout`; those of
+Operations: `index`, `unload`, `models`, `model`, `metrics`, `ensure`, `status`, `rollout`; those of
 `accounts.py`, `client_books.py` and `client_loads.py`.  Every reply is bytes that the front end passes on.
 
 Invariants
@@ -26,9 +26,9 @@ from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.client_books import ClientBooks
 from overcommit.runtime.client_loads import ClientLoads
 from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
-from overcommit.runtime.dependents import brought_along, taken_along
+from overcommit.runtime.dependents import taken_along
 from overcommit.runtime.entries import Entry, State
-from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
+from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of, rows_of
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Admin, AdminReply, Counters
@@ -71,7 +71,6 @@ class Administration:
         self.books = ClientBooks(house)
         self.gathering = Gathering()
         self.loads = ClientLoads(catalogue, self._reply)
-        self._explicit: set[str] = set()  # models that clients have loaded by name
         self._operations: dict[str, Callable[[Admin], bytes]] = {
             "index": self._index,
             "unload": self._unload,
@@ -109,15 +108,9 @@ class Administration:
 
     def _is_answered_later(self, front: Child, request: Admin) -> bool:
         now_ns = time.monotonic_ns()
-        if request.operation in self.loads.operations:
-            self.loads.on_admin(front, request, now_ns)
-            return True
-        if request.operation != "load":
+        if request.operation not in self.loads.operations:
             return False
-        name = _text(request, "name")
-        if not self.loads.leave(front, request, name, now_ns):
-            self._load(name)
-            self.loads.wait(front, request, name, now_ns)
+        self.loads.on_admin(front, request, now_ns)
         return True
 
     def _reply(self, front: Child, request: Admin, status: int, body: bytes) -> None:
@@ -173,21 +166,6 @@ class Administration:
         ]
         return msgspec.json.encode(rows)
 
-    def _load(self, name: str) -> None:
-        """Take a model into service, and those of its steps.  Raises NotFound, RepositoryError."""
-        if not self.house.registry.has(name):
-            raise NotFound(
-                f"failed to load '{name}', failed to poll from model repository: there is no such "
-                f"model"
-            )
-        self._explicit.add(name)
-        now_ns = time.monotonic_ns()
-        registry = self.house.registry
-        for each in brought_along(registry, name):
-            if registry.has(each) and registry.find(each).state is State.UNLOADED:
-                self.catalogue.take_in(each, now_ns)
-        self.catalogue.take_in(name, now_ns)
-
     def _unload(self, request: Admin) -> bytes:
         name = _text(request, "name")
         registry = self.house.registry
@@ -195,11 +173,10 @@ class Administration:
             return b"{}"  # it is not loaded, which is what was asked for
         names = [name]
         if request.arguments.get("unload_dependents"):
-            names += taken_along(registry, name, self._explicit - {name})
+            names += taken_along(registry, name, self.loads.by_name - {name})
         now_ns = time.monotonic_ns()
         for each in names:
             if registry.has(each):
-                self._explicit.discard(each)
                 self.catalogue.take_out(each, now_ns)
                 self.loads.unload(each, now_ns)
         return b"{}"

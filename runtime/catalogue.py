@@ -1,6 +1,6 @@
 """What can be served: the repository watched, versions packed, front ends told.
 
-Joins the repository scan (a helper thread), the registry, the pack queue and the front ends' routing
+Joins the repository scan (`watch`, a helper thread), the registry, the pack queue and the front ends' routing
 tables.
 
 Invariants
@@ -9,19 +9,14 @@ Invariants
  2. A version leaves memory only after its route is gone, nothing waits for it and no worker runs it.
  3. A broken model changes nothing but its own entry.
 
-Called by the supervisor, from its one thread; only `_scan_forever` runs in the helper thread, and
-only `_results` and the bell are shared with it.
+Called by the supervisor, from its one thread.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import queue
-import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
@@ -37,7 +32,7 @@ from overcommit.runtime.programs import Programs
 from overcommit.runtime.rehearsal import Rehearsals
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout
-from overcommit.runtime.scanner import Scanner
+from overcommit.runtime.watch import Watch
 
 log = logging.getLogger("overcommit.catalogue")
 
@@ -51,15 +46,8 @@ class Catalogue:
         self.packing = Packing(
             house.settings, self._start_packer, self._describe_pack, self._on_packed
         )
-        self.scanner_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._results: queue.SimpleQueue[list[VersionSource]] = queue.SimpleQueue()
         settings = house.settings
-        self._scanner = Scanner(
-            [Path(root) for root in settings.repositories], Path(settings.cache_dir)
-        )
-        self._closing = threading.Event()
-        self._scan_now = threading.Event()
-        self._thread: threading.Thread | None = None
+        self.watch = Watch(settings.repositories, settings.cache_dir, settings.scan_interval_s)
         self._retiring: dict[int, int] = {}  # slot -> not before
         self._announcer = Announcer(house.fleet, house.spreading)
         self.registry.rehearses = True
@@ -75,51 +63,25 @@ class Catalogue:
 
     # --- the repository -------------------------------------------------------------------------
     def start(self) -> None:
-        """Begin to watch the repository; the first result comes through `scanner_fd`."""
-        self._thread = threading.Thread(target=self._scan_forever, name="scanner", daemon=True)
-        self._thread.start()
+        """Begin to watch the repository; the first result comes through `watch.fd`."""
+        self.watch.start()
 
     def close(self) -> None:
         """End the packer and the scanner."""
         self.packing.close()
-        self._closing.set()
-        self._scan_now.set()
-        if self._thread is not None:
-            self._thread.join()
-        os.close(self.scanner_fd)
+        self.watch.close()
         self.overrides.close()
 
-    def _scan_forever(self) -> None:
-        scanner = self._scanner
-        try:
-            scanner.first()
-        except OSError as error:
-            log.error("the repository cannot be read: %s", error)
-        is_changed = True  # an empty repository is a result too
-        while not self._closing.is_set():
-            if is_changed:
-                self._results.put(scanner.sources)
-                os.eventfd_write(self.scanner_fd, 1)
-            self._scan_now.wait(self.house.settings.scan_interval_s)
-            self._scan_now.clear()
-            try:
-                is_changed = scanner.look()
-            except OSError as error:
-                log.error("the repository cannot be read: %s", error)
-                is_changed = False
-
-    def look_at(self, name: str) -> None:
-        """Somebody asks for this model: look at its folder now."""
-        self._scanner.hurry(name)
-        self._scan_now.set()
-
-    def on_scanned(self, now_ns: int) -> None:
-        """Apply what the scanner saw."""
-        os.eventfd_read(self.scanner_fd)
-        while not self._results.empty():
-            self._sources = self._results.get()
-            self.apply(now_ns)
+    def on_scanned(self, now_ns: int) -> list[int]:
+        """Apply what the scanner saw; return the tickets of questions that are answered."""
+        answered: list[int] = []
+        for seen in self.watch.take():
+            answered += seen.answered
+            if seen.sources is not None:
+                self._sources = seen.sources
+                self.apply(now_ns)
         self._is_scanned = True
+        return answered
 
     def apply(self, now_ns: int) -> None:
         """Take over what the last scan saw, as clients have changed it."""
@@ -260,7 +222,6 @@ class Catalogue:
     def take_in(self, name: str, now_ns: int) -> None:
         """Put a model into service.  Raises NotFound and RepositoryError."""
         affected = self.registry.set_loaded(name)
-        self.look_at(name)
         for entry in affected:
             if entry.state is State.READY:
                 self.house.add(entry, now_ns)

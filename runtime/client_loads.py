@@ -1,26 +1,36 @@
 """Loads that a client waits for: they are answered when it is known whether the model works.
 
-    asked --try_out--> TRIED --all versions settled--> confirmed: 200 | given up: 400, the old one serves
-    asked plainly --> WAITING --all versions settled--> 200 | 400, if the newest does not work
+    asked --its folder, and those of its steps, were looked at--> begun plainly | with what the client gives
+    begun with that --> TRIED --all versions settled--> confirmed: 200 | given up: 400, the old one serves
+    begun plainly --> WAITING --all versions settled--> 200 | 400, if the newest does not work
 
 Invariants
  1. Each Admin is answered once: when it is decided, or after LOAD_ANSWER_NS, while the load goes on.
  2. Every load that is tried is decided, whether anybody waits for it or not.
+ 3. What is loaded is what lies in the repository after the load was asked for: its folders are looked at,
+    and no others.
 
 Called by administration, from the supervisor's one thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
 from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.dependents import brought_along
 from overcommit.runtime.entries import Entry, State
-from overcommit.runtime.errors import BadRequest, OvercommitError, RepositoryError, Unavailable
+from overcommit.runtime.errors import (
+    BadRequest,
+    NotFound,
+    OvercommitError,
+    RepositoryError,
+    Unavailable,
+)
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import Admin
 
@@ -35,27 +45,30 @@ class _Load:
     request: Admin
     name: str
     began_ns: int
-    is_tried: bool
+    is_tried: bool = False
     was_unloaded: bool = False
+    looked: set[str] = field(default_factory=set)  # folders, by name
     is_answered: bool = False
 
 
 class ClientLoads:
-    """Answers the operations `load_begin`, `load_end` and `load_override`."""
+    """Answers the operations `load`, `load_begin`, `load_end` and `load_override`."""
 
-    operations: Final = ("load_begin", "load_end", "load_override")
+    operations: Final = ("load", "load_begin", "load_end", "load_override")
 
     def __init__(self, catalogue: Catalogue, answer: Answer) -> None:
         self._catalogue = catalogue
         self._answer = answer
+        self._looking: dict[int, _Load] = {}  # by the ticket of the question
         self._loads: dict[str, _Load] = {}  # those that are tried
         self._waiting: list[_Load] = []  # those that are plain
+        self.by_name: set[str] = set()  # models that clients have loaded by name
 
     def on_admin(self, front: Child, request: Admin, now_ns: int) -> None:
         """Carry one of the operations out; raises OvercommitError, or answers now or later."""
         overrides = self._catalogue.overrides
         owner = front.incarnation
-        folder = str(request.arguments.get("folder", ""))
+        arguments = request.arguments
         if request.operation == "load_begin":
             try:
                 folder = overrides.begin(owner)
@@ -63,28 +76,84 @@ class ClientLoads:
                 raise OvercommitError(f"the cache folder cannot be written: {error}") from error
             self._answer(front, request, 200, msgspec.json.encode({"folder": folder}))
         elif request.operation == "load_end":
-            overrides.abandon(owner, folder or "-")
+            overrides.abandon(owner, str(arguments.get("folder", "")) or "-")
             self._answer(front, request, 200, b"{}")
         else:
-            name, config = request.arguments.get("name"), request.arguments.get("config")
+            name, config = arguments.get("name"), arguments.get("config", "")
             if not isinstance(name, str) or not isinstance(config, str):
-                raise BadRequest("'load_override' needs the arguments 'name' and 'config'")
-            if not folder and not self._catalogue.is_scanned(name):
-                overrides.abandon(owner, folder or "-")
-                raise RepositoryError(
-                    f"failed to load '{name}', failed to poll from model repository: there is no "
-                    f"such model, and no files came with it"
-                )
-            overrides.try_out(name, config, folder, owner)
-            was_unloaded = self._catalogue.registry.want(name)
-            if name in self._loads:
-                self._say(self._loads[name], _gone(name))
-            self._loads[name] = _Load(front, request, name, now_ns, True, was_unloaded)
-            self._catalogue.apply(now_ns)
-            self._hurry(name)
-            self.step(now_ns)
+                raise BadRequest(f"'{request.operation}' needs 'name' and 'config', which are text")
+            load = _Load(front, request, name, now_ns)
+            if arguments.get("folder"):  # the client brings all
+                self._begin(load, now_ns)
+            else:
+                self._look(load, {name})
 
-    def leave(self, front: Child, request: Admin, name: str, now_ns: int) -> bool:
+    def _look(self, load: _Load, names: set[str]) -> None:
+        load.looked |= names
+        self._looking[self._catalogue.watch.look_at(names)] = load
+
+    def on_looked(self, tickets: Iterable[int], now_ns: int) -> None:
+        """The folders of these loads were looked at."""
+        for load in filter(None, [self._looking.pop(ticket, None) for ticket in tickets]):
+            if load.is_answered:
+                continue
+            steps = set(brought_along(self._catalogue.registry, load.name))
+            if steps <= load.looked:
+                try:
+                    self._begin(load, now_ns)
+                except OvercommitError as error:
+                    self._say(load, error)
+            else:
+                self._look(load, steps - load.looked)
+
+    def _begin(self, load: _Load, now_ns: int) -> None:
+        """Raises OvercommitError."""
+        if load.request.operation == "load_override":
+            self._try_out(load, now_ns)
+            return
+        if not self._leave(load.name, now_ns):
+            self._take_in(load.name, now_ns)
+        if self._catalogue.is_settled(load.name):
+            self._say(load, self._problem(load))
+        else:
+            self._waiting.append(load)
+            self._hurry(load.name)
+
+    def _try_out(self, load: _Load, now_ns: int) -> None:
+        """Put what a client gives on trial.  Raises OvercommitError."""
+        name, arguments, overrides = load.name, load.request.arguments, self._catalogue.overrides
+        folder, owner = str(arguments.get("folder", "")), load.front.incarnation
+        if not folder and not self._catalogue.is_scanned(name):
+            overrides.abandon(owner, folder or "-")
+            raise RepositoryError(
+                f"failed to load '{name}', failed to poll from model repository: there is no such "
+                f"model, and no files came with it"
+            )
+        overrides.try_out(name, str(arguments.get("config", "")), folder, owner)
+        load.is_tried = True
+        load.was_unloaded = self._catalogue.registry.want(name)
+        if name in self._loads:
+            self._say(self._loads[name], _gone(name))
+        self._loads[name] = load
+        self._catalogue.apply(now_ns)
+        self._hurry(name)
+        self.step(now_ns)
+
+    def _take_in(self, name: str, now_ns: int) -> None:
+        """Take a model into service, and those of its steps.  Raises NotFound, RepositoryError."""
+        registry = self._catalogue.registry
+        if not registry.has(name):
+            raise NotFound(
+                f"failed to load '{name}', failed to poll from model repository: there is no such "
+                f"model"
+            )
+        self.by_name.add(name)
+        for each in brought_along(registry, name):
+            if registry.has(each) and registry.find(each).state is State.UNLOADED:
+                self._catalogue.take_in(each, now_ns)
+        self._catalogue.take_in(name, now_ns)
+
+    def _leave(self, name: str, now_ns: int) -> bool:
         """Load the repository's own again; False: no client's is loaded, or there is no other."""
         overrides = self._catalogue.overrides
         if not overrides.has(name) or not self._catalogue.is_scanned(name):
@@ -92,27 +161,18 @@ class ClientLoads:
         overrides.drop(name)
         self._catalogue.registry.want(name)
         self._catalogue.apply(now_ns)
-        self.wait(front, request, name, now_ns)
         return True
-
-    def wait(self, front: Child, request: Admin, name: str, now_ns: int) -> None:
-        """Answer when all versions of a model are what they will be."""
-        load = _Load(front, request, name, now_ns, False)
-        if self._catalogue.is_settled(name):
-            self._say(load, self._problem(load))
-        else:
-            self._waiting.append(load)
-            self._hurry(name)
 
     def unload(self, name: str, now_ns: int) -> None:
         """The model was unloaded: what a client gave for it is gone."""
+        self.by_name.discard(name)
         if self._catalogue.overrides.drop(name):
             self._catalogue.apply(now_ns)
 
     def on_front_end_gone(self, front: Child) -> None:
         """Nobody waits any more; what it was about to give comes to nothing."""
         self._catalogue.overrides.abandon(front.incarnation)
-        for load in (*self._loads.values(), *self._waiting):
+        for load in (*self._looking.values(), *self._loads.values(), *self._waiting):
             load.is_answered = load.is_answered or load.front is front
 
     def step(self, now_ns: int) -> None:
@@ -124,7 +184,7 @@ class ClientLoads:
         for load in self._waiting:
             if self._catalogue.is_settled(load.name):
                 self._say(load, self._problem(load))
-        for load in (*self._loads.values(), *self._waiting):
+        for load in (*self._looking.values(), *self._loads.values(), *self._waiting):
             if now_ns - load.began_ns > LOAD_ANSWER_NS:
                 text = f"model '{load.name}' is still being loaded; the index says how it ends"
                 self._say(load, Unavailable(text))

@@ -1,10 +1,10 @@
 """Looking at the repository again and again: everything at first, then a few folders at a time.
 
 Looking at 20,000 folders takes the better part of a second of CPU.  So only the first look is at all of
-them; each later one lists the roots, looks at what is new there, at what was changing the last time, at what
-somebody asked about, and then goes on where the one before stopped, for as long as its share of a core
-allows.  A small repository is looked at whole each time.  (Threads for the first look were tried: with
-nothing cached, four took as long as one.)
+them; each later one lists the roots, looks at what is new there, at what was changing the last time, and
+then goes on where the one before stopped, for as long as its share of a core allows.  A small repository is
+looked at whole each time.  Who loads a model has its folder looked at, and no other.  (Threads for the first
+look were tried: with nothing cached, four took as long as one.)
 
 Invariants
  1. A model that is added or removed is seen by the next look; a change inside of a model's folder is seen
@@ -12,8 +12,9 @@ Invariants
  2. `sources` is ordered by root and name, and changes only when a look has seen a change: then it is
     another list, in which what has not changed are the same objects.
  3. A name that two roots hold is the first root's; more than VERSIONS_MAX versions are cut off.
+ 4. What somebody asks for is taken as it is now: he says that nobody is copying into it.
 
-Called from the catalogue's scanner thread; `hurry` from any thread.
+Called from the thread of `watch`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from overcommit.runtime.config import VERSIONS_MAX
+from overcommit.runtime.folder_walk import is_skipped
 from overcommit.runtime.known_configs import FILE_NAME, KnownConfigs
 from overcommit.runtime.repository import (
     SETTLE_NS,
@@ -66,17 +67,10 @@ class Scanner:
         self._models: dict[str, Sources] = {}
         self._inside: dict[str, str] = {}  # models in folders of folders -> the outermost one
         self._unsettled: set[str] = set()
-        self._hurried: set[str] = set()
-        self._lock = threading.Lock()  # guards _hurried
         self._round: list[str] = []  # names that this round has not come to
         self._looked_s = 0.0
         self._is_saved = False
         self._saved_s = 0.0
-
-    def hurry(self, name: str) -> None:
-        """The next look is at this model too, whatever its turn."""
-        with self._lock:
-            self._hurried.add(name)
 
     # --- looking --------------------------------------------------------------------------------
     def first(self) -> None:
@@ -104,11 +98,8 @@ class Scanner:
         before_ns = settled_before_ns()
         # Once a round whatever their times say: a symlink may have got a target, a clock may be coarse.
         new, is_changed = self._list_roots(always=not self._round)
-        with self._lock:
-            hurried = {self._inside.get(name, name) for name in self._hurried}
-            hurried, self._hurried = hurried & self._folders.keys(), set()
         done: set[str] = set()
-        for name in itertools.chain(new, hurried, tuple(self._unsettled)):
+        for name in itertools.chain(new, tuple(self._unsettled)):
             if name not in done and name in self._folders:
                 done.add(name)
                 is_changed = self._look_at(name, before_ns) or is_changed
@@ -127,6 +118,43 @@ class Scanner:
         if not self._is_saved and time.monotonic() - self._saved_s >= SAVE_PERIOD_S:
             self._save(time.monotonic())
         return is_changed
+
+    def look_at(self, names: Iterable[str]) -> bool:
+        """Look at these models' folders, as they are now; return whether anything has changed.
+
+        Raises OSError as `first`.
+        """
+        is_changed = False
+        for name in names:
+            if name not in self._inside and not self._place(name):
+                # It is gone, or lies further down in a folder that nobody has looked at.
+                new, is_gone = self._list_roots(always=True)
+                is_changed = is_changed or is_gone
+                for each in new:
+                    is_changed = self._look_at(each, settled_before_ns()) or is_changed
+            outermost = self._inside.get(name, name)
+            if outermost in self._folders:
+                is_changed = self._look_at(outermost, None) or is_changed
+        if is_changed:
+            self._collect()
+            self._is_saved = False
+        return is_changed
+
+    def _place(self, name: str) -> bool:
+        """Take note of a folder of this name; return whether there is one in a root."""
+        if not name or is_skipped(name) or os.sep in name:
+            return False
+        for number, root in enumerate(self._roots):
+            path = os.path.join(root.path, name)
+            if os.path.isdir(path):
+                where = (number, os.path.islink(path))
+                if self._folders.get(name) != where:
+                    self._folders[name] = where
+                    # By root and name, as a listing has them.
+                    rows = sorted(self._folders.items(), key=lambda row: (row[1][0], row[0]))
+                    self._folders = dict(rows)
+                return True
+        return False
 
     def _list_roots(self, *, always: bool) -> tuple[list[str], bool]:
         """Take note of folders that came and went.

@@ -81,9 +81,7 @@ class Supervisor:
             self._listen()
             self._catch_signals()
             self._selector.register(house.fleet.bell, selectors.EVENT_READ, self._on_bell)
-            self._selector.register(
-                self.catalogue.scanner_fd, selectors.EVENT_READ, self._on_scanned
-            )
+            self._selector.register(self.catalogue.watch.fd, selectors.EVENT_READ, self._on_scanned)
             house.fleet.use_fork_server()
             if house.fleet.fork_server is not None:
                 self._watch(house.fleet.fork_server.process, None)
@@ -313,7 +311,8 @@ class Supervisor:
 
     def _on_scanned(self) -> None:
         try:
-            self.catalogue.on_scanned(time.monotonic_ns())
+            now_ns = time.monotonic_ns()
+            self.administration.loads.on_looked(self.catalogue.on_scanned(now_ns), now_ns)
         except OvercommitError as error:
             log.error("the repository scan failed: %s", error)
 

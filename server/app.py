@@ -24,7 +24,6 @@ from overcommit.server.bodies import error_response, field, json_response, read_
 from overcommit.server.exchange import retry_headers
 from overcommit.server.limits import ADMIN_PAGE_MAX
 from overcommit.server.openapi import answers
-from overcommit.server.routing import check_usable
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
@@ -97,7 +96,7 @@ def _add_models(app: FastAPI, front: FrontEnd) -> None:
 
     async def is_ready(name: str, version: str | None) -> Response:
         try:
-            ready = front.is_ready and check_usable(front.table.find(name, version))
+            ready = front.is_ready and front.table.is_ready(name, version)
         except OvercommitError as error:
             raise BadRequest(f"model '{name}' is not ready: {error.message}") from error
         return json_response({"name": name, "ready": ready}, 200 if ready else 400)

@@ -25,7 +25,6 @@ from overcommit.server.grpc_shared_memory import SharedMemory
 from overcommit.server.grpc_wire import CallFailed, Status
 from overcommit.server.model_config import model_config
 from overcommit.server.proto import messages
-from overcommit.server.routing import check_usable
 from overcommit.server.statistics import statistics
 from overcommit.server.trace_log_settings import log_settings, trace_settings
 
@@ -83,8 +82,8 @@ class Methods:
         """Whether a model can be asked; an unknown one cannot."""
         front = self._front
         try:
-            route = front.table.find(request.name, request.version or None)
-            is_ready = front.is_ready and check_usable(route)
+            version = request.version or None
+            is_ready = front.is_ready and front.table.is_ready(request.name, version)
         except (NotFound, Unavailable):
             is_ready = False
         return messages.ModelReadyResponse(ready=is_ready)

@@ -21,6 +21,7 @@ import msgspec
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, Unavailable
 from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
+from overcommit.server.limits import ENSEMBLE_DEPTH_MAX
 
 # Asked for by a header, in a version's place.
 CANARY: Final = "@canary"
@@ -180,6 +181,20 @@ class RouteTable:
                 f"{known}"
             )
         return found
+
+    def is_ready(self, name: str, version: str | None, depth: int = 0) -> bool:
+        """Whether requests would be served; those of an ensemble, by the models of its steps.
+
+        Raises as `find` and `check_usable`.
+        """
+        route = self.find(name, version)
+        return (
+            check_usable(route)
+            and depth <= ENSEMBLE_DEPTH_MAX
+            and all(
+                self.is_ready(step.model, step.version or None, depth + 1) for step in route.steps
+            )
+        )
 
 
 def check_usable(route: Route) -> bool:

@@ -1,10 +1,10 @@
 """Record what a real Triton answers to the differential tests' requests; needs no test run.
 
-    python tests/conformance/record_triton.py [all|sequences] [WORK]
+    python tests/conformance/record_triton.py [all|sequences|control] [WORK]
 
 WORK is where the benches keep their peers (~/.cache/overcommit/bench): the environment with the package
 nvidia-pytriton is made there the first time (80 MB, a minute).  Writes `triton_answers.json`, or
-`triton_sequences.json`.
+`triton_sequences.json`, or `triton_control.json`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import differential_control
 import differential_sequences
 from differential import ask_all
 
@@ -27,6 +28,7 @@ from overcommit.bench.peers.process import PeerProcess
 from overcommit.bench.peers.triton import PEER, command
 
 RECORDING = Path(__file__).with_name("triton_answers.json")
+CONTROL = Path(__file__).with_name("triton_control.json")
 SEQUENCES = Path(__file__).with_name("triton_sequences.json")
 WORK = Path("~/.cache/overcommit/bench").expanduser()
 CODE = """
@@ -97,6 +99,12 @@ def main(what: str, work: Path) -> None:
     if what == "sequences":
         ask, recorded = differential_sequences.ask_all, SEQUENCES
         differential_sequences.write_models(root / "models", differential_sequences.TRITON_CODE)
+    elif what == "control":
+        # It tells a file's states apart by whole seconds.
+        world = differential_control.World(
+            root / "models", differential_control.TRITON_CODE, pause_s=1.1
+        )
+        ask, recorded = world.ask_all, CONTROL
     else:
         write_models(root / "models")
     argv, variables = command(environment, root / "models")

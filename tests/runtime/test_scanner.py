@@ -115,8 +115,45 @@ def test_a_large_repository_is_looked_at_piece_by_piece(
     make_model(root, "m05", "weight = 2", age_s=30)
     assert [looking.look() for _ in range(12)].count(True) == 1
     make_model(root, "m07", "weight = 2", age_s=30)
-    looking.hurry("m07")
-    assert looking.look()
+    assert looking.look_at(["m07"])
+    assert not looking.look_at(["m07"])
+    assert [source.name for source in looking.sources] == [f"m{number:02}" for number in range(12)]
+
+
+def test_what_somebody_asks_for_is_looked_at_alone_and_as_it_is_now(
+    root: Path, tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    make_model(second, "zoo")
+    looking = Scanner([root, second])
+    looking.first()
+    ant = looking.sources[0]
+    make_model(root, "bee", "weight = 4", age_s=0)
+    make_model(root, "ant", "weight = 9", age_s=0)
+    assert looking.look_at(["bee", "zoo"])
+    assert names(looking) == ["ant", "bear", "bee", "cat", "zoo"]
+    assert not looking.sources[2].settling
+    assert looking.sources[0] is ant
+    assert not looking.look_at(["nobody", "../second/zoo", ".", ""])
+
+
+def test_what_is_gone_when_somebody_asks_for_it_is_gone(root: Path) -> None:
+    looking = Scanner([root])
+    looking.first()
+    shutil.rmtree(root / "cat")
+    assert looking.look_at(["cat"])
+    assert names(looking) == ["ant", "bear"]
+
+
+def test_a_model_in_a_folder_of_folders_is_found_by_its_name(root: Path) -> None:
+    looking = Scanner([root])
+    looking.first()
+    inner = root / "team" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "model-settings.json").write_text('{"name": "inner", "implementation": "x"}')
+    assert looking.look_at(["inner"])
+    assert names(looking) == ["ant", "bear", "cat", "inner"]
+    assert not looking.sources[-1].settling
 
 
 def test_a_symlink_that_gets_its_target_later_is_seen(root: Path) -> None:
