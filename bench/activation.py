@@ -165,8 +165,15 @@ class Bed:
     def activate(self, size: int, source: str) -> dict[str, Any]:
         """Ask for what is not on DEVICE; return the server's record of how it came there."""
         self.ask(size)
-        record: dict[str, Any] = self.server.status()["activations"][-1]
-        if record["nbytes"] != size or record["source"] != source or not record["host"]:
+        record: dict[str, Any] = {}
+
+        def is_told() -> bool:
+            # The answer does not wait for the supervisor to hear that the weights are there.
+            record.update(self.server.status()["activations"][-1])
+            is_it = record["nbytes"] == size and record["source"] == source
+            return is_it and bool(record["host"])
+
+        if not processes.wait_for(is_told, LIVE_LIMIT_S):
             raise self.server.blame(f"did not load {_name(size)} from {source} through HOST")
         return record
 

@@ -18,8 +18,7 @@ STAGES: Final = (
     ("supervisor to mover", "decided_ns", "received_ns"),
     ("until the first byte moves", "received_ns", "began_ns"),
     ("bytes", "began_ns", "ended_ns"),
-    ("mover to supervisor", "ended_ns", "done_ns"),
-    ("supervisor to worker", "done_ns", "placed_ns"),
+    ("mover to worker", "ended_ns", "placed_ns"),
     ("map", "placed_ns", "mapped_ns"),
 )
 

@@ -162,7 +162,7 @@ def lease_page_bytes(count: int) -> int:
     """Lease entries only; the status page lies before them at offset 0 of the worker's memfd."""
 
 class ResidencyTable:
-    """State and generation per version slot: written by the supervisor alone.  Starts all ABSENT, 0."""
+    """State and generation per version slot, written by the supervisor, or the mover (`publishing`)."""
 
     def __init__(self, buffer: ReadableBuffer, offset: int, count: int, writable: bool) -> None: ...
     def get(self, slot: int) -> tuple[int, int]:

@@ -8,7 +8,8 @@ Invariants
     flight are sent again, to the same extents (nobody reads them before they are published).
  2. A worker gets VersionInfo before the first Placed or Coming of a version.  Coming, to those who
     wait when a load starts, only says where Placed will be: losing it costs time alone.
- 3. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
+ 3. A load that its mover had published when it died has ended, and is not sent again.
+ 4. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
 
 Called by the supervisor, from its one thread.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from overcommit.runtime import _shm
 from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
@@ -84,8 +86,13 @@ class Activations:
         quarantine: Quarantine,
         site: int = 0,
         pins: Callable[[int], bool] = lambda slot: True,
+        table: _shm.ResidencyTable | None = None,
     ) -> None:
-        """`pins(slot)`: whether a version that its folder pins is pinned at this site."""
+        """`pins(slot)`: whether a version that its folder pins is pinned at this site.
+
+        `table` is what the mover publishes in; without one, only residency does.
+        """
+        self._table = table
         self._site = site
         self._pins = pins
         self._settings = settings
@@ -197,8 +204,16 @@ class Activations:
             if running.is_cancelled:
                 done = LoadDone(job=load.job, ok=False, message=CANCELLED)
                 self.on_load_done(done, now_ns)
+            elif self._is_published(running.message):
+                self.on_load_done(LoadDone(job=load.job, ok=True), now_ns)
             else:
                 self._send(running.message)
+
+    def _is_published(self, load: Load) -> bool:
+        """Whether the mover died between the state word and its LoadDone."""
+        if self._table is None or not load.publishes:
+            return False
+        return self._table.get(load.slot) == (_shm.RESIDENT, load.publishes)
 
     def load(self, job: int) -> Running | None:
         """Return a load that has not ended."""
@@ -344,6 +359,8 @@ class Activations:
             device=load.device,
             verify=verify,
             urgency=load.urgency,
+            publishes=0 if self._table is None else load.publishes,
+            waiters=tuple(load.waiters),
         )
 
     def _send(self, message: Message) -> None:

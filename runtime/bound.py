@@ -178,7 +178,7 @@ class Versions:
         if version is not None:
             self._release(version)
 
-    def place(self, placed: Placed) -> Version | None:
+    def place(self, placed: Placed | Coming) -> Version | None:
         """Map a version where it lies now; None when it is not known (any more).
 
         Raises OSError or ValueError when it cannot be mapped.
@@ -192,16 +192,20 @@ class Versions:
         self.on_run(placed.slot)
         return version
 
-    def prepare(self, coming: Coming) -> None:
+    def prepare(self, coming: Coming) -> bool:
         """Map a version where it will lie; nothing may read it before it is placed there.
+
+        False: it is not known, or cannot be mapped ahead.
 
         Raises OSError or ValueError when it cannot be mapped.
         """
         version = self._versions.get(coming.slot)
-        if version is not None and self.ranges.can_map_ahead:
-            assert version.generation is None, "what is placed may be read"
-            self._map(version, coming)
-            self._recent.setdefault(coming.slot, None)
+        if version is None or not self.ranges.can_map_ahead:
+            return False
+        assert version.generation is None, "what is placed may be read"
+        self._map(version, coming)
+        self._recent.setdefault(coming.slot, None)
+        return True
 
     def _map(self, version: Version, where: Placed | Coming) -> None:
         """Map a version, unless that was done ahead and nothing was mapped otherwise since."""

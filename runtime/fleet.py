@@ -29,6 +29,7 @@ from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
 from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, LinkUp, Message, Start
+from overcommit.runtime.mover_messages import WorkerBell
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat
 
@@ -186,6 +187,7 @@ class Fleet:
             send["host"] = memory.host_fd
         if seat.kind in ("worker", "mover") and memory.device_fd is not None:
             send["device"] = memory.device_fd
+            send["residency"] = memory.residency_fd
         held = 0 if memory.vault is None else len(memory.vault)
         start = Start(
             kind=seat.kind,
@@ -274,9 +276,18 @@ class Fleet:
         if child.seat.kind == "worker":
             for front in self.of_kind("front_end"):
                 self._link(front, child)
+            for mover in self.of_kind("mover", site=child.seat.site):
+                self._lend_bell(mover, child)
+        elif child.seat.kind == "mover":
+            for worker in self.of_kind("worker", site=child.seat.site):
+                self._lend_bell(child, worker)
         elif child.seat.kind == "front_end":
             for worker in self.of_kind("worker"):
                 self._link(child, worker)
+
+    @staticmethod
+    def _lend_bell(mover: Child, worker: Child) -> None:
+        mover.post(WorkerBell(seat=worker.seat.index), (worker.fds["doorbell"],))
 
     def _link(self, front: Child, worker: Child) -> None:
         slots = self.settings.ring_slots

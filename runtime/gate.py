@@ -4,7 +4,8 @@ Owns nothing; joins the residency table with the lease pages that are live now. 
 implementation of `residency.Port`.
 
 Invariants
- 1. Only this writes the residency table, from the supervisor's one thread.
+ 1. Only this writes the residency table, from the supervisor's one thread, but for words that a load in
+    flight publishes: those are the mover's until it ends (`publishing`).
  2. `try_evict` answers True only if no worker held a lease after the state word said EVICTING.
 """
 

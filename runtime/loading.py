@@ -162,6 +162,12 @@ class LoadState:
         return self.state in (State.DONE, State.FAILED)
 
     @property
+    def is_near_end(self) -> bool:
+        """Whether one step runs and none is left to take."""
+        is_taken = self._next == self.load.nbytes and not self._read
+        return is_taken and self._running == 1 and self.state is State.RUNNING
+
+    @property
     def wants_disk(self) -> bool:
         """Whether reads run or are left to take, now or later."""
         if self.load.source != "disk" or self.state is State.FAILING:

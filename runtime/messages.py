@@ -20,7 +20,7 @@ Who sends what, by the room that has it:
     `front_end_messages`     supervisor -> front end: Routes, Homes, AdminReply, Pressure,
                              RegionsChanged, SeatsBroken, TellCounts, Rehearse
                              front end -> supervisor: Admin, Counters, Rehearsed
-    `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad
+    `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad, WorkerBell
                              mover -> supervisor: LoadDone, Populated
     `packer_messages`        supervisor -> packer: Pack; packer -> supervisor: PackProgress, PackDone
 
@@ -49,8 +49,9 @@ class Start(Message, frozen=True):
 
     fds, worker: doorbell, supervisor_bell, residency, page (its own lease page + status), device
     fds, front end: doorbell, listen, ingress, egress; grpc where gRPC is served
-    fds, mover: device, host (absent when there is no host tier)
-    Where DEVICE is the memory of a GPU, `device` is no descriptor; its chunks come as `Chunks`.
+    fds, mover: device, residency, host (absent when there is no host tier)
+    Where DEVICE is the memory of a GPU, the mover has no `residency`, and `device` is no descriptor; its
+    chunks come as `Chunks`.
     fds, packer: none
     """
 

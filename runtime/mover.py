@@ -6,7 +6,8 @@ whose turn it is, `load_queue` decides.  In the background one more thread touch
 arenas, in steps, so that no request pays for page faults; loads go first.
 
 A load from HOST needs no thread to wake up first: the control thread begins it itself, and looks at
-its socket between steps.  Whoever ends a load sends its LoadDone.
+its socket between steps.  Whoever ends a load publishes it, if that is the mover's (`publishing`), and
+sends its LoadDone.
 
 Invariants
  1. LoadDone is sent once for every Load, after the last byte is in place or after its last running
@@ -24,6 +25,7 @@ The supervisor starts it; `main` returns on Stop.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import select
 import threading
@@ -40,6 +42,7 @@ from overcommit.runtime.config import (
     PREFETCH_READS_IN_FLIGHT,
     READ_THREADS,
     READS_IN_FLIGHT,
+    VERSIONS_MAX,
 )
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.copier import MEMCPY, Copier
@@ -49,9 +52,17 @@ from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, LoadState, Work
 from overcommit.runtime.messages import Chunks, LogLevel, Message, Ready, Start, Stop
-from overcommit.runtime.mover_messages import CancelLoad, Load, LoadDone, Populated, PromoteLoad
+from overcommit.runtime.mover_messages import (
+    CancelLoad,
+    Load,
+    LoadDone,
+    Populated,
+    PromoteLoad,
+    WorkerBell,
+)
 from overcommit.runtime.numa import move_to_site
 from overcommit.runtime.places import Base
+from overcommit.runtime.publishing import Publisher
 
 log = logging.getLogger("overcommit.mover")
 
@@ -65,7 +76,9 @@ class Mover:
         host: Base | None,
         send: Callable[[Message], None],
         copier: Copier = MEMCPY,
+        publisher: Publisher | None = None,
     ) -> None:
+        self.publisher = publisher or Publisher()
         self._device = device
         self._host = host
         self._copier = copier
@@ -117,6 +130,9 @@ class Mover:
             taken = self._loads.try_take_copy()
         if taken is None:
             return False
+        state, step = taken
+        if step.nbytes == state.load.nbytes:
+            self.publisher.announce(state.load)  # nobody else copies: they wake up meanwhile
         self._do(taken)
         return True
 
@@ -156,11 +172,20 @@ class Mover:
             elif step.work is Work.READ:
                 self._may_copy.notify()
             self._wake_prefetch()
+            is_near = state.is_near_end
         if is_over:
             self._end(state)
+        elif is_near:
+            self.publisher.announce(state.load)
 
     def _end(self, state: LoadState) -> None:
-        self._send(state.close())
+        done = state.close()
+        if done.ok:
+            self.publisher.publish(state.load)
+        # Before the workers are woken: who asks the supervisor after an answer finds it informed.
+        self._send(done)
+        if done.ok:
+            self.publisher.ring(state.load)
         with self._lock:
             if not len(self._loads):
                 self._is_idle.notify_all()
@@ -262,8 +287,12 @@ def main(control_fd: int) -> None:
         else:
             return
         device, copier, shrink = tier
+    table = None
+    if "residency" in fds:
+        words = mmap.mmap(fds["residency"], _shm.table_bytes(VERSIONS_MAX))
+        table = _shm.ResidencyTable(words, 0, VERSIONS_MAX, True)
     control.send(Ready(pid=os.getpid()))
-    mover = Mover(device, host, control.send, copier)
+    mover = Mover(device, host, control.send, copier, Publisher(table))
     while _serve(mover, control, shrink):
         # Copies that are left: these go on here between looks, until nobody has a step to take.
         while not select.select((control,), (), (), 0)[0] and mover.try_copy():
@@ -284,7 +313,7 @@ def _cannot_shrink(count: int) -> None:
 def _serve(mover: Mover, control: ControlSocket, shrink: Callable[[int], None]) -> bool:
     """Take every message that is there; False for Stop."""
     while (received := control.try_receive()) is not None:
-        message, _ = received
+        message, given = received
         if isinstance(message, Stop):
             return False
         if isinstance(message, Load):
@@ -293,6 +322,8 @@ def _serve(mover: Mover, control: ControlSocket, shrink: Callable[[int], None]) 
             mover.cancel(message.job)
         elif isinstance(message, PromoteLoad):
             mover.promote(message.job)
+        elif isinstance(message, WorkerBell):
+            mover.publisher.on_bell(message.seat, given["bell"])
         elif isinstance(message, Chunks):
             shrink(message.count)
         elif isinstance(message, LogLevel):

@@ -26,6 +26,8 @@ class Load(Message, frozen=True):
     source "disk": read into `host` if given and copy on to `device` if given, else read straight
     into `device`.  source "host": copy `host` to `device`.  With `packed_bytes` the file and `host` hold so
     many, the packed form of these `nbytes`, and what goes to `device` is decoded on the way.
+    With `publishes` the mover itself writes RESIDENT and that generation when the last byte is there, before
+    LoadDone, and rings the workers in the seats `waiters`; until LoadDone nobody else writes the word.
     """
 
     job: int
@@ -38,6 +40,8 @@ class Load(Message, frozen=True):
     device: Extents | None = None
     verify: bool = True
     urgency: Urgency = "foreground"
+    publishes: int = 0
+    waiters: tuple[int, ...] = ()
 
 
 class CancelLoad(Message, frozen=True):
@@ -54,6 +58,13 @@ class PromoteLoad(Message, frozen=True):
     """Mover: requests wait for this load now, it is a foreground load from here on."""
 
     job: int
+
+
+class WorkerBell(Message, frozen=True):
+    """Mover: this doorbell wakes the worker in this seat, from now on.  fds: bell"""
+
+    seat: int
+    fds: tuple[str, ...] = ("bell",)
 
 
 class LoadDone(Message, frozen=True):
@@ -83,4 +94,4 @@ class Populated(Message, frozen=True):
     seconds: float
 
 
-MoverMessage = Load | CancelLoad | PromoteLoad | LoadDone | Populated
+MoverMessage = Load | CancelLoad | PromoteLoad | WorkerBell | LoadDone | Populated

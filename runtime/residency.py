@@ -17,8 +17,8 @@ Invariants
     and maybe then; on DISK it holds nothing.
  4. The state word is written with every transition: RESIDENT only after the bytes are there, and
     bytes are given to another only after the word says otherwise and no lease is held.
- 5. The generation of a slot grows by one with each publish and never shrinks, not even when the
-    slot gets another version.
+ 5. The generation of a slot grows with each publish and each load that fails and never shrinks, not
+    even when the slot gets another version.
  6. Wishes are served in turn and in time (`pump`).
  7. A failed load leaves nothing behind but a back-off (LOAD_BACKOFF_S, by failures in a row) for
     each version that waited for the part.  Loads of other parts go on for those who want them.
@@ -194,7 +194,7 @@ class Residency:
         self._pins.discard(slot)
         for room in self._rooms:
             room.on_leaving(version)
-        self._generations[slot] = version.generation
+        self._generations[slot] = version.generation + (version.state is State.LOADING)
         version.is_leaving = True
         former = self._pump.leaving.setdefault(slot, version)
         if former is not version:

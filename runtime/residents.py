@@ -138,6 +138,9 @@ class StartLoad:
     device: Extents | None
     urgency: Urgency = "foreground"
     packed_bytes: int = 0  # of its packed form, if that is what the file and `host` hold
+    # As this generation its good end makes the version RESIDENT: nothing else is missing.  0: it does not.
+    publishes: int = 0
+    waiters: frozenset[int] = frozenset()  # at its start
 
 
 @dataclass(slots=True, frozen=True)

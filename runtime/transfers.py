@@ -18,7 +18,10 @@ Invariants
  3. The places of a part with a load in flight do not move and are not given back.
  4. A load that fails is the failure of every version that waits for its part, and of no other; the
     part is not trusted on HOST any more.
- 5. A load that is ahead serves prefetches alone: it is promoted at once when a version needs it that
+ 5. A load that brings all that its version lacks says as which generation it publishes it: the mover
+    may write the state word when the last byte is there, and until the load has ended nobody else does.
+    So a number is used by one try alone: one that fails takes its number along.
+ 6. A load that is ahead serves prefetches alone: it is promoted at once when a version needs it that
     requests wait for, and only such a load is ever cancelled.  The forecast of waits leaves it out.
 
 Called by residency; pure.
@@ -161,6 +164,7 @@ class Transfers:
         self.ahead.discard(version.slot)
         self._device.release(version)
         version.state = State.DISK
+        version.generation += 1
         if self._host is not None:
             self._host.drop(version)
         self._port.set_state(version.slot, ABSENT, version.generation)
@@ -201,8 +205,10 @@ class Transfers:
         steps: list[Step] = []
         if version.slot not in self.ahead:
             steps += self.promote(version)
-        for part in self._to_come(version):
-            load = self._start(version, part, now_ns)
+        to_come = self._to_come(version)
+        publishes = self._generation_of(version, to_come)
+        for part in to_come:
+            load = self._start(version, part, now_ns, publishes)
             version.source = "disk" if "disk" in (version.source, load.source) else "host"
             steps.append(load)
         places = self._device.holdings.places
@@ -231,6 +237,13 @@ class Transfers:
         self._port.set_state(version.slot, RESIDENT, version.generation)
         return self.answer(version)
 
+    def _own(self, version: Version) -> None:
+        """LOADING -> DEVICE, of one that leaves: it was published by its load, and may be leased."""
+        del self.loading[version.slot]
+        version.state = State.DEVICE
+        version.generation += 1
+        self._port.set_state(version.slot, RESIDENT, version.generation)
+
     # --- loads ----------------------------------------------------------------------------------
     def _to_come(self, version: Version) -> Parts:
         """Return the version's parts that are not on DEVICE and have no load in flight."""
@@ -250,7 +263,15 @@ class Transfers:
         place = None if self._host is None else self._host.holdings.places.get(part)
         return "host" if place is not None and place.is_filled else "disk"
 
-    def _start(self, version: Version, part: Part, now_ns: int) -> StartLoad:
+    def _generation_of(self, version: Version, to_come: Parts) -> int:
+        """Return as what the load of what is to come publishes the version; 0: more is missing."""
+        places = self._device.holdings.places
+        if len(to_come) != 1 or version.slot in self.ahead:
+            return 0
+        others = (part for part in version.device if part is not to_come[0])
+        return version.generation + 1 if all(places[part].is_filled for part in others) else 0
+
+    def _start(self, version: Version, part: Part, now_ns: int, publishes: int) -> StartLoad:
         """Begin to bring a part to its places, from HOST if it is there."""
         on_device = self._device.holdings.places[part]
         on_host = None if self._host is None else self._host.holdings.places.get(part)
@@ -258,7 +279,9 @@ class Transfers:
         host = None if on_host is None else on_host.extents
         if version.slot in self.ahead:
             return self._load(version, part, source, host, on_device.extents, "prefetch")
-        load = self._load(version, part, source, host, on_device.extents, "foreground")
+        load = self._load(
+            *(version, part, source, host, on_device.extents, "foreground"), publishes
+        )
         self._forecast.on_started(load.job, version.slot, source, part.nbytes, now_ns)
         return load
 
@@ -270,11 +293,12 @@ class Transfers:
         host: Extents | None,
         device: Extents | None,
         urgency: Urgency,
+        publishes: int = 0,
     ) -> StartLoad:
         job = next(self._jobs)
         load = StartLoad(
             *(job, version.slot, part.digest, part.nbytes, source, host, device, urgency),
-            part.packed_bytes,
+            *(part.packed_bytes, publishes, version.waiters if publishes else frozenset()),
         )
         part.job = job
         self._loads[job] = (part, load)
@@ -317,6 +341,8 @@ class Transfers:
         for version in waiting:
             version.load_ns = max(version.load_ns, load_ns)
             if version.is_leaving:
+                if ok and load.publishes and version.slot == load.slot:
+                    self._own(version)
                 continue  # it goes when none of its loads is in flight
             if ok:
                 steps += self._carry_on(version, now_ns)

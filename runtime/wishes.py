@@ -12,7 +12,9 @@ Invariants
  3. Jobs wait only for what can still come: when it fails or is forgotten they are answered.
  4. A job whose deadline is before the time at which its version is expected does not wait: it is
     answered, and the version still comes, for when it is asked again.
- 5. The page says how many jobs wait for a version before the supervisor is asked for it.
+ 5. What is coming is placed when Placed says so, or when the state word is RESIDENT for the generation that
+    Coming told: no other load of the version has that one, so the bytes lie where they were to come.
+ 6. The page says how many jobs wait for a version before the supervisor is asked for it.
 
 Called by the worker's loop.
 """
@@ -24,6 +26,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
@@ -50,6 +53,8 @@ from overcommit.runtime.worker_messages import (
     VersionInfo,
 )
 
+LOOK_NS: Final = 2_000  # between two looks at a state word that is about to change
+
 log = logging.getLogger("overcommit.worker")
 
 
@@ -65,7 +70,9 @@ class Wishes:
         links: Links,
         leases: _shm.LeasePage,
         door: Door,
+        table: _shm.ResidencyTable,
     ) -> None:
+        self._table = table
         self._control = control
         self._batcher = batcher
         self._versions = versions
@@ -79,6 +86,10 @@ class Wishes:
         self._told: dict[int, int] = {}  # slot -> the earliest deadline that was told
         self._noted: dict[int, int] = {}  # what the page says, where that is not 0
         self.warm_ups: deque[Version] = deque()
+        self.coming: dict[
+            int, Coming
+        ] = {}  # by slot: mapped ahead, not resident when looked at last
+        self._arrived: dict[int, int] = {}  # slot -> generation that is resident, before its Placed
 
     def want(self, slot: int, deadline_ns: int = NEVER_NS) -> None:
         """Jobs wait for this version: get its weights placed and its program loaded."""
@@ -150,13 +161,38 @@ class Wishes:
         if version is None or version.generation is not None or version.failing(now_ns) is not None:
             return
         try:
-            self._versions.prepare(coming)
+            if self._versions.prepare(coming):
+                self.coming[coming.slot] = coming
         except (OSError, ValueError) as error:
             # It is tried again, and answered, when the version is placed.
             log.warning("%s cannot be mapped ahead: %s", version.title, error)
 
+    def take_arrived(self, now_ns: int) -> None:
+        """Place what is resident now of what was coming; its Placed says nothing new."""
+        for slot, coming in list(self.coming.items()):
+            if self._table.get(slot) == (_shm.RESIDENT, coming.generation):
+                self._place(coming, now_ns)
+                self._arrived[slot] = coming.generation
+
+    def watch(self, rings: Sequence[_shm.Ring], until_ns: int) -> bool:
+        """Wait without sleep for what is about to arrive, or for a ring; False if neither came."""
+        near = [coming for coming in self.coming.values() if self._is_near(coming)]
+        while near and time.monotonic_ns() < until_ns:
+            if not all(map(self._is_near, near)) or _shm.spin(rings, LOOK_NS):
+                return True
+        return False
+
+    def _is_near(self, coming: Coming) -> bool:
+        return self._table.get(coming.slot) == (_shm.LOADING, coming.generation)
+
     def on_placed(self, placed: Placed, now_ns: int) -> None:
-        """A version is resident: map it where it lies."""
+        """A version is resident."""
+        if self._arrived.pop(placed.slot, None) != placed.generation:
+            self._place(placed, now_ns)
+
+    def _place(self, placed: Placed | Coming, now_ns: int) -> None:
+        """Map a version where it lies, and run it if its program is there."""
+        self.coming.pop(placed.slot, None)
         placed_ns = time.monotonic_ns()
         asked_ns = self._asked.pop(placed.slot, placed_ns)
         self._end_wish(placed.slot)
@@ -193,6 +229,7 @@ class Wishes:
     def on_activation_failed(self, failed: ActivationFailed, now_ns: int) -> None:
         """It cannot be made resident now."""
         self._asked.pop(failed.slot, None)
+        self.coming.pop(failed.slot, None)
         self._end_wish(failed.slot)
         version = self._versions.get(failed.slot)
         if version is None or not version.is_runnable:
@@ -210,6 +247,8 @@ class Wishes:
         """The version was removed or unloaded."""
         self._asked.pop(slot, None)
         self._attaching.pop(slot, None)
+        self.coming.pop(slot, None)
+        self._arrived.pop(slot, None)
         self._told.pop(slot, None)
         self._door.forget(slot)
         version = self._versions.get(slot)

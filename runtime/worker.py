@@ -37,7 +37,7 @@ from overcommit.runtime import _shm
 from overcommit.runtime.arena import MemfdRanges, Ranges
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Loader, Opener, Version, Versions
-from overcommit.runtime.config import HEARTBEAT_NS, VERSIONS_MAX
+from overcommit.runtime.config import ARRIVAL_SPIN_NS, HEARTBEAT_NS, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, Overloaded, ProtocolError, WorkerLost
@@ -104,7 +104,7 @@ class Worker:
         self.door = Door(self.batcher, self.links, judges=start.settings.admission)
         self.wishes = Wishes(
             *(control, self.batcher, self.versions, self._runner, self.links, self._leases),
-            self.door,
+            *(self.door, self._table),
         )
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = 0
@@ -147,6 +147,8 @@ class Worker:
             self._take_control(now_ns)
             self.wishes.take_opened(now_ns)
             self.versions.families.take_recorded()
+        if self.wishes.coming:
+            self.wishes.take_arrived(now_ns)
         did = self._take_submissions(now_ns)
         for _ in range(BATCHES_MAX):
             if not self._run_batch(now_ns):
@@ -165,6 +167,8 @@ class Worker:
         if self._idle_work():
             return
         rings = self.links.rings
+        if self.wishes.coming and self.wishes.watch(rings, time.monotonic_ns() + ARRIVAL_SPIN_NS):
+            return
         if self._spin_ns and rings and _shm.spin(rings, self._spin_ns):
             return
         if not _shm.arm(rings):

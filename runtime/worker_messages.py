@@ -53,7 +53,8 @@ class Placed(Message, frozen=True):
 class Coming(Message, frozen=True):
     """The version's bytes are on their way to these extents; a Placed like this follows if they come.
 
-    To be mapped meanwhile, not to be read: until Placed the state word is not RESIDENT.
+    To be mapped meanwhile, not to be read until the state word is RESIDENT with this generation: that is
+    as good as the Placed, which comes later.
     """
 
     slot: int

@@ -45,6 +45,8 @@ class FakePort:
         self.last_used_ns: Counter[int] = Counter()
         self.evicted: list[int] = []
         self.is_hungry = False
+        # slot -> generation that the mover wrote, whose load has not ended
+        self.early: dict[int, int] = {}
         self.lies = 0  # so many leases are taken between a look at the counters and try_evict
         self.looks = 0
 
@@ -120,11 +122,23 @@ class World:
     def finish(self, job: int | None = None, *, ok: bool = True, message: str = "") -> list[Action]:
         """The mover ends a load, by default the oldest."""
         job = next(iter(self.loads)) if job is None else job
-        self.loads.pop(job, None)
+        load = self.loads.pop(job, None)
+        if load is not None and self.port.early.get(load.slot) == load.publishes:
+            del self.port.early[load.slot]
         actions = self.residency.on_load_done(job, ok, message, self.now_ns, 10 * MS)
         self.take(actions)
         self.now_ns += 1  # no two events are at one time
         return actions
+
+    def publish_early(self, job: int) -> None:
+        """The mover has written the word of a load that publishes, and has not said so yet."""
+        load = self.loads[job]
+        assert load.publishes
+        state, generation = self.port.words[load.slot]
+        assert state == LOADING
+        assert generation < load.publishes
+        self.port.words[load.slot] = (RESIDENT, load.publishes)
+        self.port.early[load.slot] = load.publishes
 
     def prefetch(
         self, slot: int, tier: Tier, judge: Callable[[Version], bool] = lambda version: True
@@ -227,6 +241,10 @@ def check(residency: Residency, port: FakePort) -> None:
         assert not (is_queued and is_loading)
         if version.is_leaving or version.slot not in leaving:
             state, generation = port.words.get(version.slot, (ABSENT, 0))
+            if version.slot in port.early:
+                assert version.state is State.LOADING
+                assert (state, generation) == (RESIDENT, version.generation + 1)
+                continue
             assert state in _WORDS[version.state]
             assert generation == version.generation
     jobs = {load.job: (part, load) for part, load in residency._transfers._loads.values()}

@@ -7,7 +7,9 @@ from residency_world import CHUNK, MS, SECOND, World
 
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.config import LOAD_BACKOFF_S
+from overcommit.runtime.parts import PartInfo
 from overcommit.runtime.residents import NOBODY, Publish, Refuse, StartLoad, State
+from overcommit.runtime.views import Tier
 
 
 # --- failures -----------------------------------------------------------------------------------
@@ -236,3 +238,61 @@ def test_adding_a_known_version_changes_its_pin_and_priority_only() -> None:
     world.add(1, pinned=True)
     world.want(3)
     assert world.port.evicted == [2]
+
+
+# --- what the mover has published -----------------------------------------------------------------
+def test_a_load_publishes_if_it_brings_all_that_is_missing_and_somebody_waits() -> None:
+    world = World(8, host_chunks=8)
+    trunk = PartInfo("a", 2 * CHUNK)
+    world.add(1)
+    world.add(2, parts=[trunk])
+    world.add(3, parts=[trunk])
+    world.want(1, waiter=4)
+    (load,) = world.loads.values()
+    assert (load.publishes, load.waiters) == (1, frozenset({4}))
+    world.finish()
+    world.want(2)
+    assert [load.publishes for load in world.loads.values()] == [0, 0], "two are on their way"
+    world.finish()
+    world.finish()
+    world.want(3)
+    assert [load.publishes for load in world.loads.values()] == [1], "the trunk is there"
+    world.finish()
+    world.add(4)
+    world.prefetch(4, Tier.DEVICE)
+    assert [load.publishes for load in world.loads.values()] == [0]
+
+
+def test_what_was_published_and_leased_before_residency_heard_of_it_keeps_its_bytes() -> None:
+    world = World(4)
+    world.add(1)
+    world.want(1)
+    (job,) = world.loads
+    world.publish_early(job)
+    world.port.leases[1] += 1
+    world.remove(1)
+    world.finish(job)
+    assert world.device.used_bytes == CHUNK
+    world.port.leases[1] = 0
+    world.tick()
+    assert world.device.used_bytes == 0
+    assert world.port.words[1] == (ABSENT, 1)
+
+
+def test_no_two_tries_share_a_generation() -> None:
+    world = World(4)
+    world.add(1)
+    world.want(1)
+    (failed,) = world.loads.values()
+    world.finish(ok=False)
+    world.now_ns += SECOND
+    world.want(1)
+    (second,) = world.loads.values()
+    world.remove(1)
+    world.add(1)
+    world.finish()
+    world.want(1)
+    (third,) = world.loads.values()
+    assert failed.publishes < second.publishes < third.publishes
+    world.finish()
+    assert world.published[-1].generation == third.publishes

@@ -12,7 +12,7 @@ from worker_rig import Programs, Rig, X, info, plain, ready, vector_config
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Mapping
 from overcommit.runtime.bound import Version
-from overcommit.runtime.config import PAGE_BYTES, ModelConfig
+from overcommit.runtime.config import NEVER_NS, PAGE_BYTES, ModelConfig
 from overcommit.runtime.errors import Forbidden
 from overcommit.runtime.worker_messages import (
     Activate,
@@ -292,3 +292,67 @@ def test_a_version_is_warmed_up_with_a_row_of_zeros_when_nothing_waits(
     rig.answered(front, request)
     assert rows == [[[0, 0, 0, 0]], X.tolist()]
     assert front.status(request) == _shm.OK
+
+
+# --- what the mover publishes ---------------------------------------------------------------------
+def test_what_was_coming_runs_as_soon_as_the_word_says_so_without_placed(
+    rig: Rig, front: Front
+) -> None:
+    request = front.submit(5, [X])
+    rig.control.send(info(5))
+    rig.table.set(5, _shm.LOADING, 0)
+    rig.control.send(Coming(slot=5, generation=1, extents=((20 * PAGE_BYTES, PAGE_BYTES),)))
+    rig.settle()
+    assert request not in front.collect()
+    placed = rig.publish(5, 1, 6.0, page=20)
+    os.eventfd_write(rig.fds["doorbell"], 1)
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 6 * X)
+    # Its Placed comes when it has been evicted, and asked for again: it is no answer to that.
+    assert _shm.try_evict(rig.table, [rig.leases], 5, 1)
+    rig.table.set(5, _shm.ABSENT, 1)
+    rig.heard()
+    request = front.submit(5, [X])
+    rig.settle()
+    assert rig.heard() == [Activate(slot=5)]
+    rig.control.send(placed)
+    rig.settle()
+    assert rig.heard() == []
+    assert request not in front.collect()
+    rig.control.send(rig.publish(5, 2, 3.0, page=21))
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 3 * X)
+
+
+def test_a_try_that_failed_is_not_taken_for_the_one_that_follows(rig: Rig, front: Front) -> None:
+    request = front.submit(5, [X])
+    rig.control.send(info(5))
+    rig.table.set(5, _shm.LOADING, 0)
+    rig.control.send(Coming(slot=5, generation=1, extents=((20 * PAGE_BYTES, PAGE_BYTES),)))
+    rig.settle()
+    # The worker has not heard of the failure yet, and another one has had it loaded elsewhere.
+    rig.publish(5, 1, 9.0, page=20)
+    placed = rig.publish(5, 2, 4.0, page=22)
+    os.eventfd_write(rig.fds["doorbell"], 1)
+    rig.settle()
+    assert request not in front.collect()
+    rig.control.send(placed)
+    rig.answered(front, request)
+    np.testing.assert_array_equal(front.outputs(request)[0], 4 * X)
+
+
+def test_a_worker_watches_what_was_announced_until_it_is_there(rig: Rig, front: Front) -> None:
+    request = front.submit(5, [X])
+    rig.control.send(info(5))
+    rig.table.set(5, _shm.LOADING, 0)
+    rig.control.send(Coming(slot=5, generation=1, extents=((20 * PAGE_BYTES, PAGE_BYTES),)))
+    rig.settle()
+    wishes, rings = rig.worker.wishes, rig.worker.links.rings
+    assert not wishes.watch(rings, NEVER_NS), "nothing was announced"
+    rig.table.set(5, _shm.LOADING, 1)
+    assert not wishes.watch(rings, 0), "its time was over"
+    front.submit(5, [X])
+    assert wishes.watch(rings, NEVER_NS), "a ring comes first"
+    rig.settle()
+    rig.publish(5, 1, 6.0, page=20)
+    rig.answered(front, request)
