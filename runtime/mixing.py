@@ -5,9 +5,13 @@ requests the program is recorded in the helper thread (`engines/mixed.py`), for 
 used only after trials on requests that really came: the mixed answer must be equal to what each version
 gives alone, and come sooner.
 
-A form:  NEW -> ASKED -> KNOWN, with a size each:  TRIAL -> ON    [TRIALS times equal, and faster]
+A form:  NEW -> ASKED -> KNOWN, with a size each:  TRIAL -> ON    [TRIALS times equal, faster when full]
                       -> OFF                       TRIAL -> OFF   [not equal, slower, or it raised]
                                                    ON    -> OFF   [it raised]
+
+What a size costs hardly depends on how many share it, and alone everybody costs the same.  So trials
+with whatever number came tell both, and from which number on the size pays.  They leave out what a
+batch costs besides, which is in favour of mixing.
 
 Invariants
  1. A mixed batch is answered only at a size that is ON; in a trial everybody is answered by their own
@@ -21,6 +25,7 @@ Called by the batcher (`room`) and the runner; the results of the helper come th
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -40,8 +45,8 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 FORMS_MAX: Final = 8  # of one family; a recording keeps its inputs
 REQUEST_BYTES_MAX: Final = 64 * KIB
-TRIALS: Final = 3
-GAIN_MIN: Final = 1.2  # a size must be so many times as fast as one after the other
+TRIALS: Final = 6  # the best of each counts: the first ones find nothing in the cache
+GAIN_MIN: Final = 1.2  # a full one must be so many times as fast as one after the other
 # What a sum may differ by when it is added up in another order.
 RELATIVE: Final = {"FP64": 1e-9, "FP32": 1e-5, "FP16": 2e-3}
 
@@ -67,13 +72,24 @@ class Mixable(Protocol):
 class Sized:
     """One size of one form."""
 
-    __slots__ = ("best_ns", "is_on", "recording", "trials")
+    __slots__ = ("alone_ns", "is_on", "least", "mixed_ns", "recording", "trials")
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.is_on = False
         self.trials = TRIALS  # that are left
-        self.best_ns = [0, 0]  # mixed, one after the other
+        self.least = 2  # requests for which it pays
+        self.mixed_ns = math.inf  # of all together
+        self.alone_ns = math.inf  # of one request
+
+    def note(self, mixed_ns: int, alone_ns: int, count: int) -> None:
+        """Take note of a trial with so many requests: TRIAL -> TRIAL, ON or OFF."""
+        self.mixed_ns = min(self.mixed_ns, mixed_ns)
+        self.alone_ns = min(self.alone_ns, alone_ns / count)
+        self.trials -= 1
+        if not self.trials:
+            self.least = max(2, math.ceil(self.mixed_ns / self.alone_ns))
+            self.is_on = GAIN_MIN * self.mixed_ns <= self.recording.size * self.alone_ns
 
 
 class _FormState:
@@ -128,7 +144,8 @@ class Family:
         for sized in state.sizes:
             if sized.recording.size >= count:
                 # One that is too slow is not replaced by a larger one, which is slower.
-                return sized if sized.is_on or sized.trials else None
+                is_used = count >= sized.least if sized.is_on else sized.trials
+                return sized if is_used else None
         return None
 
     def turn_off(self, form: Form, sized: Sized, reason: str) -> None:
@@ -142,10 +159,11 @@ class Family:
         self,
         form: Form,
         sized: Sized,
+        count: int,
         run_mixed: Callable[[], Arrays],
         run_alone: Callable[[], Sequence[Arrays]],
     ) -> None:
-        """Run both ways and compare.  Raises what `run_alone` raises."""
+        """Run so many requests both ways and compare.  Raises what `run_alone` raises."""
         start_ns = time.perf_counter_ns()
         alone = run_alone()
         middle_ns = time.perf_counter_ns()
@@ -160,17 +178,13 @@ class Family:
             if not _is_equal(spec.datatype, mixed[spec.name], expected):
                 self.turn_off(form, sized, f"output '{spec.name}' differs from each version's own")
                 return
-        best = sized.best_ns
-        sized.best_ns = [min(old or new, new) for old, new in zip(best, times_ns, strict=True)]
-        sized.trials -= 1
+        sized.note(*times_ns, count)
         if not sized.trials:
-            sized.is_on = sized.best_ns[0] * GAIN_MIN <= sized.best_ns[1]
             self._settle(self._forms[form.shapes])
             log.info(
-                "batches of %d across versions take %.0f us, one after the other %.0f: %s",
-                sized.recording.size,
-                *(ns / 1000 for ns in sized.best_ns),
-                "on" if sized.is_on else "off",
+                "batches of %d across versions take %.0f us, a request alone %.0f: %s",
+                *(sized.recording.size, sized.mixed_ns / 1000, sized.alone_ns / 1000),
+                f"on, from {sized.least} requests" if sized.is_on else "off",
             )
 
     @staticmethod

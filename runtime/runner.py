@@ -197,7 +197,7 @@ class Runner:
             [job.request_id for job in jobs],
         )
         try:
-            family.try_out(form, sized, run_mixed, run_alone)
+            family.try_out(form, sized, len(jobs), run_mixed, run_alone)
         except Exception as error:  # a model's own: its requests get it when they are run
             log.debug("a trial across versions failed: %s", _text(error))
         finally:

@@ -94,7 +94,7 @@ def alone(value: float = 1.0, seconds: float = SLOW_S) -> list[Arrays]:
 
 def try_out(family: Family, sized: Sized, value: float = 1.0, seconds: float = SLOW_S) -> None:
     run = sized.recording.run
-    family.try_out(form(), sized, lambda: run(range(4), {}), lambda: alone(value, seconds))
+    family.try_out(form(), sized, 4, lambda: run(range(4), {}), lambda: alone(value, seconds))
 
 
 def picked(family: Family, count: int = 4) -> Sized:
@@ -133,6 +133,31 @@ def test_a_size_that_answers_wrong_is_off_at_once(family: Family, asked: Asked) 
     assert family.pick(form(), 8) is not None
 
 
+def test_what_trials_with_few_cost_says_from_which_number_on_a_size_pays() -> None:
+    sized = Sized(Fake(16))
+    for _ in range(TRIALS):
+        sized.note(40_000, 30_000, 3)
+    assert sized.is_on, "three take 30 us alone; sixteen would take 160"
+    assert sized.least == 4
+
+
+def test_the_best_of_all_trials_counts() -> None:
+    sized = Sized(Fake(4))
+    sized.note(900_000, 40_000, 4)  # it was not scheduled
+    for _ in range(TRIALS - 1):
+        sized.note(20_000, 40_000, 4)
+    assert (sized.is_on, sized.least) == (True, 2)
+
+
+def test_fewer_than_pay_run_alone(family: Family, asked: Asked) -> None:
+    record(family, asked, Fake(4))
+    sized = picked(family)
+    for _ in range(TRIALS):
+        sized.note(25_000, 40_000, 4)
+    assert family.pick(form(), 2) is None
+    assert family.pick(form(), 3) is sized
+
+
 def test_a_size_that_is_no_faster_is_off(family: Family, asked: Asked) -> None:
     record(family, asked, Fake(4, seconds=2 * SLOW_S))
     for _ in range(TRIALS):
@@ -154,7 +179,7 @@ def test_what_a_version_raises_alone_is_its_own(family: Family, asked: Asked) ->
         raise ValueError("the model's")
 
     with pytest.raises(ValueError, match="the model's"):
-        family.try_out(form(), picked(family), dict, fail)
+        family.try_out(form(), picked(family), 4, dict, fail)
     assert family.pick(form(), 4) is not None, "that says nothing about mixing"
 
 
