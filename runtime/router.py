@@ -14,6 +14,7 @@ version's sites, the home at the first of them: another would load the version f
 Invariants
  1. `outstanding(worker)` is the number of `on_submit` less the number of `on_done`, never negative.
  2. With the same workers and nothing outstanding, a slot always has the same home.
+ 3. `only` is what `choose` gives for every slot, unless it is to be avoided.
 
 Pure; one per front end, called by its dispatch.  A worker is any number that names an incarnation.
 """
@@ -50,7 +51,13 @@ class _Load:
     def __init__(self, site: int) -> None:
         self.site = site
         self.requests = 0
-        self.slots: dict[int, int] = {}  # requests by version; only what is outstanding
+        # Requests by version, as far as any was seen.  A list, because hundreds of versions in turn
+        # would come into a dict and leave it with every request.
+        self.slots: list[int] = []
+
+    def of(self, slot: int) -> int:
+        """How many requests for one version are outstanding."""
+        return self.slots[slot] if slot < len(self.slots) else 0
 
 
 class Router:
@@ -60,6 +67,7 @@ class Router:
         self._loads: dict[int, _Load] = {}
         self._homes: dict[int, int] = {}
         self._sites: dict[int, tuple[int, ...]] = {}  # by slot; empty where there is one site
+        self.only: int | None = None  # the worker for everything: no other, and no other site
 
     @property
     def workers(self) -> tuple[int, ...]:
@@ -70,7 +78,7 @@ class Router:
         """A worker was linked; nothing is outstanding there."""
         assert worker not in self._loads, "a worker is linked once"
         self._loads[worker] = _Load(site)
-        self._homes.clear()
+        self._on_change()
 
     def home_site(self, slot: int) -> int:
         """Return the site that serves a version first."""
@@ -79,13 +87,18 @@ class Router:
     def spread(self, sites: Mapping[int, tuple[int, ...]]) -> None:
         """These versions, by slot, are served by these sites from now on."""
         self._sites.update(sites)
-        for slot in sites:
-            self._homes.pop(slot, None)
+        self._on_change()
 
     def remove(self, worker: int) -> None:
         """A worker is gone, and with it what was outstanding there."""
         self._loads.pop(worker, None)
+        self._on_change()
+
+    def _on_change(self) -> None:
         self._homes.clear()
+        self.only = None
+        if len(self._loads) == 1 and not self._sites:
+            (self.only,) = self._loads
 
     def choose(self, slot: int, short: int, avoid: Collection[int] = ()) -> int | None:
         """Pick a worker; None when there is none.
@@ -97,7 +110,7 @@ class Router:
             home = self._find_home(slot)
             if home is None:
                 return None
-        if home not in avoid and self._loads[home].slots.get(slot, 0) < short:
+        if home not in avoid and self._loads[home].of(slot) < short:
             return home
         others = [worker for worker in self._among(slot) if worker not in avoid]
         if not others:
@@ -110,28 +123,25 @@ class Router:
         load = self._loads[worker]
         load.requests += 1
         slots = load.slots
-        slots[slot] = slots.get(slot, 0) + 1
+        if slot >= len(slots):
+            slots += [0] * (slot + 1 - len(slots))
+        slots[slot] += 1
 
     def on_done(self, worker: int, slot: int) -> None:
         """It has been completed; nothing happens when the worker has been removed meanwhile."""
         load = self._loads.get(worker)
         if load is None:
             return
-        slots = load.slots
-        left = slots.get(slot, 0) - 1
-        assert left >= 0, "a request is completed once"
+        assert load.of(slot), "a request is completed once"
         load.requests -= 1
-        if left:
-            slots[slot] = left
-        else:
-            del slots[slot]
+        load.slots[slot] -= 1
 
     def outstanding(self, worker: int, slot: int | None = None) -> int:
         """How many requests are outstanding at a worker, of one version or of all."""
         load = self._loads.get(worker)
         if load is None:
             return 0
-        return load.requests if slot is None else load.slots.get(slot, 0)
+        return load.requests if slot is None else load.of(slot)
 
     def _among(self, slot: int) -> Collection[int]:
         """Return the workers that may get requests for a version."""

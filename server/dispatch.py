@@ -210,7 +210,9 @@ class Dispatch:
             if key is None:
                 return
         else:
-            key = self._router.choose(slot, short_queue(route.max_batch_size), self._avoid)
+            key = self._router.only
+            if key is None:
+                key = self._router.choose(slot, short_queue(route.max_batch_size), self._avoid)
             if key is None or key in self._avoid:
                 self._hold(pending)
                 return

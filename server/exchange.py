@@ -28,7 +28,7 @@ import msgspec
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import binary, compression
 from overcommit.server.ensembles import Run
-from overcommit.server.inference import prepare, prepare_head, respond
+from overcommit.server.inference import prepare, prepare_again, prepare_head, respond
 from overcommit.server.limits import COMPRESS_BYTES_MIN, COMPRESS_HERE_BYTES, JOIN_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -121,11 +121,11 @@ class Exchange:
                 self.body = binary.decompress(bytes(self.body), self.encoding, limit)
             target = self.target
             if target is not None and target.epoch == front.plans.epoch:
-                plans = target.plans
-            else:
-                plans = front.plans.serving.get((self.name, self.version))
-                if target is not None and plans is not None:
-                    target.plans, target.epoch = plans, front.plans.epoch
+                self._submit(*prepare_again(target, bytes(self.body), self.json_bytes))
+                return
+            plans = front.plans.serving.get((self.name, self.version))
+            if target is not None and plans is not None:
+                target.point_at(plans, front.plans.epoch)
             if plans is None:
                 route = front.find(self.name, self.version)
                 if route is None:
@@ -173,7 +173,7 @@ class Exchange:
         dispatch = front.dispatch
         now_ns = time.monotonic_ns()
         plan = prepared.plan
-        self.pending = pending = dispatch.open(prepared.plans.route, plan, self, now_ns)
+        self.pending = pending = dispatch.open(prepared.route, plan, self, now_ns)
         dispatch.parcels.fill(pending, plan, data)
         self.drop_body()
         if prepared.level:

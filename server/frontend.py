@@ -147,13 +147,8 @@ class FrontEnd:
 
     def timeout_ns(self, prepared: Prepared) -> int:
         """Time that a request has: its own `timeout`, the model's, the server's; the least."""
-        timeout_ns = self._timeout_ns
-        route_ms, own_us = prepared.plans.route.timeout_ms, prepared.timeout_us
-        if route_ms:
-            timeout_ns = min(timeout_ns, route_ms * 1_000_000)
-        if own_us:
-            timeout_ns = min(timeout_ns, own_us * 1000)
-        return timeout_ns
+        limit_ns = prepared.limit_ns
+        return min(self._timeout_ns, limit_ns) if limit_ns else self._timeout_ns
 
     # --- the supervisor -------------------------------------------------------------------------
     async def ask(self, operation: str, **arguments: str | int | bool) -> Response:

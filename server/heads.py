@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Final
 from overcommit.server.limits import FIELDS_MAX, HEAD_BYTES_MAX, LINES_MAX
 
 if TYPE_CHECKING:
+    from overcommit.server.inference import Prepared
     from overcommit.server.plans import RoutePlans
+    from overcommit.server.templates import Template
 
 LINE_END: Final = b"\r\n"
 END: Final = b"\r\n\r\n"
@@ -42,6 +44,13 @@ class Target:
     version: str | None
     plans: RoutePlans | None = None  # of the route that it meant at the time of `epoch`
     epoch: int = 0  # of `Plans`
+    template: Template | None = None  # that read its last requests
+    prepared: Prepared | None = None  # what these have in common
+
+    def point_at(self, plans: RoutePlans, epoch: int) -> None:
+        """It means this route now."""
+        self.plans, self.epoch = plans, epoch
+        self.template = self.prepared = None
 
 
 @dataclass(slots=True, frozen=True)

@@ -12,7 +12,8 @@ Pure; called by the exchange.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from overcommit.runtime import sequence_terms
 from overcommit.runtime.config import ID_CHARS_MAX, TENSORS_MAX
@@ -22,15 +23,22 @@ from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import Ask
 from overcommit.server import binary, codec, sequences
 from overcommit.server.classification import Classes
-from overcommit.server.plans import InputPlan, Key, Part, RoutePlans, Selection, Want
+from overcommit.server.plans import InputPlan, Key, Part, RoutePlans, Selection, Shape, Want
 from overcommit.server.regions import window_of
+
+if TYPE_CHECKING:
+    from overcommit.server.heads import Target
 
 Data = bytes | memoryview
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Prepared:
-    """A request that fits its route, without its numbers; requests that differ in these share it."""
+    """A request that fits its route, without its numbers; requests that differ in these share it.
+
+    What every request and answer needs of the plans is here too.  Hundreds of models in turn find
+    nothing of theirs in the processor's cache, so it counts how many objects are looked at.
+    """
 
     plans: RoutePlans
     plan: InputPlan
@@ -41,11 +49,19 @@ class Prepared:
     sequence: Ask | None = None  # that it is of
     level: int = 0  # how urgent it is; 0: as its version says
     is_adapted: bool = False  # its bytes were others when it came
+    route: Route = field(init=False)  # whom it asks
+    shape: Shape = field(init=False)
+    answer_head: bytes = field(init=False)
+    limit_ns: int = field(init=False)  # that it may take, by itself and by its version; 0: none
 
-    @property
-    def route(self) -> Route:
-        """Whom it asks."""
-        return self.plans.route
+    def __post_init__(self) -> None:
+        plans = self.plans
+        limits_ns = ((plans.route.timeout_ms or 0) * 1_000_000, (self.timeout_us or 0) * 1000)
+        put = object.__setattr__
+        put(self, "route", plans.route)
+        put(self, "shape", plans.shape)
+        put(self, "answer_head", plans.answer_head)
+        put(self, "limit_ns", min((each for each in limits_ns if each), default=0))
 
 
 @dataclass(slots=True)
@@ -81,6 +97,27 @@ def prepare(
             )
         elif data == tensors:
             plans.remember(template, prepared)
+    return prepared, data
+
+
+def prepare_again(
+    target: Target, body: bytes, json_bytes: int | None
+) -> tuple[Prepared, Sequence[Data]]:
+    """`prepare` for somebody whose requests so far are remembered with whom he asks.
+
+    `target.plans` must be those that it means now.  Raises BadRequest that names the model.
+    """
+    before = target.prepared
+    if before is not None and json_bytes is None:
+        template = before.shape.templates.find(body)
+        if template is not None and template is target.template:
+            tensors = template.read(body)
+            if tensors is not None:
+                return before, tensors
+    plans = target.plans
+    assert plans is not None, "a target is used while its plans hold"
+    prepared, data = prepare(plans, body, json_bytes)
+    target.template, target.prepared = plans.recent
     return prepared, data
 
 
@@ -289,8 +326,12 @@ def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
 # --- answers ------------------------------------------------------------------------------------
 def respond(prepared: Prepared, view: memoryview) -> Answer:
     """Encode the answer that lies in an egress block.  Raises ProtocolError, BadRequest."""
-    plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
-    pieces: list[bytes] = [prepared.plans.answer_head]
+    plan = None
+    if prepared.selection is None:
+        plan = prepared.shape.find(view, prepared.all_binary)
+    if plan is None:
+        plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
+    pieces: list[bytes] = [prepared.answer_head]
     blobs: list[bytes] = []
     for part in plan.parts:
         pieces.append(part.prefix)

@@ -96,14 +96,20 @@ class Shape:
     header_words: int = 0  # of the answer seen last: the next one is most likely as long
     templates: Templates = field(default_factory=Templates)
 
+    def find(self, view: memoryview, all_binary: bool) -> OutputPlan | None:
+        """Return the plan of a whole answer that is laid out like the last one."""
+        plan = self.outputs.get((bytes(view[: self.header_words]), None, all_binary))
+        if plan is None or (plan.parts and plan.parts[-1].end > len(view)):
+            return None
+        return plan
+
 
 class RoutePlans:
     """The plans of one route."""
 
     __slots__ = (
-        *("_outputs", "_prepared", "_recent", "_shape", "_specs"),
-        *("answer_head", "ask_shape", "labels", "prepared", "regions", "route"),
-        "templates",
+        *("_outputs", "_prepared", "_specs", "answer_head", "ask_shape"),
+        *("labels", "recent", "regions", "route", "shape", "templates"),
     )
 
     def __init__(
@@ -121,14 +127,13 @@ class RoutePlans:
         self.ask_shape: tuple[int, ...] | None = None
         if route.sequence:
             self.ask_shape = sequence_terms.ask_shape(route.max_batch_size > 0)
-        self._shape = shape = shape or Shape()
+        self.shape = shape = shape or Shape()
         self.templates = shape.templates
         # What a template's requests have in common; the last one's beside the others.
         self._prepared: dict[Template, Prepared] = {}
-        self._recent: Template | None = None
+        self.recent: tuple[Template | None, Prepared | None] = (None, None)
         # Answers of which a part is asked for: classes have labels of the version.
         self._outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = {}
-        self.prepared: Prepared | None = None
         self.answer_head = b'{"model_name":%b,"model_version":%b' % (
             *(codec.encode(route.name), codec.encode(route.version)),
         )
@@ -136,7 +141,7 @@ class RoutePlans:
     # --- requests -------------------------------------------------------------------------------
     def known(self, key: Key) -> InputPlan | None:
         """The plan of these inputs, if there is one."""
-        return self._shape.inputs.get(key)
+        return self.shape.inputs.get(key)
 
     def check(self, key: Key) -> None:
         """Raise BadRequest when these inputs do not fit the version."""
@@ -192,7 +197,7 @@ class RoutePlans:
         plan = InputPlan(places, bytes(header), total, _guess(self.route, axes), tuple(counts))
         # The bytes of a BYTES tensor differ from request to request.
         if all(spec.datatype != "BYTES" for _, spec in self._specs.values()):
-            inputs = self._shape.inputs
+            inputs = self.shape.inputs
             if len(inputs) >= PLANS_MAX:
                 inputs.clear()
             inputs[key] = plan
@@ -210,20 +215,22 @@ class RoutePlans:
 
     def recall(self, template: Template) -> Prepared | None:
         """Return what was remembered with this template."""
-        if template is not self._recent:
-            found = self._prepared.get(template)
-            if found is None:
-                return None
-            self._recent, self.prepared = template, found
-        return self.prepared
+        recent, prepared = self.recent
+        if template is not recent:
+            prepared = self._prepared.get(template)
+            if prepared is not None:
+                self.recent = (template, prepared)
+        return prepared
 
     # --- answers --------------------------------------------------------------------------------
     def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
         """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
-        shape = self._shape
-        words = shape.header_words
-        known = shape.outputs if selection is None else self._outputs
-        plan = known.get((bytes(view[:words]), selection, all_binary))
+        shape = self.shape
+        if selection is None:
+            known, plan = shape.outputs, shape.find(view, all_binary)
+        else:
+            known = self._outputs
+            plan = known.get((bytes(view[: shape.header_words]), selection, all_binary))
         if plan is not None and (not plan.parts or plan.parts[-1].end <= len(view)):
             return plan
         places = payload.decode(view)

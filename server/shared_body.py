@@ -132,7 +132,7 @@ class SharedExchange(Exchange):
         self.prepared = prepared
         dispatch = self.protocol.front.dispatch
         now_ns = time.monotonic_ns()
-        pending = dispatch.open(prepared.plans.route, prepared.plan, self, now_ns)
+        pending = dispatch.open(prepared.route, prepared.plan, self, now_ns)
         try:
             data.regions.read_into(data.window, dispatch.parcels.space(pending, prepared.plan))
         except BaseException:
@@ -176,7 +176,7 @@ def respond(prepared: Prepared, shared: SharedData, view: memoryview) -> bytes |
     shared.regions.write_all(
         shared.answer, [view[part.start : part.end] for part in plan.parts], nbytes
     )
-    pieces = [prepared.plans.answer_head, *(part.prefix for part in plan.parts), plan.tail]
+    pieces = [prepared.answer_head, *(part.prefix for part in plan.parts), plan.tail]
     if prepared.id is not None:
         pieces += (b',"id":', codec.encode(prepared.id))
     pieces.append(b',"parameters":{"shared_memory_byte_size":%d}}' % nbytes)

@@ -92,6 +92,20 @@ def test_what_was_outstanding_at_a_removed_worker_is_forgotten(router: Router) -
     assert router.outstanding(11, 5) == 0
 
 
+def test_who_is_alone_gets_everything_until_another_comes_or_another_site_does() -> None:
+    router = Router()
+    assert router.only is None
+    router.add(3)
+    assert router.only == 3 == router.choose(9, 2)
+    router.add(4)
+    assert router.only is None
+    router.remove(3)
+    assert router.only == 4
+    router.spread({9: (1,)})
+    assert router.only is None, "slot 9 waits for a worker of its site"
+    assert router.choose(9, 2) is None
+
+
 def test_a_short_queue_is_two_batches_and_two_requests_where_nothing_batches() -> None:
     assert short_queue(32) == 64
     assert short_queue(0) == 2
