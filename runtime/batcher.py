@@ -218,35 +218,35 @@ class Batcher:
     def finish(self, batch: Batch, cost_ns: int, now_ns: int, lost: Collection[int] = ()) -> None:
         """The batch has run; charge its lanes.  The jobs of the slots in `lost` wait again."""
         parts = self._back(batch)
-        count = 0
-        for turn, mine in parts:
-            if turn.lane.slot not in lost:
-                count += len(mine)
         first = parts[0][0]
         ran = self._ranks.of(first)
         self.slowest_ns = max(cost_ns, self.slowest_ns - (self.slowest_ns >> 5))
-        one_ns = cost_ns / max(1, count)
+        if lost:
+            for turn, mine in parts:
+                if turn.lane.slot in lost:
+                    for job in mine:
+                        self._enter(turn, job)
+            done = [part for part in parts if part[0].lane.slot not in lost]
+        else:
+            done = parts
         jobs, charge = self._jobs, self._ranks.charge
-        for turn, mine in parts:
-            if turn.lane.slot in lost:
-                for job in mine:
-                    self._enter(turn, job)
-                continue
+        one_ns = cost_ns / max(1, sum([len(mine) for _, mine in done]))
+        for turn, mine in done:
             for job in mine:
                 del jobs[job.request_id]
-            share_ns = one_ns * len(mine)
-            charge(turn, share_ns)
-            # Of the lanes of a batch one is enough, and of short batches one in four: it costs as
-            # much as taking a request.
-            if turn is first and (cost_ns >= LONG_NS or not self.finished & 3):
-                turn.pace.note(turn.lane.taken_rows, share_ns)
+            charge(turn, one_ns * len(mine))
+        # Of the lanes of a batch one is enough, and of short batches one in four: it costs as much as
+        # taking a request.
+        if first.lane.slot not in lost and (cost_ns >= LONG_NS or not self.finished & 3):
+            first.pace.note(first.lane.taken_rows, one_ns * len(parts[0][1]))
         self.finished += 1
         self._ranks.settle(ran, cost_ns)
+        waiting = self._waiting
         for turn, _ in parts:
             if turn.lane.count:
                 self._place(turn, now_ns)
             else:
-                self._waiting.discard(turn)
+                waiting.discard(turn)
                 turn.state = _EMPTY
 
     def put_back(self, batch: Batch, now_ns: int) -> None:
