@@ -15,6 +15,7 @@ from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.front_end_messages import Route
 from overcommit.server import inference
+from overcommit.server.heads import Target
 from overcommit.server.limits import TEMPLATES_MAX
 from overcommit.server.plans import InputPlan, Plans, RoutePlans
 
@@ -82,6 +83,23 @@ def test_versions_of_one_shape_share_templates_and_not_what_they_prepare() -> No
     assert is_known(other, text)
     assert prepared.route.name == "m2"
     assert inference.prepare(one, text, None)[0].route.name == "m1"
+
+
+def test_who_is_asked_again_remembers_only_what_is_true_of_his_plans() -> None:
+    plans = Plans()
+    one, other = plans.of(route(1, x="FP32")), plans.of(route(2, x="FP32"))
+    short, long = body(tensor("x", "FP32", [1.5])), body(tensor("x", "FP32", [1.5, 2.5]))
+    named = body(tensor("x", "FP32", [3.5]), id="mine")
+    target = Target("m1", None)
+    for plans_now in (one, other, one):
+        target.point_at(plans_now, 1)
+        for text in (short, long, short, named, short, long, long, named, named, short) * 2:
+            prepared, data = inference.prepare_again(target, text, None)
+            expected, same = inference.prepare(plans_now, text, None)
+            assert (prepared.route, prepared.id) == (plans_now.route, expected.id)
+            assert prepared.plan.counts == expected.plan.counts
+            assert list(data) == list(same)
+        assert inference.prepare_again(target, short, None)[0] is target.prepared
 
 
 def test_versions_of_one_shape_share_an_answers_layout_and_each_signs_its_own() -> None:
