@@ -235,12 +235,16 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reshape: tuple[int, ...] | None = None
 
 
+TimeoutAction = Literal["reject", "delay"]
+
+
 class QueueLevel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What holds for the requests of one level, in place of what the version says for all."""
 
     level: int
     max_queue_size: int = QUEUE_SIZE_MAX
     queue_timeout_us: int = 0
+    timeout_action: TimeoutAction = "reject"
 
 
 class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -252,6 +256,7 @@ class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     across_versions: bool = True  # a batch may hold requests of other versions of the program
     preferred_sizes: tuple[int, ...] = ()  # so many rows need not wait for the queue delay
     queue_timeout_us: int = 0  # a request that waits longer is refused; 0: its own time counts
+    timeout_action: TimeoutAction = "reject"  # delay: it is not refused, and lets the others pass
     priority_levels: int = 0  # requests have levels from 1, the most urgent, to this; 0: none has
     default_priority: int = 0  # of a request that does not say; 0: the last
     levels: tuple[QueueLevel, ...] = ()

@@ -44,6 +44,7 @@ class Limits:
     rows_due: int = 0  # so many do not wait for the delay; 0: rows_max
     delay_ns: int = 0
     wait_ns: int = 0  # a job that waits longer has expired; 0: its deadline counts
+    delay_after_ns: int = 0  # one that waits longer lets the others pass; 0: none does
     jobs_max: int = QUEUE_SIZE_MAX
     weight: int = 1
     priority: int = 0
@@ -60,10 +61,13 @@ def limits_of(config: ModelConfig) -> Limits:
     delay_ns = batching.max_queue_delay_us * 1000 if batching.max_batch_size > 1 else 0
     if config.sequence is not None:
         delay_ns += 1  # such a lane says itself when it is due
+    wait_ns = batching.queue_timeout_us * 1000
+    delays = batching.timeout_action == "delay"
     limits = Limits(
         rows_max=rows_max,
         rows_due=min((rows_max, *batching.preferred_sizes)),
-        wait_ns=batching.queue_timeout_us * 1000,
+        wait_ns=0 if delays else wait_ns,
+        delay_after_ns=wait_ns if delays else 0,
         delay_ns=delay_ns,
         jobs_max=batching.max_queue_size,
         weight=max(1, config.weight),

@@ -61,6 +61,7 @@ class Level(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: Annotated[int, Meta(ge=1, le=PRIORITY_LEVELS_MAX)]
     max_queue_size: Annotated[int, Meta(ge=1, le=1_000_000)] = QUEUE_SIZE_MAX
     queue_timeout_us: Annotated[int, Meta(ge=0, le=86_400_000_000)] = 0
+    timeout_action: Literal["reject", "delay"] = "reject"
 
 
 class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +71,7 @@ class Batching(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     across_versions: bool = True
     preferred_sizes: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(max_length=256)] = ()
     queue_timeout_us: Annotated[int, Meta(ge=0, le=86_400_000_000)] = 0
+    timeout_action: Literal["reject", "delay"] = "reject"
     priority_levels: Annotated[int, Meta(ge=0, le=PRIORITY_LEVELS_MAX)] = 0
     default_priority: Annotated[int, Meta(ge=0, le=PRIORITY_LEVELS_MAX)] = 0
     levels: Annotated[tuple[Level, ...], Meta(max_length=QUEUE_LEVELS_MAX)] = ()

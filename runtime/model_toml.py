@@ -103,6 +103,7 @@ def to_config(table: dict[str, object], origin: str = FILE_NAME) -> ModelConfig:
             across_versions=batching.across_versions,
             preferred_sizes=batching.preferred_sizes,
             queue_timeout_us=batching.queue_timeout_us,
+            timeout_action=batching.timeout_action,
             priority_levels=batching.priority_levels,
             default_priority=batching.default_priority,
             levels=_to_levels(origin, batching),

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from overcommit.runtime.config import NEVER_NS, Batching
+from overcommit.runtime.delay_lane import queue_of
 from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job, Lane, Limits
 
 
@@ -47,7 +48,9 @@ class PriorityLane(Lane):
         policy = self._policies.get(level)
         jobs_max, wait_ns = self._each.jobs_max, self._each.wait_ns
         if policy is not None:
-            jobs_max, wait_ns = policy.max_queue_size, policy.queue_timeout_us * 1000
+            jobs_max, wait_ns = policy.max_queue_size, 0
+            if policy.timeout_action == "reject":
+                wait_ns = policy.queue_timeout_us * 1000
         queue = self._queues.get(level)
         if queue is not None and queue.count >= jobs_max:
             return False
@@ -60,7 +63,7 @@ class PriorityLane(Lane):
         level = self._level(job)
         queue = self._queues.get(level)
         if queue is None:
-            self._queues[level] = queue = Lane(self.slot, self._each)
+            self._queues[level] = queue = queue_of(self.slot, self._limits_of(level))
             self._queues = dict(sorted(self._queues.items()))
         queue.push(job)
         self.count += 1
@@ -116,6 +119,14 @@ class PriorityLane(Lane):
     def oldest_ns(self) -> int:
         """When the job was taken that has waited longest; NEVER_NS when the lane is empty."""
         return min((queue.oldest_ns() for queue in self._queues.values()), default=NEVER_NS)
+
+    def _limits_of(self, level: int) -> Limits:
+        """What holds for the queue of a level."""
+        policy = self._policies.get(level)
+        if policy is None:
+            return self._each
+        delays = policy.timeout_action == "delay"
+        return replace(self._each, delay_after_ns=policy.queue_timeout_us * 1000 if delays else 0)
 
     def _level(self, job: Job) -> int:
         return job.level if 0 < job.level <= self._highest else self._default

@@ -184,10 +184,10 @@ def _queue_policy(name: str, policy: QueuePolicy, notes: list[str]) -> dict[str,
     batching: dict[str, Any] = {}
     if policy.max_queue_size:
         batching["max_queue_size"] = min(policy.max_queue_size, 1_000_000)
-    if policy.default_timeout_microseconds and policy.timeout_action == "REJECT":
+    if policy.default_timeout_microseconds:
         batching["queue_timeout_us"] = policy.default_timeout_microseconds
-    elif policy.default_timeout_microseconds:
-        notes.append(f"{where}.timeout_action DELAY: requests are taken by their deadlines")
+    if policy.timeout_action == "DELAY":
+        batching["timeout_action"] = "delay"
     if policy.allow_timeout_override:
         notes.append(f"{where}.allow_timeout_override: a request's own timeout always counts")
     return batching

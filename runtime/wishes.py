@@ -33,10 +33,11 @@ from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Version, Versions
 from overcommit.runtime.config import ATTACHES_UNSAID_MAX, NEVER_NS
 from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.delay_lane import queue_of
 from overcommit.runtime.door import Door
 from overcommit.runtime.driver import DriverError
 from overcommit.runtime.errors import Unavailable
-from overcommit.runtime.lanes import Job, Lane, limits_of
+from overcommit.runtime.lanes import Job, limits_of
 from overcommit.runtime.links import Links
 from overcommit.runtime.priority_lane import PriorityLane
 from overcommit.runtime.runner import Runner
@@ -144,7 +145,7 @@ class Wishes:
         jobs = self._batcher.drain(info.slot, now_ns)
         version = self._versions.learn(info)
         limits = limits_of(info.config)
-        lane: Lane | None = None
+        lane = queue_of(info.slot, limits)
         if info.config.batching.priority_levels:
             lane = PriorityLane(info.slot, limits, info.config.batching)
         if version.sequences is not None:

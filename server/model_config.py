@@ -78,12 +78,15 @@ def describe(described: Described) -> Object:
             "priority_levels": batching.priority_levels,
             "default_priority_level": batching.default_priority or batching.priority_levels,
             "priority_queue_policy": {
-                str(each.level): _policy(each.queue_timeout_us, each.max_queue_size)
+                str(each.level): _policy(
+                    each.queue_timeout_us, each.max_queue_size, each.timeout_action
+                )
                 for each in batching.levels
             },
             "default_queue_policy": _policy(
                 batching.queue_timeout_us or 1000 * (config.timeout_ms or 0),
                 batching.max_queue_size,
+                batching.timeout_action,
             ),
         }
     return {
@@ -140,9 +143,9 @@ def _data(given: WarmupInput) -> Object:
     return {"random_data": True} if given.data == "random" else {"zero_data": True}
 
 
-def _policy(timeout_us: int, jobs_max: int) -> Object:
+def _policy(timeout_us: int, jobs_max: int, action: str) -> Object:
     return {
-        "timeout_action": "REJECT",
+        "timeout_action": action.upper(),
         "default_timeout_microseconds": timeout_us,
         "allow_timeout_override": True,
         "max_queue_size": jobs_max,

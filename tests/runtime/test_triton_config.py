@@ -166,18 +166,17 @@ def test_levels_of_requests_are_read() -> None:
         queue_timeout_us=900,
         priority_levels=3,
         default_priority=2,
-        levels=(QueueLevel(level=1), QueueLevel(level=3, max_queue_size=5)),
+        levels=(
+            QueueLevel(level=1, queue_timeout_us=70, timeout_action="delay"),
+            QueueLevel(level=3, max_queue_size=5),
+        ),
     )
-    assert notes == [
-        (
-            "config.pbtxt: dynamic_batching.priority_queue_policy.timeout_action DELAY: requests are "
-            "taken by their deadlines"
-        )
-    ]
+    assert notes == []
     as_json = (
         b'{"max_batch_size": 8, "dynamic_batching": {"priority_levels": 3, "default_priority_level": 2, '
         b'"default_queue_policy": {"default_timeout_microseconds": 900, "max_queue_size": 50}, '
-        b'"priority_queue_policy": {"3": {"max_queue_size": 5}, "1": {}}}}'
+        b'"priority_queue_policy": {"3": {"max_queue_size": 5}, '
+        b'"1": {"default_timeout_microseconds": 70, "timeout_action": "DELAY"}}}}'
     )
     assert (
         triton_config.read_json(as_json)[0]["batching"]
