@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -40,6 +40,14 @@ _Aliases = Annotated[
     ],
     Meta(max_length=ALIASES_MAX),
 ]
+
+
+def no_shares(versions: Iterable[str]) -> str:
+    """What is said where versions with sequences have shares."""
+    return (
+        f"the rollout's weights of version {', '.join(versions)} mean nothing: requests of a sequence stay "
+        f"with one version; ask for the version by number or alias, or leave the weights out"
+    )
 
 
 class Said(msgspec.Struct, omit_defaults=True):
@@ -72,11 +80,19 @@ class Rollout:
             if now == self._told.get(name, ModelNames(name=name)):
                 continue
             changed.append(now)
+            if shares := self._stateful_shares(name, now.weights):
+                log.warning("model '%s': %s", name, no_shares(shares))
             if now == ModelNames(name=name):
                 del self._told[name]
             else:
                 self._told[name] = now
         return changed
+
+    def _stateful_shares(self, name: str, weights: Collection[str]) -> list[str]:
+        """Versions with a share whose requests are of sequences."""
+        entries = self._registry.versions(name) if weights and self._registry.has(name) else ()
+        configs = {e.version: e.source_config for e in entries if e.source_config is not None}
+        return [v for v in weights if v in configs and configs[v].sequence is not None]
 
     def _now(self, name: str) -> ModelNames:
         if not self._registry.has(name):
@@ -109,6 +125,8 @@ class Rollout:
             raise BadRequest(f"model '{name}': {error}") from error
         if said.weights is not None and sum(said.weights.values()) > 100:
             raise BadRequest(f"model '{name}': the weights add up to more than 100 percent")
+        if shares := self._stateful_shares(name, said.weights or {}):
+            raise BadRequest(f"model '{name}': {no_shares(shares)}")
         for alias, version in (said.aliases or {}).items():
             problem = name_error(alias)
             if problem is None and self._registry.has(alias):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from overcommit.runtime import ensemble, model_files, sources
-from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, TensorSpec, imaged
+from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, Naming, TensorSpec, imaged
 from overcommit.runtime.errors import ConfigurationError, OvercommitError
 from overcommit.runtime.hints import hint_of
 from overcommit.runtime.known_configs import KnownConfigs
@@ -27,6 +27,7 @@ from overcommit.runtime.model_toml import read_file
 from overcommit.runtime.pack_index import PackIndex
 from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
+from overcommit.runtime.rollout import no_shares
 from overcommit.runtime.sequence_terms import slots_of, visible_inputs, visible_outputs
 
 COMPILERS = ("g++", "clang++")
@@ -146,7 +147,7 @@ class Checker:
             versions=tuple(map(self._version, served)),
             left_out=tuple(each.version for each in versions if each.spare),
             aliases={} if naming is None else naming.aliases,
-            ignored=self._ignored(path, served),
+            ignored=(*self._ignored(path, served), *_lost_shares(naming, served)),
         )
 
     def _version(self, source: VersionSource) -> VersionReport:
@@ -229,6 +230,15 @@ class Checker:
             with contextlib.suppress(OvercommitError):
                 notes.update(dict.fromkeys(self._configs.read(files)[1]))
         return tuple(notes)
+
+
+def _lost_shares(naming: Naming | None, versions: Sequence[VersionSource]) -> list[str]:
+    """What a rollout says of versions whose requests are of sequences."""
+    stateful = {
+        v.version for v in versions if v.config is not None and v.config.sequence is not None
+    }
+    lost = [] if naming is None else [each for each in naming.weights if each in stateful]
+    return [no_shares(lost)] if lost else []
 
 
 def _sequences(config: ModelConfig) -> str:

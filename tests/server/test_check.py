@@ -50,6 +50,11 @@ def test_a_model_with_state_is_shown_with_its_sequences(tmp_path: Path) -> None:
     (model,) = check(tmp_path).models
     (version,) = model.versions
     assert version.sequences == "direct: 4 sequences"
+    assert model.ignored == ()
+    (tmp_path / "adder" / "model.toml").write_text('[rollout]\nweights = { "1" = 10, "7" = 5 }\n')
+    (model,) = check(tmp_path).models
+    (note,) = model.ignored
+    assert note.startswith("the rollout's weights of version 1 mean nothing")
     assert [spec.name for spec in (*version.inputs, *version.outputs)] == ["x", "y"]
     assert not version.problem
 

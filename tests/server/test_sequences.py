@@ -57,6 +57,8 @@ def server(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     add_counter(root, "text", strategy="oldest", id_type="BYTES")
     add_counter(root, "narrow", batch=1, idle_us=IDLE_US)
     add_counter(root, "apart", process="true")
+    with (root / "apart" / "model.toml").open("a") as file:
+        file.write('[rollout]\nweights = { "1" = 10 }\n')
     add_adder(root, "adder")
     add_adder(root, "first", from_file=True)
     (root / "chain").mkdir()
@@ -369,6 +371,16 @@ def test_a_killed_worker_loses_its_sequences_and_says_so(server: Server) -> None
         assert step(server, "adder", key, 1, end=True) == 12
     assert 200 in statuses
     assert 502 in statuses
+
+
+def test_shares_of_versions_with_sequences_are_refused_or_said_to_mean_nothing(
+    server: Server,
+) -> None:
+    text = "the rollout's weights of version 1 mean nothing"
+    assert any(f"model 'apart': {text}" in line for line in server.log)
+    said = server.post("/v2/overcommit/models/counter/rollout", {"weights": {"1": 10}})
+    assert said.status == 400
+    assert text in said.json()["error"]
 
 
 BREAKS_SOON = """
