@@ -64,15 +64,15 @@ def graph_after_reload(memory: GpuMemory, place: str, report: Report) -> None:
         return {"y": x}
 
     x = {"x": torch.randn(8, WIDTH, generator=generator).to(place)}
-    with backend.entered(), torch.inference_mode():
+    with backend.entered(0), torch.inference_mode():
         for _ in range(3):
             call(x)
-        graph = backend.capture(call, x)
+        graph = backend.capture(0, call, x)
 
         def replay() -> tuple[torch.Tensor, float]:
             began = time.perf_counter()
             y = graph.replay(x)["y"].clone()
-            backend.settle()
+            backend.settle(0)
             return y, (time.perf_counter() - began) * 1e6
 
         steady = statistics.median(replay()[1] for _ in range(REPLAYS))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -72,6 +72,17 @@ def function(source: str, name: str) -> Any:
 def cupy() -> Any:
     """Import cupy, which only GPU paths may do."""
     return importlib.import_module("cupy")
+
+
+def table_of(entries: Sequence[Sequence[int]]) -> Any:
+    """Put the rows of a kernel's table into pinned memory, whose `ptr` kernels read.
+
+    It goes back to a pool when it is let go of, so it is kept until the kernel is done.
+    """
+    words = np.array(entries, np.uint64)
+    memory = cupy().cuda.alloc_pinned_memory(words.nbytes)
+    np.frombuffer(memory, np.uint64, words.size)[:] = words.reshape(-1)
+    return memory
 
 
 def address_of(data: Any) -> int:

@@ -42,6 +42,7 @@ CONVERSIONS: Final[dict[tuple[str, str], str]] = {
     ("BF16", "FP32"): "f32_of_bf16((u32)(x))",
     ("FP16", "BF16"): "bf16_of_f32(f32_of_f16((u32)(x)))",
     ("BF16", "FP16"): "f16_of_f32(f32_of_bf16((u32)(x)))",
+    ("UINT8", "BOOL"): "(u32)((x) != 0)",
     ("UINT8", "FP32"): "f32_of_u8((u32)(x))",
     ("UINT8", "FP16"): "f16_of_f32(f32_of_u8((u32)(x)))",
 }
@@ -142,6 +143,9 @@ def convert(array: Array, source: str, target: str) -> Array:
         with np.errstate(over="ignore"):
             rounded = (bits + np.uint32(0x7FFF) + odd >> np.uint32(16)).astype(np.uint16)
         return _plain_nans(rounded, np.isnan(array), bits, np.uint16(0x7FC0), 16)
+    if target == "BOOL":  # a client's byte may be 2, which is no truth value of anybody's
+        truth: Array = (array != 0).view(np.uint8)
+        return truth
     return array.astype(NUMPY_TYPES[target])
 
 

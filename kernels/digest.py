@@ -158,6 +158,17 @@ def digest_cuda(data: Any, at: int = 0, out: Any = None) -> Any:
     return out
 
 
+def digest_at(address: int, nbytes: int, at: int = 0) -> int:
+    """Return the digest of memory that the device reads, by its address; waits for it.
+
+    Runs on cupy's current stream.  Raises as `digest_cuda`.
+    """
+    cupy = cuda.cupy()
+    memory = cupy.cuda.UnownedMemory(address, nbytes, None)
+    data = cupy.ndarray((nbytes,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
+    return int(digest_cuda(data, at)[0])
+
+
 # --- check and timing ---------------------------------------------------------------------------
 def check() -> None:
     """Compare all paths on sizes around every boundary."""

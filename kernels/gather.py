@@ -3,7 +3,9 @@
 Versions
  1. NumPy: one copy a request, and its padding, no element written twice (`gather`, the CPU path).
  2. CUDA: one launch for the batch, a block of threads a row, elements read where the client's bytes are,
-    in registered host memory (`gather_cuda`).  A row that lies at an odd address is read by bytes.
+    in registered host memory (`gather_cuda`).  A row that lies at an odd address is read by bytes.  The
+    kernel goes by a table of rows, each with its own target: so all inputs of a batch that have one
+    datatype are one launch (workers: `runtime/engines/device_batch.py`).
 
 A request is `rows` rows of `length` positions of `width` elements each, behind each other, at any address.
 The batch is [sum of rows, longest, width], padded at the end of each row; the mask is 1 where a request
@@ -25,6 +27,8 @@ from overcommit.kernels.timing import Row, lines
 Array = np.ndarray[Any, np.dtype[Any]]
 
 THREADS: Final = 128
+ENTRY_WORDS: Final = 8
+Entry = tuple[int, ...]  # ENTRY_WORDS of the table
 
 
 class Piece(NamedTuple):
@@ -115,25 +119,29 @@ def gather(
 SOURCE: Final = (
     datatypes.SOURCE
     + r"""
-// Row r begins at address places[2 * r] and has places[2 * r + 1] positions.  Blocks with the same y share
-// the row; a batch has more rows than y goes, so they are counted in steps.
-KERNEL gather(const u64 *places, u64 rows, u64 longest, u64 width, u64 pad, u8 *values, i64 *mask,
-              i64 *lengths) {
-  u64 whole = longest * width, step = (u64)gridDim.x * THREADS, row, i;
+// A row is ENTRY words of the table: where it begins, its positions, those of the batch, elements a position,
+// the padding's bits, and where its values, its mask and its length go; 0: nobody wants them.  Blocks with
+// the same y share the row; a batch has more rows than y goes, so they are counted in steps.
+KERNEL gather(const u64 *table, u64 rows) {
+  u64 step = (u64)gridDim.x * THREADS, row, i;
   u64 first = (u64)blockIdx.x * THREADS + threadIdx.x;
   for (row = blockIdx.y; row < rows; row += gridDim.y) {
-    const u8 *from = (const u8 *)places[2 * row];
-    u64 length = places[2 * row + 1], mine = length * width;
+    const u64 *entry = table + row * ENTRY;
+    const u8 *from = (const u8 *)entry[0];
+    u64 length = entry[1], longest = entry[2], mine = length * entry[3], whole = longest * entry[3];
+    u8 *values = (u8 *)entry[5];
+    i64 *mask = (i64 *)entry[6], *lengths = (i64 *)entry[7];
     for (i = first; i < whole; i += step) {
-      u64 x = pad;
+      u64 x = entry[4];
       if (i < mine) {
         x = load(from + i * SOURCE_BYTES, SOURCE_BYTES);
         x = CONVERT(x);
       }
-      store(values + (row * whole + i) * TARGET_BYTES, TARGET_BYTES, x);
+      store(values + i * TARGET_BYTES, TARGET_BYTES, x);
     }
-    for (i = first; i < longest; i += step) mask[row * longest + i] = i < length;
-    if (first == 0) lengths[row] = (i64)length;
+    if (mask)
+      for (i = first; i < longest; i += step) mask[i] = i < length;
+    if (lengths && first == 0) *lengths = (i64)length;
   }
 }
 """
@@ -144,17 +152,55 @@ _BLOCKS_X_MAX: Final = 64
 
 def source_of(source: str, target: str) -> str:
     """Return the source for a pair of datatypes."""
-    return cuda.with_constants(SOURCE, {"THREADS": THREADS, **datatypes.constants(source, target)})
+    constants = {"THREADS": THREADS, "ENTRY": ENTRY_WORDS, **datatypes.constants(source, target)}
+    return cuda.with_constants(SOURCE, constants)
 
 
-def places_of(pieces: Sequence[Piece], source: str, width: int) -> Array:
-    """Return [rows, 2] of uint64: where each row of the batch begins, and how many positions it has."""
-    places: list[tuple[int, int]] = []
+def entries_of(
+    pieces: Sequence[Piece],
+    source: str,
+    target: str,
+    width: int,
+    longest: int,
+    pad_bits: int,
+    addresses: tuple[int, int, int],
+) -> list[Entry]:
+    """Return the table of a batch whose values, mask and lengths lie at these addresses."""
+    values, mask, lengths = addresses
+    row_bytes = longest * width * size_of(target)
+    entries: list[Entry] = []
     for piece in pieces:
         begin = cuda.address_of(piece.data) if memoryview(piece.data).nbytes else 0
         step = piece.length * width * size_of(source)
-        places += [(begin + row * step, piece.length) for row in range(piece.rows)]
-    return np.array(places, np.uint64).reshape(len(places), 2)
+        for row in range(piece.rows):
+            at = len(entries)
+            entries.append(
+                (
+                    *(begin + row * step, piece.length, longest, width, pad_bits),
+                    *(values + at * row_bytes, mask + at * longest * 8, lengths + at * 8),
+                )
+            )
+    return entries
+
+
+def grid_of(entries: Sequence[Entry]) -> tuple[int, int]:
+    """Return how many blocks a launch over these rows has, along a row and over the rows."""
+    widest = max((entry[2] * max(1, entry[3]) for entry in entries), default=1)
+    across = max(1, min(_BLOCKS_X_MAX, -(-widest // THREADS)))
+    return across, min(len(entries), _BLOCKS_Y_MAX)
+
+
+def launch(entries: Sequence[Entry], source: str, target: str) -> Any:
+    """Gather these rows: one launch on cupy's current stream, without waiting.
+
+    Return what has to be kept until it is done: the table, in memory that the kernel reads.
+    """
+    if not entries:
+        return None
+    table = cuda.table_of(entries)
+    kernel = cuda.function(source_of(source, target), "gather")
+    kernel(grid_of(entries), (THREADS,), (np.uint64(table.ptr), np.uint64(len(entries))))
+    return table
 
 
 def gather_cuda(
@@ -164,32 +210,25 @@ def gather_cuda(
     width: int = 1,
     longest: int | None = None,
     pad: float = 0,
-    places: Array | None = None,
 ) -> Batch:
-    """Make a batch on the device: one launch on cupy's current stream, without waiting.
+    """Make a batch on the device: one launch on cupy's current stream, which is waited for.
 
-    Every piece lies in memory that is registered with CUDA and stays as it is until the launch is done;
-    `places`, [rows, 2] of uint64 in such memory, is used for the rows' addresses, or pinned memory is
-    taken for them.  Raises as `gather`.
+    Every piece lies in memory that is registered with CUDA.  Raises as `gather`.
     """
     cupy = cuda.cupy()
     rows, longest = _shape(pieces, source, width, longest)
     bits = datatypes.bits_of(pad, target)
-    kernel = cuda.function(source_of(source, target), "gather")
+    datatypes.expression(source, target)
     values = cupy.empty((rows, longest, width), NUMPY_TYPES[target])
     mask = cupy.empty((rows, longest), np.int64)
     lengths = cupy.empty(rows, np.int64)
     if rows:
-        table = places_of(pieces, source, width)
-        if places is None:
-            moved = cupy.asarray(table)  # staged by the driver: may be freed when this returns
-            pointer = moved.data.ptr
-        else:
-            places[:rows] = table
-            pointer = cuda.address_of(places)
-        blocks = max(1, min(_BLOCKS_X_MAX, -(-longest * width // THREADS)))
-        arguments = [np.uint64(n) for n in (pointer, rows, longest, width, bits)]
-        kernel((blocks, min(rows, _BLOCKS_Y_MAX)), (THREADS,), (*arguments, values, mask, lengths))
+        addresses = (values.data.ptr, mask.data.ptr, lengths.data.ptr)
+        table = launch(
+            entries_of(pieces, source, target, width, longest, bits, addresses), source, target
+        )
+        cupy.cuda.get_current_stream().synchronize()
+        del table
     return Batch(values, mask, lengths)
 
 

@@ -122,10 +122,15 @@ def normalise_cuda(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     datatype: str = "FP32",
+    table: Any = None,
 ) -> Any:
-    """Do it to a cupy array on cupy's current stream, without waiting.  Raises as `normalise`."""
+    """Do it to a cupy array on cupy's current stream, without waiting.  Raises as `normalise`.
+
+    `table`: what `tables` gives, where it is on the device already.
+    """
     cupy = cuda.cupy()
-    table = cupy.asarray(tables(mean, std, datatype))
+    if table is None:
+        table = cupy.asarray(tables(mean, std, datatype))
     _check_pixels(pixels, len(table))
     pixels = cupy.ascontiguousarray(pixels)
     n, height, width, channels = pixels.shape

@@ -3,7 +3,8 @@
 Versions
  1. NumPy: one copy a request (`scatter`, the CPU path).
  2. CUDA: one launch for the batch, a block of threads a row, elements written where the answer's bytes
-    belong, in registered host memory (`scatter_cuda`).
+    belong, in registered host memory (`scatter_cuda`).  As in `gather` by a table, so that all outputs of
+    a batch that have one datatype are one launch.
 
 The inverse of `gather`: a result is [rows, longest, width]; request i takes the next `rows` rows, of each
 the first `length` positions, and gets them behind each other, at any address.  Elements are converted on
@@ -20,12 +21,13 @@ import numpy as np
 
 from overcommit.kernels import cuda, datatypes
 from overcommit.kernels.datatypes import NUMPY_TYPES, convert, size_of
-from overcommit.kernels.gather import Piece, places_of
+from overcommit.kernels.gather import Entry, Piece
 from overcommit.kernels.timing import Row, lines
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 THREADS: Final = 128
+ENTRY_WORDS: Final = 3
 
 
 def _check(values: Any, pieces: Sequence[Piece], source: str, target: str) -> None:
@@ -89,14 +91,15 @@ def scatter(values: Array, pieces: Sequence[Piece], source: str, target: str) ->
 SOURCE: Final = (
     datatypes.SOURCE
     + r"""
-// Row r goes to address places[2 * r], its first places[2 * r + 1] positions.
-KERNEL scatter(const u64 *places, u64 rows, u64 longest, u64 width, const u8 *values) {
-  u64 whole = longest * width, step = (u64)gridDim.x * THREADS, row, i;
+// A row is ENTRY words of the table: where it begins, how many elements it has, and where they go.
+KERNEL scatter(const u64 *table, u64 rows) {
+  u64 step = (u64)gridDim.x * THREADS, row, i;
   for (row = blockIdx.y; row < rows; row += gridDim.y) {
-    u8 *to = (u8 *)places[2 * row];
-    u64 mine = places[2 * row + 1] * width;
-    for (i = (u64)blockIdx.x * THREADS + threadIdx.x; i < mine; i += step) {
-      u64 x = load(values + (row * whole + i) * SOURCE_BYTES, SOURCE_BYTES);
+    const u64 *entry = table + row * ENTRY;
+    const u8 *from = (const u8 *)entry[0];
+    u8 *to = (u8 *)entry[2];
+    for (i = (u64)blockIdx.x * THREADS + threadIdx.x; i < entry[1]; i += step) {
+      u64 x = load(from + i * SOURCE_BYTES, SOURCE_BYTES);
       store(to + i * TARGET_BYTES, TARGET_BYTES, CONVERT(x));
     }
   }
@@ -109,25 +112,68 @@ _BLOCKS_X_MAX: Final = 64
 
 def source_of(source: str, target: str) -> str:
     """Return the source for a pair of datatypes."""
-    return cuda.with_constants(SOURCE, {"THREADS": THREADS, **datatypes.constants(source, target)})
+    constants = {"THREADS": THREADS, "ENTRY": ENTRY_WORDS, **datatypes.constants(source, target)}
+    return cuda.with_constants(SOURCE, constants)
+
+
+def entries_of(
+    address: int,
+    longest: int,
+    width: int,
+    pieces: Sequence[Piece],
+    source: str,
+    target: str,
+) -> list[Entry]:
+    """Return the table for a result [rows, longest, width] that lies at this address."""
+    row_bytes = longest * width * size_of(source)
+    entries: list[Entry] = []
+    for piece in pieces:
+        begin = cuda.address_of(piece.data) if memoryview(piece.data).nbytes else 0
+        count = piece.length * width
+        step = count * size_of(target)
+        entries += [
+            (address + (len(entries) + row) * row_bytes, count, begin + row * step)
+            for row in range(piece.rows)
+        ]
+    return entries
+
+
+def grid_of(entries: Sequence[Entry]) -> tuple[int, int]:
+    """Return how many blocks a launch over these rows has, along a row and over the rows."""
+    widest = max((entry[1] for entry in entries), default=1)
+    across = max(1, min(_BLOCKS_X_MAX, -(-widest // THREADS)))
+    return across, min(len(entries), _BLOCKS_Y_MAX)
+
+
+def launch(entries: Sequence[Entry], source: str, target: str) -> Any:
+    """Scatter these rows: one launch on cupy's current stream, without waiting.
+
+    Return what has to be kept until it is done: the table, in memory that the kernel reads.
+    """
+    if not entries:
+        return None
+    table = cuda.table_of(entries)
+    kernel = cuda.function(source_of(source, target), "scatter")
+    kernel(grid_of(entries), (THREADS,), (np.uint64(table.ptr), np.uint64(len(entries))))
+    return table
 
 
 def scatter_cuda(values: Any, pieces: Sequence[Piece], source: str, target: str) -> None:
-    """Do it from a cupy array: one launch on cupy's current stream, without waiting.
+    """Do it from a cupy array: one launch on cupy's current stream, which is waited for.
 
     Every piece lies in memory that is registered with CUDA.  Raises as `scatter`.
     """
     cupy = cuda.cupy()
     _check(values, pieces, source, target)
     values = cupy.ascontiguousarray(values)
-    rows, longest, width = values.shape
+    _, longest, width = values.shape
     if not values.size:
         return
-    places = cupy.asarray(places_of(pieces, target, width))
-    blocks = min(_BLOCKS_X_MAX, -(-longest * width // THREADS))
-    kernel = cuda.function(source_of(source, target), "scatter")
-    numbers = [np.uint64(n) for n in (rows, longest, width)]
-    kernel((blocks, min(rows, _BLOCKS_Y_MAX)), (THREADS,), (places, *numbers, values))
+    table = launch(
+        entries_of(values.data.ptr, longest, width, pieces, source, target), source, target
+    )
+    cupy.cuda.get_current_stream().synchronize()
+    del table
 
 
 # --- check and timing ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -31,6 +31,17 @@ from overcommit.runtime.payload import TensorPlace
 from overcommit.runtime.signature import NUMPY_TYPES, Form, Signature
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Shaped(Protocol):
+    """What has a shape: an array, or a tensor of torch's."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+
 _LENGTH: Final = struct.Struct("<I")  # before each element of a BYTES tensor
 
 
@@ -141,11 +152,8 @@ def split(
     rows = sum(form.rows for form in forms)
     for spec, array in zip(signature.outputs, arrays, strict=True):
         if not array.ndim or array.shape[0] != rows:
-            raise ModelError(
-                f"output '{spec.name}' has shape {list(array.shape)} for a batch of {rows} rows: "
-                f"it cannot be split; set max_batch_size = 0 if the model does not batch"
-            )
-    cuts = _cuts(signature, arrays, forms)
+            raise wrong_rows(spec, array.shape, rows)
+    cuts = cuts_of(signature, arrays, forms)
     if not cuts and not any(array.dtype == object for array in arrays):
         return _split_even(signature, arrays, forms, blocks)
     needs: list[int] = []
@@ -200,8 +208,16 @@ def _checked(spec: TensorSpec, outputs: Mapping[str, Array]) -> Array:
     return array
 
 
-def _cuts(
-    signature: Signature, arrays: Sequence[Array], forms: Sequence[Form]
+def wrong_rows(spec: TensorSpec, shape: Sequence[int], rows: int) -> ModelError:
+    """Return the error of an output that has not the rows of its batch."""
+    return ModelError(
+        f"output '{spec.name}' has shape {list(shape)} for a batch of {rows} rows: "
+        f"it cannot be split; set max_batch_size = 0 if the model does not batch"
+    )
+
+
+def cuts_of(
+    signature: Signature, arrays: Sequence[Shaped], forms: Sequence[Form]
 ) -> list[tuple[int, int, int]]:
     """Find what must be cut: (output, axis, which ragged size)."""
     cuts: list[tuple[int, int, int]] = []
@@ -214,9 +230,10 @@ def _cuts(
             axis = signature.axis_of(spec, name)
             if axis is None:
                 continue
-            if axis >= arrays[number].ndim or arrays[number].shape[axis] != longest:
+            shape = arrays[number].shape
+            if axis >= len(shape) or shape[axis] != longest:
                 raise ModelError(
-                    f"output '{spec.name}' has shape {list(arrays[number].shape)}: its axis "
+                    f"output '{spec.name}' has shape {list(shape)}: its axis "
                     f"'{name}' is not the padded {longest}, so it cannot be cut back"
                 )
             cuts.append((number, axis, position))

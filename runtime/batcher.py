@@ -20,7 +20,7 @@ A lane's states:
     DUE    --next--> RUNNING  --finish, put_back-->  any of the four above
 
     EMPTY, PARKED, WAITING, DUE -> each other   [_place]
-    DUE -> RUNNING                              [next]
+    DUE -> RUNNING                              [next; after `lift` it may be asked again]
     RUNNING -> *                                [finish, put_back]
     any -> GONE                                 [remove]
 
@@ -42,7 +42,7 @@ import heapq
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from overcommit.runtime.backlog import Foresight
@@ -62,7 +62,7 @@ SWEEP_NS: Final = 2_000_000  # a job that waits may be answered EXPIRED this muc
 
 
 class Batcher:
-    """All lanes of one worker.  One batch is out at a time."""
+    """All lanes of one worker.  One batch is out at a time, beside those that were lifted."""
 
     def __init__(self) -> None:
         self._turns: dict[int, Turn] = {}
@@ -71,15 +71,14 @@ class Batcher:
         self._timers: list[tuple[int, int, Turn]] = []
         self._waiting: set[Turn] = set()  # lanes with jobs
         self._running: list[Turn] = []
+        self._aloft: dict[int, Turn] = {}  # lanes whose batch was lifted, by slot
         # Lanes that may share batches; an entry goes with the last of them.
-        self._mates: weakref.WeakKeyDictionary[Rooms, deque[Turn]]
-        self._mates = weakref.WeakKeyDictionary()
+        self._mates = weakref.WeakKeyDictionary[Rooms, deque[Turn]]()
         self._expired: list[Job] = []
         self._sweep_ns = NEVER_NS
         self._swept_ns = 0
         self._order = itertools.count(1)
-        # About the longest that a batch has taken of late: with the number of jobs, a bound on what
-        # anybody waits that costs one multiplication to look at.
+        # About the longest batch of late: with the number of jobs, a cheap bound on what anybody waits.
         self.slowest_ns = 0
         self.finished = 0  # batches, ever
         self.foresight = Foresight(self._turns, self._waiting)
@@ -122,15 +121,18 @@ class Batcher:
         turn = self._turns.pop(slot, None)
         if turn is None:
             return []
-        assert turn not in self._running, "a version is not removed while its batch runs"
+        assert not self._is_out(turn), "a version is not removed while its batch runs"
         jobs = self._take_out(turn, turn.lane.remove(lambda _: True))
         turn.state = State.GONE
         return jobs
 
     def waiting(self, slot: int) -> int:
         """How many jobs wait in this lane."""
-        turn = self._turns.get(slot)
-        return 0 if turn is None else turn.lane.count
+        return 0 if (turn := self._turns.get(slot)) is None else turn.lane.count
+
+    def is_busy(self, slot: int) -> bool:
+        """Whether jobs of this lane wait, or are on a device."""
+        return self.waiting(slot) > 0 or slot in self._aloft
 
     # --- jobs -----------------------------------------------------------------------------------
     def add(self, job: Job, now_ns: int) -> bool:
@@ -156,34 +158,24 @@ class Batcher:
         job = self._jobs.get(request_id)
         if job is None:
             return None
-        turn = self._turns[job.slot]
-        removed = self._take_out(turn, turn.lane.remove(lambda other: other is job))
-        self._settle(turn, now_ns)
-        return removed[0] if removed else None
+        return next(iter(self._take_if(self._turns[job.slot], lambda x: x is job, now_ns)), None)
 
     def drain(self, slot: int, now_ns: int) -> list[Job]:
         """Take every job of a lane out."""
         turn = self._turns.get(slot)
-        if turn is None:
-            return []
-        jobs = self._take_out(turn, turn.lane.remove(lambda _: True))
-        self._settle(turn, now_ns)
-        return jobs
+        return [] if turn is None else self._take_if(turn, lambda _: True, now_ns)
 
     def take_before(self, slot: int, time_ns: int, now_ns: int) -> list[Job]:
         """Take the jobs of a lane out whose deadline is before then, but those that are retried."""
-        turn = self._turn(slot)
-        late = turn.lane.remove(lambda job: job.deadline_ns < time_ns and not job.alone)
-        jobs = self._take_out(turn, late)
-        self._settle(turn, now_ns)
-        return jobs
+        return self._take_if(
+            self._turn(slot), lambda job: job.deadline_ns < time_ns and not job.alone, now_ns
+        )
 
     def drop_link(self, link: int, now_ns: int) -> list[Job]:
         """Take every job of a front-end incarnation out."""
         jobs: list[Job] = []
         for turn in list(self._waiting):
-            jobs += self._take_out(turn, turn.lane.remove(lambda job: job.link == link))
-            self._settle(turn, now_ns)
+            jobs += self._take_if(turn, lambda job: job.link == link, now_ns)
         return jobs
 
     def take_expired(self) -> list[Job]:
@@ -235,8 +227,7 @@ class Batcher:
             for job in mine:
                 del jobs[job.request_id]
             charge(turn, one_ns * len(mine))
-        # Of the lanes of a batch one is enough, and of short batches one in four: it costs as much as
-        # taking a request.
+        # One lane of a batch is enough, and one in four short batches: it costs as taking a job.
         if first.lane.slot not in lost and (cost_ns >= LONG_NS or not self.finished & 3):
             first.pace.note(first.lane.taken_rows, one_ns * len(parts[0][1]))
         self.finished += 1
@@ -248,6 +239,10 @@ class Batcher:
             else:
                 waiting.discard(turn)
                 turn.state = _EMPTY
+
+    def lift(self, batch: Batch) -> None:
+        """A device works on the batch, one lane's; `finish` comes later, others run meanwhile."""
+        ((self._aloft[batch.slot], _),) = self._back(batch)
 
     def put_back(self, batch: Batch, now_ns: int) -> None:
         """The batch could not run; its jobs wait again, in their old order, and cost nothing."""
@@ -290,9 +285,17 @@ class Batcher:
             self._waiting.discard(turn)
         return jobs
 
+    def _take_if(self, turn: Turn, goes: Callable[[Job], bool], now_ns: int) -> list[Job]:
+        jobs = self._take_out(turn, turn.lane.remove(goes))
+        self._settle(turn, now_ns)
+        return jobs
+
     def _settle(self, turn: Turn, now_ns: int) -> None:
-        if turn not in self._running:
+        if not self._is_out(turn):
             self._place(turn, now_ns)
+
+    def _is_out(self, turn: Turn) -> bool:
+        return turn in self._running or turn.lane.slot in self._aloft
 
     def _take(self, turn: Turn, now_ns: int) -> list[Job]:
         """Take a lane's next batch, or what there is of it: DUE -> RUNNING, if there is any."""
@@ -355,6 +358,8 @@ class Batcher:
         return tuple(others)
 
     def _back(self, batch: Batch) -> list[tuple[Turn, list[Job]]]:
+        if (lifted := self._aloft.pop(batch.slot, None)) is not None:
+            return [(lifted, batch.jobs)]
         turns, self._running = self._running, []
         assert turns, "no batch is out"
         assert turns[0].lane.slot == batch.slot, "another one is out"
@@ -390,6 +395,6 @@ class Batcher:
             late: list[Job] = []
             turn.lane.expire(now_ns, late)
             self._expired += self._take_out(turn, late)
-            self._place(turn, now_ns)
+            self._settle(turn, now_ns)
         deadlines = (turn.lane.first_deadline_ns() for turn in self._waiting)
         self._sweep_ns = min(deadlines, default=NEVER_NS)

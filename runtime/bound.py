@@ -38,6 +38,7 @@ from overcommit.runtime.arena import Ranges, WeightsMapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
+from overcommit.runtime.launch import Starter
 from overcommit.runtime.mixing import Families, Family
 from overcommit.runtime.sequence_batch import SequenceBatch
 from overcommit.runtime.sequence_signature import SequenceSignature
@@ -81,6 +82,7 @@ class Version:
     opened: Opened | None = None  # loaded, not bound yet
     is_loading: bool = False
     model: BoundModel | None = None
+    starter: Starter | None = None  # begins its batches on a device, where one runs it
     family: Family | None = None  # that it may share batches with
     has_run: bool = False
     failure: Failure | None = None
@@ -254,6 +256,8 @@ class Versions:
         mixed = program.mixed(header) if can_mix else None
         if reshape.has_any(version.info.config):
             version.model, mixed = reshape.Reshaped(version.model, version.info.config), None
+        if version.sequences is None:
+            version.starter = getattr(version.model, "starter", None)
         version.family = self.families.of(mixed, version.signature)
         version.opened = None  # the header's tables are of no use any more
         version.failures = 0
@@ -312,7 +316,7 @@ class Versions:
         version.generation = None
         version.opened = None
         self.released += version.model is not None
-        version.model = None
+        version.model = version.starter = None
         version.family = None
         version.has_run = False
         if version.mapping is not None:

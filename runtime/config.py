@@ -112,6 +112,7 @@ ID_CHARS_MAX: Final = 1024
 FOREIGN_ERROR_CHARS_MAX: Final = 2000  # a shape mismatch deep inside a model can list megabytes
 TENSORS_MAX: Final = 256
 RANK_MAX: Final = 16
+PICTURE_CHANNELS_MAX: Final = 4  # as many as `kernels/image.py` does
 ALIASES_MAX: Final = 64  # of one model
 STEPS_MAX: Final = 64  # of one ensemble
 SEQUENCE_IDLE_US: Final = 1_000_000  # without a request, and the sequence is over
@@ -215,6 +216,14 @@ def smallest(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(max(1, size) if size < 0 else size for size in shape)
 
 
+class Picture(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What becomes of pictures: of each value (value / 255 - mean) / std, by channel, in planes."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    datatype: Literal["FP32", "FP16"] = "FP32"
+
+
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One input or output.
 
@@ -222,7 +231,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     batch.  `axes` names the varying axes ("batch", "sequence"): requests of one batch may differ
     in an axis only if `pad` is set on every input that has it, and an output axis of the same name
     is cut back to the request's own size afterwards.  `reshape`: the model's own shape, where that is
-    another one than its clients'.
+    another one than its clients'.  `picture`: clients give UINT8 pixels, [rows, height, width, channels],
+    and the model gets [rows, channels, height, width], normalised.
     """
 
     name: str
@@ -233,6 +243,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     optional: bool = False
     labels: str | None = None  # output: the file, in the model's folder, that names its classes
     reshape: tuple[int, ...] | None = None
+    picture: Picture | None = None
 
 
 TimeoutAction = Literal["reject", "delay"]

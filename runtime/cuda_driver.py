@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 _BUS_ID_BYTES = 32
 _IPC_HANDLE_BYTES = 64
+# CU_MEMHOSTREGISTER_DEVICEMAP and _READ_ONLY, which are macros of cuda.h.
+_DEVICEMAP = 0x02
+_READ_ONLY = 0x08
 _KNOWN = {result.value: result for result in Result}
 
 
@@ -196,8 +199,11 @@ class CudaDriver:
         self._call("cuMemSetAccess", cu.CUdeviceptr(address), nbytes, [access], 1)
 
     # --- host memory and copies -----------------------------------------------------------------
-    def host_register(self, address: int, nbytes: int) -> None:
-        self._call("cuMemHostRegister", address, nbytes, 0)
+    def host_register(
+        self, address: int, nbytes: int, *, is_mapped: bool = False, is_read_only: bool = False
+    ) -> None:
+        flags = _DEVICEMAP * is_mapped | _READ_ONLY * is_read_only
+        self._call("cuMemHostRegister", address, nbytes, flags)
 
     def host_unregister(self, address: int) -> None:
         self._call("cuMemHostUnregister", address)

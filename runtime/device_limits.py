@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from overcommit.runtime.config import GIB, MIB
+from overcommit.runtime.config import GIB, KIB, MIB
 
 # --- a GPU's memory -------------------------------------------------------------------------------
 # CUDA: chunks of DEVICE, each a descriptor in the supervisor.  As many as possible are of 2 MiB: parts are
@@ -25,6 +25,17 @@ GRAPH_SHAPES_MAX: Final = (
 GRAPH_AFTER: Final = (
     2  # calls of a shape before it is captured: libraries load and choose meanwhile
 )
+# A batch on its way: estimates until `bench gpu` has measured them.
+FLIGHTS_MAX: Final = 4  # lanes whose batches are under way at once, each on a stream
+FLIGHT_SPIN_NS: Final = (
+    1_000_000  # a batch is asked without a pause whether it is done, so long ...
+)
+FLIGHT_NAP_NS: Final = 100_000  # ... and then with pauses of this
+COPY_FROM_BYTES: Final = 64 * KIB  # pieces from here on are copied, shorter ones are gathered
+GATHER_ROWS_MAX: Final = (
+    4096  # rows of one launch, of all tensors; larger batches are made by the CPU
+)
+PAYLOAD_PIN_BYTES: Final = 64 * MIB  # of payload memory are registered with CUDA at a time
 PROBE_TIMEOUT_S: Final = 60.0  # a driver that hangs must not keep the server from saying so
 GPU_FREE_LOW_BYTES: Final = (
     256 * MIB

@@ -65,6 +65,8 @@ class Attribute(enum.IntEnum):
 
     VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102
     HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED = 103
+    CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
+    READ_ONLY_HOST_REGISTER_SUPPORTED = 113
 
 
 class DriverError(OvercommitError):
@@ -204,8 +206,10 @@ class Driver(Protocol):
         """cuMemSetAccess: PROT_READ or PROT_READWRITE for the device, over whole mappings."""
 
     # --- host memory and copies -----------------------------------------------------------------
-    def host_register(self, address: int, nbytes: int) -> None:
-        """cuMemHostRegister."""
+    def host_register(
+        self, address: int, nbytes: int, *, is_mapped: bool = False, is_read_only: bool = False
+    ) -> None:
+        """cuMemHostRegister; `is_mapped`: kernels reach it, `is_read_only`: this process may not write it."""
 
     def host_unregister(self, address: int) -> None:
         """cuMemHostUnregister."""

@@ -1,7 +1,7 @@
 """A worker's side of its links: the rings and the payload memory of every front end.
 
 Owns per link the two ring ends, the mappings of the front end's ingress (read-only) and egress
-memory, and the front end's doorbell.
+memory, what registers them with a GPU (`payload_pins`), and the front end's doorbell.
 
 Invariants
  1. Whatever a front end wrote is checked on a private copy before it is used: the ring's counters
@@ -20,12 +20,16 @@ import logging
 import mmap
 import os
 import time
+from typing import TYPE_CHECKING
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import NEVER_NS, POP_MAX
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE, Job
 from overcommit.runtime.messages import LinkUp
+
+if TYPE_CHECKING:
+    from overcommit.runtime.payload_pins import PayloadPins
 
 log = logging.getLogger("overcommit.worker")
 
@@ -38,20 +42,25 @@ def link_key(seat: int, epoch: int) -> int:
 class Link:
     """One front-end incarnation.  Takes over the descriptors of its `LinkUp`."""
 
-    def __init__(self, message: LinkUp, fds: dict[str, int], epoch: int) -> None:
+    def __init__(
+        self, message: LinkUp, fds: dict[str, int], epoch: int, pins: PayloadPins | None = None
+    ) -> None:
         self.key = link_key(message.seat, message.epoch)
         self.payload_bytes = message.payload_bytes
         self.bell = fds["peer_doorbell"]
         try:
             link_bytes = message.completion_offset + _shm.ring_bytes(message.slot_count)
             self._memory = mmap.mmap(fds["link"], link_bytes)
-            self._in = mmap.mmap(fds["ingress"], self.payload_bytes, prot=mmap.PROT_READ)
+            protection = mmap.PROT_READ if pins is None else pins.protection
+            self._in = mmap.mmap(fds["ingress"], self.payload_bytes, prot=protection)
             self._out = mmap.mmap(fds["egress"], self.payload_bytes)
         finally:
             for name in ("link", "ingress", "egress"):
                 os.close(fds[name])  # a mapping does not need its descriptor
         self.ingress = memoryview(self._in)
         self.egress = memoryview(self._out)
+        # A GPU's way to both; None where there is none.
+        self.pin = None if pins is None else pins.pin(self.ingress, self.egress)
         self.submissions = _shm.SubmissionRing(self._memory, 0, False, message.epoch, epoch)
         self.completions = _shm.CompletionRing(
             self._memory, message.completion_offset, True, epoch, message.epoch
@@ -91,7 +100,9 @@ class Link:
         return jobs, cancelled
 
     def close(self) -> None:
-        """Unmap everything and close the doorbell."""
+        """Unmap everything and close the doorbell.  No device works on its memory any more."""
+        if self.pin is not None:
+            self.pin.close()
         self.ingress.release()
         self.egress.release()
         del self.submissions, self.completions  # they hold the mapping
@@ -105,8 +116,9 @@ class Link:
 class Links:
     """All links of a worker."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, pins: PayloadPins | None = None) -> None:
         self._epoch = epoch
+        self._pins = pins
         self._links: dict[int, Link] = {}
         self._touched: set[int] = set()
         self.broken: list[int] = []  # lied while being answered; the loop drops them
@@ -118,7 +130,7 @@ class Links:
     def add(self, message: LinkUp, fds: dict[str, int]) -> None:
         """Take up a link; one that is not what it says is left alone and logged."""
         try:
-            link = Link(message, fds, self._epoch)
+            link = Link(message, fds, self._epoch, self._pins)
         except (OSError, ValueError, _shm.RingCorrupt):
             log.exception("the link with front end %d cannot be used", message.seat)
             os.close(fds["peer_doorbell"])

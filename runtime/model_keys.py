@@ -22,6 +22,7 @@ from overcommit.runtime.config import (
     BATCH_SIZE_LIMIT,
     BATCH_SIZE_MAX,
     NAME_CHARS_MAX,
+    PICTURE_CHANNELS_MAX,
     PRIORITY_LEVELS_MAX,
     QUEUE_DELAY_US,
     QUEUE_LEVELS_MAX,
@@ -47,6 +48,12 @@ _AnyVersion = Annotated[str, Meta(pattern=f"^(|latest|{VERSION})$")]
 _Shape = Annotated[tuple[_Dimension, ...], Meta(max_length=RANK_MAX)]
 
 
+class Picture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    mean: Annotated[tuple[float, ...], Meta(min_length=1, max_length=PICTURE_CHANNELS_MAX)]
+    std: Annotated[tuple[float, ...], Meta(min_length=1, max_length=PICTURE_CHANNELS_MAX)]
+    datatype: Literal["FP32", "FP16"] = "FP32"
+
+
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: _Name
     datatype: str
@@ -55,6 +62,7 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optional: bool = False
     labels: _Path | None = None
     reshape: _Shape | None = None
+    picture: Picture | None = None
 
 
 class Level(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,5 +205,5 @@ def rules() -> str:
         config.Sequence,
         config.Step,
     ]
-    structs += [Onnx, Python, config.OnnxOptions, config.PythonOptions]
+    structs += [Onnx, Python, config.OnnxOptions, config.PythonOptions, Picture, config.Picture]
     return repr([(s.__name__, s.__struct_fields__, s.__struct_defaults__) for s in structs])

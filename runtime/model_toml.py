@@ -28,6 +28,7 @@ from overcommit.runtime.config import (
     ModelConfig,
     Naming,
     OnnxOptions,
+    Picture,
     PythonOptions,
     QueueLevel,
     Sequence,
@@ -260,6 +261,10 @@ def _check_datatype(origin: str, kind: str, name: str, datatype: str) -> None:
         )
 
 
+def _to_picture(picture: keys.Picture) -> Picture:
+    return Picture(mean=picture.mean, std=picture.std, datatype=picture.datatype)
+
+
 def _specs(origin: str, kind: str, tensors: tuple[keys.Tensor, ...]) -> tuple[TensorSpec, ...]:
     names = set()
     specs = []
@@ -276,8 +281,9 @@ def _specs(origin: str, kind: str, tensors: tuple[keys.Tensor, ...]) -> tuple[Te
             optional=tensor.optional,
             labels=tensor.labels,
             reshape=tensor.reshape,
+            picture=None if tensor.picture is None else _to_picture(tensor.picture),
         )
-        if (problem := reshape.problem_of(spec)) is not None:
+        if (problem := reshape.problem_of(spec) or reshape.picture_problem(spec)) is not None:
             raise RepositoryError(f"{origin}: {kind} {problem}")
         specs.append(spec)
     return tuple(specs)

@@ -28,6 +28,7 @@ from overcommit.runtime.assembly import gather, split
 from overcommit.runtime.bound import Version
 from overcommit.runtime.errors import BadRequest, ModelError
 from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job
+from overcommit.runtime.launch import Blocks
 from overcommit.runtime.links import Links
 from overcommit.runtime.mixing import Arrays, Family, Sized
 from overcommit.runtime.sequence_batch import warm_inputs
@@ -85,6 +86,51 @@ class Runner:
         version.has_run = True
         self._leases.add_uses(version.info.slot, len(jobs), time.monotonic_ns())
         return True
+
+    # --- a batch that a device works on ---------------------------------------------------------
+    def try_hold(self, version: Version) -> bool:
+        """Take the version's lease for longer than a call; False when it is not resident."""
+        generation = version.generation
+        return generation is not None and self._leases.take(
+            self._table, version.info.slot, generation
+        )
+
+    def let_go(self, version: Version, used: int) -> None:
+        """Drop a lease that was held; so many requests have used it."""
+        slot = version.info.slot
+        self._leases.drop(slot)
+        if self._table.hungry():
+            os.eventfd_write(self._supervisor_bell, 1)
+        version.has_run = True
+        self._leases.add_uses(slot, used, time.monotonic_ns())
+
+    def blocks_of(self, version: Version, jobs: Sequence[Job]) -> Blocks:
+        """Return the blocks of a batch, with their addresses where all are registered."""
+        forms, ingress, egress = self._blocks(jobs)
+        ins_at: list[int] = []
+        outs_at: list[int] = []
+        for job in jobs:
+            pin = self._links.of(job).pin
+            if pin is None or not pin.is_pinned:
+                return Blocks(version.signature, forms, ingress, egress)
+            ins_at.append(pin.ingress_at + job.in_offset)
+            outs_at.append(pin.egress_at + job.out_offset)
+        return Blocks(version.signature, forms, ingress, egress, ins_at, outs_at)
+
+    def answer_flight(
+        self, jobs: Sequence[Job], needs: Sequence[int], times_ns: tuple[int, int]
+    ) -> None:
+        """Answer a batch that was started and had all of its work then; it has just ended."""
+        started_ns, begun_ns = times_ns
+        now_ns = time.monotonic_ns()
+        self._answer(jobs, needs, (started_ns, begun_ns, now_ns, now_ns), len(jobs))
+
+    def fail_batch(self, version: Version, jobs: list[Job], error: Exception) -> None:
+        """Answer one that failed: alone with its error, several after each has run alone."""
+        if len(jobs) == 1:
+            self._fail(version, jobs[0], error)
+        else:
+            self._run_alone(version, jobs, error)
 
     def run_mixed(self, parts: Sequence[Part], slots: list[int]) -> list[Version]:
         """Run jobs of several versions of one family and answer them; `slots` are the parts'.
@@ -214,10 +260,7 @@ class Runner:
             needs, gathered_ns, computed_ns = self._compute(version, jobs)
         except Exception as error:  # the batch boundary
             self._status.end()
-            if len(jobs) == 1:
-                self._fail(version, jobs[0], error)
-            else:
-                self._run_alone(version, jobs, error)
+            self.fail_batch(version, jobs, error)
             return
         self._status.end()
         times_ns = (started_ns, gathered_ns, computed_ns, time.monotonic_ns())

@@ -293,7 +293,7 @@ class Wishes:
                 self.warm_ups.append(version)
         self._batcher.set_runnable(slot, version.is_runnable, now_ns)
         self._note_attach(version)
-        for gone in self._versions.make_room(lambda other: self._batcher.waiting(other) > 0):
+        for gone in self._versions.make_room(self._batcher.is_busy):
             self._batcher.set_runnable(gone, False, now_ns)
 
     def _note_attach(self, version: Version) -> None:

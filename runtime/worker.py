@@ -41,12 +41,15 @@ from overcommit.runtime.config import ARRIVAL_SPIN_NS, HEARTBEAT_NS, VERSIONS_MA
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, Overloaded, ProtocolError, WorkerLost
+from overcommit.runtime.flight_deck import deck_of
+from overcommit.runtime.flights import Flights
 from overcommit.runtime.garbage import Garbage
 from overcommit.runtime.heap import Heap
 from overcommit.runtime.lanes import Batch, Job
 from overcommit.runtime.links import Link, Links, link_key
 from overcommit.runtime.messages import Chunks, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
 from overcommit.runtime.mixing import Families
+from overcommit.runtime.payload_pins import PayloadPins
 from overcommit.runtime.runner import Runner
 from overcommit.runtime.wishes import Wishes
 from overcommit.runtime.worker_messages import (
@@ -78,6 +81,7 @@ class Worker:
         fds: dict[str, int],
         open_program: Opener,
         ranges: Ranges | None = None,
+        pins: PayloadPins | None = None,
     ) -> None:
         self.control = control
         self._doorbell = fds["doorbell"]
@@ -91,7 +95,7 @@ class Worker:
         spin_ns = start.settings.spin_ns
         self._spin_ns = _shm.default_spin_ns() if spin_ns is None else spin_ns
         self.batcher = Batcher()
-        self.links = Links(start.epoch)
+        self.links = Links(start.epoch, pins)
         self.versions = Versions(
             MemfdRanges(fds["device"]) if ranges is None else ranges,
             Loader(open_program, self._ring_own_bell),
@@ -106,6 +110,8 @@ class Worker:
             *(control, self.batcher, self.versions, self._runner, self.links, self._leases),
             *(self.door, self._table),
         )
+        flights = None if pins is None else Flights(self._runner, self._status)
+        self.deck = deck_of(flights, self.batcher, self.versions, self.wishes)
         self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = 0
         self.garbage = Garbage(time.monotonic_ns())
@@ -128,6 +134,8 @@ class Worker:
         while True:
             did = self.turn()
             if self.is_stopping:
+                if self.deck is not None:
+                    self.deck.clear(None, time.monotonic_ns())
                 return
             if not did:
                 self.sleep()
@@ -150,6 +158,7 @@ class Worker:
         if self.wishes.coming:
             self.wishes.take_arrived(now_ns)
         did = self._take_submissions(now_ns)
+        did = (self.deck is not None and self.deck.land(now_ns)) or did
         for _ in range(BATCHES_MAX):
             if not self._run_batch(now_ns):
                 break
@@ -166,6 +175,9 @@ class Worker:
         """Idle work first; then wait for a doorbell, a message, the next due lane or heartbeat."""
         if self._idle_work():
             return
+        nap_ns = None if self.deck is None else self.deck.nap_ns(time.monotonic_ns())
+        if nap_ns == 0:
+            return
         rings = self.links.rings
         if self.wishes.coming and self.wishes.watch(rings, time.monotonic_ns() + ARRIVAL_SPIN_NS):
             return
@@ -175,10 +187,12 @@ class Worker:
             return
         now_ns = time.monotonic_ns()
         until_ns = min(self._heartbeat_ns + HEARTBEAT_NS, self.batcher.wake_ns() or sys.maxsize)
+        if nap_ns is not None:
+            until_ns = min(until_ns, now_ns + nap_ns)
         woken = _shm.wait(self._doorbell, self.control.fileno(), max(0, until_ns - now_ns))
         _shm.disarm(rings)
         if woken & _shm.CONTROL:
-            self._control_ns = 0  # a look at the socket for nothing costs as much as a small batch
+            self._control_ns = 0  # a look for nothing costs as much as a small batch
 
     # --- rings -> lanes -------------------------------------------------------------------------
     def _take_submissions(self, now_ns: int) -> bool:
@@ -253,7 +267,8 @@ class Worker:
 
     # --- lanes -> batches -----------------------------------------------------------------------
     def _run_batch(self, now_ns: int) -> bool:
-        batch = self.batcher.next(now_ns)
+        deck = self.deck
+        batch = None if deck is not None and deck.is_full else self.batcher.next(now_ns)
         for job in self.batcher.take_expired():
             self._expire(job, now_ns)
         if batch is None:
@@ -267,6 +282,8 @@ class Worker:
             self._run_mixed(batch, slots, now_ns)
             return True
         version = self._runnable(batch.slot)
+        if deck is not None and deck.try_start(version, batch, now_ns):
+            return True
         start_ns = time.monotonic_ns()
         if self._runner.try_run(version, batch.jobs):
             end_ns = time.monotonic_ns()
@@ -325,6 +342,9 @@ class Worker:
             self._on_message(*received, now_ns)
 
     def _on_message(self, message: object, fds: dict[str, int], now_ns: int) -> None:
+        if self.deck is not None:
+            # Whatever it says of a version, its batch lands first; of links and chunks, every batch.
+            self.deck.clear(getattr(message, "slot", None), now_ns)
         if isinstance(message, Placed):
             self.wishes.on_placed(message, now_ns)
         elif isinstance(message, Coming):
@@ -357,6 +377,8 @@ class Worker:
             self._drop_link(self.links.broken.pop(), now_ns)
 
     def _drop_link(self, key: int, now_ns: int) -> None:
+        if self.deck is not None:
+            self.deck.clear(None, now_ns)  # a device may write to its memory
         for slot in {job.slot for job in self.batcher.drop_link(key, now_ns)}:
             self.wishes.note_waiting(slot)
         self.links.drop(key)

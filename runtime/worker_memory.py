@@ -12,17 +12,19 @@ from overcommit.runtime.control import ControlSocket, Received
 from overcommit.runtime.cuda_tier import open_for_worker, open_ipc_for_worker
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.messages import Start
+from overcommit.runtime.payload_pins import PayloadPins
 
 if TYPE_CHECKING:
     from overcommit.runtime.engines.device_runner import Backend
 
 
 class WorkerMemory(NamedTuple):
-    """What opens mappings, where torch says that they lie, and what runs torch there."""
+    """What opens mappings, torch's name of their place, and what runs torch and registers payloads there."""
 
     ranges: Ranges
     place: str
     backend: Backend | None = None
+    pins: PayloadPins | None = None
 
 
 def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> WorkerMemory | None:
@@ -45,4 +47,7 @@ def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> Wo
         )
     if ranges is None:
         return None
-    return WorkerMemory(ranges, driver.torch_device(device), driver.torch_backend(device))
+    return WorkerMemory(
+        *(ranges, driver.torch_device(device), driver.torch_backend(device)),
+        PayloadPins(driver, device),
+    )

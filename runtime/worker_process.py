@@ -22,6 +22,7 @@ from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.messages import Start
 from overcommit.runtime.numa import move_to_site
+from overcommit.runtime.payload_pins import PayloadPins
 from overcommit.runtime.worker import Worker
 from overcommit.runtime.worker_memory import open_memory
 from overcommit.runtime.worker_messages import VersionInfo
@@ -55,7 +56,7 @@ def main(control_fd: int) -> None:
         allow_code = code_is_allowed and info.config.allow_code
         return header, engines.load_program(header, allow_code=allow_code)
 
-    serve(control, start, fds, open_program, memory.ranges)
+    serve(control, start, fds, open_program, memory.ranges, memory.pins)
 
 
 def serve(
@@ -64,10 +65,11 @@ def serve(
     fds: dict[str, int],
     open_program: Opener,
     ranges: Ranges | None = None,
+    pins: PayloadPins | None = None,
 ) -> None:
     """Run a worker in this process, which is its own."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    worker = Worker(control, start, fds, open_program, ranges)
+    worker = Worker(control, start, fds, open_program, ranges, pins)
     worker.garbage.take_over()
     worker.run()
 

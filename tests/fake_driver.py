@@ -71,6 +71,8 @@ class FakeGpu:
         self.attributes = {
             Attribute.VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: int(has_vmm),
             Attribute.HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: int(has_fd_export),
+            Attribute.CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM: 1,
+            Attribute.READ_ONLY_HOST_REGISTER_SUPPORTED: 1,
         }
         self.inodes: dict[int, int] = {}  # of every object that was ever made here -> bytes
         self.places: dict[int, int] = {}  # and the device that it lies on
@@ -99,6 +101,17 @@ class FakeGpu:
         """An object was made, or was heard of first."""
         self.inodes[inode] = nbytes
         self.places[inode] = device
+
+
+def _is_writable(address: int) -> bool:
+    """Whether this process may write there; what is not mapped at all is not the question."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            begin, _, rest = line.partition("-")
+            end, permissions = rest.split(maxsplit=2)[:2]
+            if int(begin, 16) <= address < int(end, 16):
+                return permissions[1] == "w"
+    return True
 
 
 def _inode(fd: int) -> int:
@@ -136,6 +149,7 @@ class FakeDriver:
         self.calls: list[str] = []
         self.copies: list[tuple[int, int, int]] = []  # (target, source, bytes), as asked for
         self.registered: dict[int, int] = {}
+        self.mapped_host: dict[int, int] = {}  # of these, what kernels reach
         self.open_max: dict[int, int] = {}  # by stream, the most that was ever queued
         self.has_unpacker = True
         self._plain: dict[int, int] = {}  # what cuMemAlloc gave, which nobody else can get at
@@ -302,7 +316,7 @@ class FakeDriver:
     def torch_backend(self, device: int) -> FakeBackend:
         from fake_backend import FakeBackend
 
-        return FakeBackend(lambda: self.gpu.is_lost(device))
+        return FakeBackend(lambda: self.gpu.is_lost(device), self.reaches)
 
     def unpacker(self, device: int) -> FakeUnpacker | None:
         from fake_unpacker import FakeUnpacker
@@ -541,10 +555,21 @@ class FakeDriver:
             _shm.map_fixed(at, mapping.memory.fd, 0, mapping.memory.nbytes, writable, False)
 
     # --- host memory and copies -----------------------------------------------------------------
-    def host_register(self, address: int, nbytes: int) -> None:
+    def host_register(
+        self, address: int, nbytes: int, *, is_mapped: bool = False, is_read_only: bool = False
+    ) -> None:
         call = "cuMemHostRegister"
         with self._lock:
             self._enter(call, needs_context=True)
+            knows_read_only = self.gpu.attributes[Attribute.READ_ONLY_HOST_REGISTER_SUPPORTED]
+            if is_read_only and not knows_read_only:
+                raise DriverError(call, Result.NOT_SUPPORTED)
+            if not is_read_only and not _is_writable(address):
+                raise self._refuse(
+                    call, "the CPU may not write there, and the flag does not say so"
+                )
+            if is_mapped:
+                self.mapped_host[address] = nbytes
             for at, length in self.registered.items():
                 if at < address + nbytes and address < at + length:
                     raise DriverError(call, Result.HOST_MEMORY_ALREADY_REGISTERED)
@@ -556,6 +581,15 @@ class FakeDriver:
         if address not in self.registered:
             raise DriverError(call, Result.HOST_MEMORY_NOT_REGISTERED)
         del self.registered[address]
+        self.mapped_host.pop(address, None)
+
+    def reaches(self, address: int, nbytes: int) -> bool:
+        """Whether a kernel reaches this host memory: registered, and mapped, without a gap."""
+        at = address
+        for start, length in sorted(self.mapped_host.items()):
+            if start <= at < start + length:
+                at = start + length
+        return at >= address + nbytes
 
     def is_registered_at(self, address: int) -> bool:
         """Whether this byte is."""

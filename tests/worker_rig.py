@@ -34,6 +34,7 @@ from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.links import link_key
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import LinkDown, LinkUp, Message, Start
+from overcommit.runtime.payload_pins import PayloadPins
 from overcommit.runtime.worker import Worker
 from overcommit.runtime.worker_messages import Activate, Attaches, Placed, VersionInfo
 from overcommit.runtime.worker_process import serve
@@ -133,7 +134,10 @@ class Rig:
         open_program: Callable[[VersionInfo], Opened] | None = None,
         *,
         command: list[str] | None = None,
+        pins: PayloadPins | None = None,
     ) -> None:
+        """`pins`: of a GPU's worker, whose models are begun on the device that `places` chose."""
+        self._pins = pins
         bell = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         table_bytes = _shm.table_bytes(VERSIONS_MAX)
         self.fds = {
@@ -181,7 +185,7 @@ class Rig:
             return
         assert open_program is not None
         copies = {name: os.dup(fd) for name, fd in self.fds.items()}
-        self.worker = Worker(ControlSocket(theirs), start, copies, open_program)
+        self.worker = Worker(ControlSocket(theirs), start, copies, open_program, pins=self._pins)
         self._copies = copies
 
     def restart(self) -> None:

@@ -20,9 +20,16 @@ import torch
 
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.engines import places
-from overcommit.runtime.engines.dtypes import to_array, to_tensor, v2_of_numpy, v2_of_torch
+from overcommit.runtime.engines.dtypes import (
+    host_array,
+    to_array,
+    to_tensor,
+    v2_of_numpy,
+    v2_of_torch,
+)
 from overcommit.runtime.engines.graphs import ModelGraphs
-from overcommit.runtime.errors import ModelError
+from overcommit.runtime.errors import ModelError, OvercommitError
+from overcommit.runtime.launch import Blocks, Starter, Work
 
 Array = np.ndarray[Any, Any]
 Value = torch.Tensor | Array
@@ -45,13 +52,27 @@ class BoundModule:
         try:
             if self._runner is not None:
                 arrays = self._runner.run(self, inputs)
-                return {name: _host_array(value) for name, value in arrays.items()}
+                return {name: host_array(value) for name, value in arrays.items()}
             with torch.inference_mode():
                 outputs = self.compute(self._arguments(inputs))
-                return {name: _host_array(value) for name, value in outputs.items()}
+                return {name: host_array(value) for name, value in outputs.items()}
         except ModelError:
             raise
         except Exception as error:  # the batch boundary: whatever the model's code raises
+            raise ModelError.of(error) from error
+
+    @property
+    def starter(self) -> Starter | None:
+        """What begins a batch on the device; None where the CPU runs them."""
+        return None if self._runner is None else self._start
+
+    def _start(self, blocks: Blocks) -> Work:
+        assert self._runner is not None, "asked by its `starter`"
+        try:
+            return self._runner.start(self, blocks)
+        except OvercommitError:  # ModelError, and BadRequest of its texts
+            raise
+        except Exception as error:  # as in `run`
             raise ModelError.of(error) from error
 
     def compute(self, arguments: Arguments) -> dict[str, Value]:
@@ -140,13 +161,6 @@ def _datatype(value: Value) -> str:
     return v2_of_torch(value.dtype) if isinstance(value, torch.Tensor) else v2_of_numpy(value)
 
 
-def _host_array(value: Value) -> Array:
-    if isinstance(value, torch.Tensor):
-        return to_array(value)
-    array = value.astype(object) if value.dtype.kind in "SU" else value
-    return np.ascontiguousarray(array) if array.ndim else array
-
-
 def _to_host(outputs: Mapping[str, Value], arguments: Arguments) -> dict[str, Array]:
     """Make host arrays that share nothing with the arguments."""
     given = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
@@ -157,7 +171,7 @@ def _to_host(outputs: Mapping[str, Value], arguments: Arguments) -> dict[str, Ar
             array = to_array(value)
             shares = value.untyped_storage().data_ptr() in storages
         else:
-            array = _host_array(value)
+            array = host_array(value)
             shares = any(
                 np.may_share_memory(array, to_array(other) if torch.is_tensor(other) else other)
                 for other in arguments.values()

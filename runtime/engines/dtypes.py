@@ -69,3 +69,11 @@ def to_array(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype is torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     return tensor.numpy()
+
+
+def host_array(value: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Return a model's output as a C-contiguous host array; texts as objects."""
+    if isinstance(value, torch.Tensor):
+        return to_array(value)
+    array = value.astype(object) if value.dtype.kind in "SU" else value
+    return np.ascontiguousarray(array) if array.ndim else array

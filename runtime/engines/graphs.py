@@ -57,10 +57,16 @@ class _Shape:
 class ModelGraphs:
     """The shapes of one bound model; the model holds it."""
 
-    __slots__ = ("__weakref__", "shapes")
+    __slots__ = ("__weakref__", "seat", "shapes")
 
     def __init__(self) -> None:
         self.shapes: dict[Hashable, _Shape] = {}
+        self.seat = 0  # whose stream and memory they are for
+
+    @property
+    def has_any(self) -> bool:
+        """Whether any shape is captured."""
+        return any(shape.graph is not None for shape in self.shapes.values())
 
 
 class GraphBook:
@@ -69,7 +75,10 @@ class GraphBook:
     def __init__(
         self, capture: Callable[[Call, Tensors], Graph], graphs_max: int = GRAPHS_MAX
     ) -> None:
-        """`capture` may raise CannotCapture; anything else it raises is the caller's."""
+        """`capture` may raise CannotCapture; anything else it raises is the caller's.
+
+        It waits until nothing is under way, before it does anything.
+        """
         self._capture = capture
         self._graphs_max = graphs_max
         self._captured: OrderedDict[int, weakref.ref[_Shape]] = OrderedDict()
@@ -108,10 +117,12 @@ class GraphBook:
         self._captured.clear()
 
     def _try_capture(self, shape: _Shape, call: Call, inputs: Tensors) -> None:
+        dropped: list[Graph | None] = []
         while len(self._captured) >= self._graphs_max:
             _, reference = self._captured.popitem(last=False)
             oldest = reference()
             if oldest is not None:
+                dropped.append(oldest.graph)  # it may be under way until the device is at rest
                 oldest.graph, oldest.seen = None, 0
         try:
             shape.graph = self._capture(call, inputs)

@@ -41,13 +41,16 @@ class Graph:
 class Device:
     """Counts what is under way; fails when told to."""
 
+    place = "cpu"
+    kernels = None
+
     def __init__(self) -> None:
         self.under_way = 0
         self.gave_back = 0
         self.error: Exception | None = None
         self.refuses = False
 
-    def entered(self) -> Any:
+    def entered(self, seat: int) -> Any:
         return contextlib.nullcontext()
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -58,12 +61,16 @@ class Device:
         self.under_way += 1
         return tensor.clone()
 
-    def settle(self) -> None:
+    def settle(self, seat: int | None = None) -> None:
         if self.error is not None:
             raise self.error
         self.under_way = 0
 
-    def capture(self, call: Call, inputs: Tensors) -> Graph:
+    def mark(self, seat: int) -> Any:
+        raise AssertionError("no batch of these tests is begun and left")
+
+    def capture(self, seat: int, call: Call, inputs: Tensors) -> Graph:
+        assert not self.under_way, "something is under way while a graph is captured"
         if self.refuses:
             raise CannotCapture("it looks at values")
         return Graph(call, inputs)
