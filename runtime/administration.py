@@ -68,7 +68,7 @@ class Administration:
         self.house = house
         self.catalogue = catalogue
         self._past = Counters()
-        self.books = ClientBooks(house)
+        self.books = ClientBooks(house, catalogue.packing.set_level)
         self.gathering = Gathering()
         self.loads = ClientLoads(catalogue, self._reply)
         self._operations: dict[str, Callable[[Admin], bytes]] = {
@@ -160,11 +160,19 @@ class Administration:
                 "name": entry.name,
                 "version": entry.version,
                 "state": _INDEX_STATE[entry.state],
-                **_reason(entry),
+                **({"reason": reason} if (reason := self._reason(entry)) else {}),
             }
             for entry in entries
         ]
         return msgspec.json.encode(rows)
+
+    def _reason(self, entry: Entry) -> str:
+        """Why it does not serve, or not yet as its files have it; "": there is nothing to say."""
+        slot = self.house.registry.successor_slot(entry)
+        share = self.catalogue.packing.share_done(slot)
+        if share is not None:
+            return f"its image is being made: {share:.0%}"
+        return entry.reason or ("unloaded" if entry.state is State.UNLOADED else "")
 
     def _unload(self, request: Admin) -> bytes:
         name = _text(request, "name")
@@ -240,7 +248,7 @@ class Administration:
             "name": entry.name,
             "version": entry.version,
             "state": entry.state.name,
-            "reason": entry.reason,
+            "reason": self._reason(entry),
             "engine": entry.engine,
             "tier": view.tier.name if view is not None else "DISK" if known else "",
             "loading": bool(view is not None and view.state.name == "LOADING"),
@@ -333,12 +341,6 @@ class Administration:
         if versions is not None:
             return exposition_of(house, versions)
         return exposition(house, self.totals())
-
-
-def _reason(entry: Entry) -> dict[str, str]:
-    """Why it does not serve, where there is something to say."""
-    reason = entry.reason or ("unloaded" if entry.state is State.UNLOADED else "")
-    return {"reason": reason} if reason else {}
 
 
 def _totals(counters: Counters) -> dict[str, int]:

@@ -129,6 +129,10 @@ class Loader:
         """Return one finished load, or None."""
         return self._helper.try_take()
 
+    def close(self) -> None:
+        """Nobody waits for programs any more."""
+        self._helper.close()
+
 
 def _version_of(info: VersionInfo, died_ns: int) -> Version:
     sequence = info.config.sequence

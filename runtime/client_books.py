@@ -36,7 +36,8 @@ _Key = tuple[str, int, int]
 class ClientBooks:
     """Answers the operations `region_add`, `region_remove`, `trace` and `log`."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, set_packer_level: Callable[[str], None]) -> None:
+        self._set_packer_level = set_packer_level
         self._house = house
         self._regions: dict[str, Region] = {}
         self._told: set[_Key] = set()  # children that know all that they have to
@@ -109,6 +110,7 @@ class ClientBooks:
             for child in self._house.fleet.children.values():
                 if _key(child) in self._told:
                     child.post(LogLevel(level=level))
+            self._set_packer_level(level)
             log.info("a client has set the log level to %s", level)
         return msgspec.json.encode(self._log.as_dict())
 

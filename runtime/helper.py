@@ -4,6 +4,7 @@ Invariants
  1. Work is done in the order in which it was asked for, one piece at a time.
  2. The thread touches nothing but its two queues and the bell; what work raises is its result.
  3. The thread is started with the first piece of work.
+ 4. After `close` the bell is not rung: it may be another one's file by then.
 
 Called by the rooms of a worker; `key` tells them what a result is for.
 """
@@ -24,7 +25,8 @@ class Helper(Generic[Key, Result]):
 
     def __init__(self, name: str, ring: Callable[[], None]) -> None:
         self._name = name
-        self._ring = ring
+        self._ring: Callable[[], None] | None = ring
+        self._lock = threading.Lock()  # guards _ring
         self._wanted: queue.SimpleQueue[tuple[Key, Callable[[], Result]]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[Key, Result | Exception]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -43,6 +45,11 @@ class Helper(Generic[Key, Result]):
         except queue.Empty:
             return None
 
+    def close(self) -> None:
+        """Nobody listens any more; what is being done is done for nobody."""
+        with self._lock:
+            self._ring = None
+
     def _run(self) -> None:
         while True:
             key, work = self._wanted.get()
@@ -50,4 +57,6 @@ class Helper(Generic[Key, Result]):
                 self._done.put((key, work()))
             except Exception as error:  # foreign code runs here: what it raises is its result
                 self._done.put((key, error))
-            self._ring()
+            with self._lock:
+                if self._ring is not None:
+                    self._ring()

@@ -8,7 +8,7 @@ Who sends what, by the room that has it:
 
     here                     supervisor -> all: Start, Drain, Stop; all -> supervisor: Ready
                              supervisor -> worker, front end: LinkUp, LinkDown
-                             supervisor -> worker, front end, mover: LogLevel
+                             supervisor -> worker, front end, mover, packer: LogLevel
                              supervisor <-> mover, supervisor -> worker: Chunks
                              worker, mover -> supervisor: ChunksTaken
                              mover -> supervisor -> worker: ArenaMade

@@ -226,6 +226,10 @@ class Families:
             family = self._families[id(mixable)] = Family(mixable, signature, self._record)
         return family
 
+    def close(self) -> None:
+        """Nobody waits for recordings any more."""
+        self._helper.close()
+
     def take_recorded(self) -> None:
         """Take what the helper has recorded."""
         while (done := self._helper.try_take()) is not None:

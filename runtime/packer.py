@@ -66,7 +66,7 @@ from overcommit.runtime.image import (
     write_image,
 )
 from overcommit.runtime.kept_images import reusable, rewrite
-from overcommit.runtime.messages import Ready, Start, Stop
+from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 
 log = logging.getLogger("overcommit.packer")
@@ -352,7 +352,9 @@ def main(control_fd: int) -> None:
         message, _ = received
         if isinstance(message, Stop):
             return
-        if isinstance(message, Pack):
+        if isinstance(message, LogLevel):
+            logging.getLogger().setLevel(message.level)
+        elif isinstance(message, Pack):
             control.send(pack(message, _Telling(control, message.job).on_progress))
 
 

@@ -13,12 +13,13 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Final
 
 from overcommit.runtime.config import PACK_TRIES_MAX, PACKER_IDLE_S, Settings
-from overcommit.runtime.messages import Ready, Start, Stop
+from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.process import Process
 
@@ -53,6 +54,7 @@ class Packing:
         self._job = 0
         self._idle_since_ns = 0
         self._is_ready = False
+        self._level = ""  # that a client has set; "": none has
         self.current: int | None = None
         self.progress: tuple[int, int] = (0, 0)
         self.process: Process | None = None
@@ -76,6 +78,11 @@ class Packing:
             self._urgent[slot] = None
         return slot in self._urgent or slot == self.current
 
+    def share_done(self, slot: int) -> float | None:
+        """How much of a version's image is written, from 0 to 1; None: it is not being packed."""
+        done, total = self.progress
+        return done / total if slot == self.current and total else None
+
     def drop(self, slot: int) -> None:
         """The version is gone."""
         self._urgent.pop(slot, None)
@@ -97,6 +104,7 @@ class Packing:
             if self.process is not None:
                 start = Start(kind="packer", seat=0, epoch=1, settings=self._settings)
                 self.process.control.post(start)
+                self._tell_level()
         if self.process is None or not self._is_ready or self.current is not None:
             return
         while (slot := self._take()) is not None:
@@ -112,6 +120,17 @@ class Packing:
         elif now_ns - self._idle_since_ns > PACKER_IDLE_S * 1e9:
             self.process.control.post(Stop())
             self._is_ready = False
+
+    def set_level(self, level: str) -> None:
+        """Log from this level on: this packer, and those that follow it."""
+        self._level = level
+        with contextlib.suppress(OSError):  # it is dying: the next one is told
+            self._tell_level()
+
+    def _tell_level(self) -> None:
+        # Who was forked has the level of the fork server's start.
+        if self._level and self.process is not None:
+            self.process.control.post(LogLevel(level=self._level))
 
     def _tell(self, now_ns: int) -> None:
         """Log how far packing has come, now and then and at its end."""

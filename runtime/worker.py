@@ -124,6 +124,11 @@ class Worker:
         self._was_helped = True
         os.eventfd_write(self._doorbell, 1)
 
+    def close(self) -> None:
+        """The doorbell is about to be closed: helper threads that are still at work leave it alone."""
+        self.versions.loader.close()
+        self.versions.families.close()
+
     # --- the loop -------------------------------------------------------------------------------
     def run(self) -> None:
         """Serve until told to stop.  Raises EOFError when the supervisor is gone."""

@@ -278,6 +278,7 @@ class Rig:
         else:
             for front in self.fronts:
                 self.worker.links.drop(link_key(front.seat, front.epoch))
+            self.worker.close()
             self.worker.control.close()
             for fd in self._copies.values():
                 os.close(fd)

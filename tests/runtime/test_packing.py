@@ -8,7 +8,7 @@ import pytest
 
 from overcommit.runtime.config import PACKER_IDLE_S, ModelConfig, Settings
 from overcommit.runtime.control import ControlSocket, socket_pair
-from overcommit.runtime.messages import Ready, Start, Stop
+from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.process import Process
@@ -80,7 +80,7 @@ def test_jobs_go_one_by_one_and_a_hurried_one_goes_next(bench: Bench) -> None:
     assert isinstance(started[0], Start)
     assert [m.name for m in started if isinstance(m, Pack)] == ["m1"]
     bench.say(PackProgress(job=1, done=5, total=10))
-    assert bench.packing.progress == (5, 10)
+    assert [bench.packing.share_done(slot) for slot in (1, 2, 3)] == [0.5, None, None]
     bench.say(PackDone(job=1, ok=True))
     assert bench.jobs() == ["m3"]
     bench.say(PackDone(job=2, ok=False, message="no"))
@@ -88,6 +88,15 @@ def test_jobs_go_one_by_one_and_a_hurried_one_goes_next(bench: Bench) -> None:
     bench.say(PackDone(job=3, ok=True))
     assert [(slot, done.ok) for slot, done in bench.done] == [(1, True), (3, False), (2, True)]
     assert len(bench.packing) == 0
+
+
+def test_a_log_level_reaches_this_packer_and_those_that_follow(bench: Bench) -> None:
+    bench.packing.set_level("DEBUG")
+    bench.packing.add(1)
+    bench.packing.step(1)
+    assert [m.level for m in bench.said() if isinstance(m, LogLevel)] == ["DEBUG"]
+    bench.packing.set_level("WARNING")
+    assert [m.level for m in bench.said() if isinstance(m, LogLevel)] == ["WARNING"]
 
 
 def test_what_is_dropped_or_unwanted_is_not_packed(bench: Bench) -> None:
