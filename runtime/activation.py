@@ -139,6 +139,8 @@ class Activations:
                 )
             )
             return
+        if self._table is not None and self._table.get(slot)[0] == _shm.ABSENT:
+            self._fleet.mover_bells.ring(self._site)  # it gets ready while this is decided
         self._tell(worker, entry)
         latest_ns = message.latest_ns if self._settings.admission else NEVER_NS
         self.apply(self._residency.want(slot, worker.seat.index, now_ns, latest_ns), now_ns)

@@ -58,6 +58,11 @@ def encoded_bytes(message: Message) -> int:
     return len(_ENCODER.encode(message))
 
 
+def echo(message: Message) -> None:
+    """Encode and decode a message: whoever does so before one like it comes has the code in its cache."""
+    _DECODER.decode(_ENCODER.encode(message))
+
+
 class ControlSocket:
     """One end of a control connection.  Owns `fd`."""
 

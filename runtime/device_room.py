@@ -66,8 +66,10 @@ class DeviceRoom(Room):
     def _weigh_holders(self, parts: Parts, count: int) -> None:
         """Tell the policy of those whose part has just come to be held by so many."""
         for part in parts:
+            if not part.digest:
+                continue  # its version's alone
             place = self.holdings.places.get(part)
-            if place is not None and part.digest and len(place.holders) == count:
+            if place is not None and len(place.holders) == count:
                 for holder in place.holders:
                     self._weigh(holder)
 
@@ -78,6 +80,8 @@ class DeviceRoom(Room):
 
     def bytes_out_of_reach(self, version: Version, pinned: list[Version]) -> int:
         """Bytes that this version can never get, because these others keep theirs."""
+        if not pinned:
+            return 0
         parts = {part for other in pinned for part in other.device} - set(version.parts)
         large = [part for part in parts if part.nbytes > SLAB_MODEL_BYTES_MAX]
         if all(part.nbytes <= SLAB_MODEL_BYTES_MAX for part in version.parts):

@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from overcommit.runtime import _shm
+from overcommit.runtime.bells import MoverBells, lend_doorbells
 from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.config import VERSIONS_MAX, Settings
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
 from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, LinkUp, Message, Start
-from overcommit.runtime.mover_messages import WorkerBell
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat
 
@@ -94,13 +94,13 @@ class Fleet:
             ),
         ]
         self.children: dict[int, Child] = {}  # by id(seat)
-        self.listen_fds: dict[
-            str, list[int]
-        ] = {}  # by what is spoken there; one for each front end
+        # By what is spoken there; one for each front end.
+        self.listen_fds: dict[str, list[int]] = {}
         self.port = settings.port
         self.grpc_port: int | None = None
         self.feeds = [None if m.vault is None else ChunkFeed(m.vault) for m in memories]
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.mover_bells = MoverBells(len(memories))
         self.is_closing = False
         self.is_draining = False
         self.fork_server: ForkServer | None = None
@@ -183,8 +183,10 @@ class Fleet:
                 child.fds[name] = create_memfd(name, self.settings.payload_bytes)
             send |= {name: fds[seat.index] for name, fds in self.listen_fds.items()}
             send |= {name: child.fds[name] for name in ("ingress", "egress")}
-        elif seat.kind == "mover" and memory.host_fd is not None:
-            send["host"] = memory.host_fd
+        elif seat.kind == "mover":
+            send["bell"] = self.mover_bells.fd(seat.site)
+            if memory.host_fd is not None:
+                send["host"] = memory.host_fd
         if seat.kind in ("worker", "mover") and memory.device_fd is not None:
             send["device"] = memory.device_fd
             send["residency"] = memory.residency_fd
@@ -276,18 +278,12 @@ class Fleet:
         if child.seat.kind == "worker":
             for front in self.of_kind("front_end"):
                 self._link(front, child)
-            for mover in self.of_kind("mover", site=child.seat.site):
-                self._lend_bell(mover, child)
+            lend_doorbells(self.of_kind("mover", site=child.seat.site), (child,))
         elif child.seat.kind == "mover":
-            for worker in self.of_kind("worker", site=child.seat.site):
-                self._lend_bell(child, worker)
+            lend_doorbells((child,), self.of_kind("worker", site=child.seat.site))
         elif child.seat.kind == "front_end":
             for worker in self.of_kind("worker"):
                 self._link(child, worker)
-
-    @staticmethod
-    def _lend_bell(mover: Child, worker: Child) -> None:
-        mover.post(WorkerBell(seat=worker.seat.index), (worker.fds["doorbell"],))
 
     def _link(self, front: Child, worker: Child) -> None:
         slots = self.settings.ring_slots
@@ -376,6 +372,7 @@ class Fleet:
             self.reap(child, time.monotonic_ns())
         self.close_listeners()
         os.close(self.bell)
+        self.mover_bells.close()
 
     def close_listeners(self) -> None:
         """Take no new connections."""

@@ -72,7 +72,11 @@ class Holdings:
 
     def footprint(self, parts: Iterable[Part]) -> int:
         """Bytes that these take, each in a place of its own."""
-        return sum(self.allocator.footprint(self.size(part)) for part in parts)
+        total = 0
+        for part in parts:
+            size = part.nbytes if self.is_raw else part.stored_bytes
+            total += self.allocator.footprint(size)
+        return total
 
     def missing(self, parts: Iterable[Part]) -> list[Part]:
         """Return those that have no place here."""
@@ -82,8 +86,11 @@ class Holdings:
         """Hold all of these, or change nothing."""
         if self.allocator.is_contiguous:
             return self._try_hold_in_one_piece(version, parts)
+        places = self.places
         fresh: list[tuple[Part, Extents]] = []
-        for part in self.missing(parts):
+        for part in parts:
+            if part in places:
+                continue
             # A part with a name may lie before another one in some version, if not in this.
             exact = bool(part.digest) or len(parts) > 1
             extents = self.allocator.try_allocate(self.size(part), exact=exact)
@@ -92,9 +99,10 @@ class Holdings:
                     self.allocator.free(taken)
                 return False
             fresh.append((part, extents))
-        self.places |= {part: Place(extents) for part, extents in fresh}
+        for part, extents in fresh:
+            places[part] = Place(extents)
         for part in parts:
-            self.places[part].holders.add(version)
+            places[part].holders.add(version)
         return True
 
     def _try_hold_in_one_piece(self, version: Version, parts: Sequence[Part]) -> bool:

@@ -49,7 +49,7 @@ class Start(Message, frozen=True):
 
     fds, worker: doorbell, supervisor_bell, residency, page (its own lease page + status), device
     fds, front end: doorbell, listen, ingress, egress; grpc where gRPC is served
-    fds, mover: device, residency, host (absent when there is no host tier)
+    fds, mover: bell, device, residency, host (absent when there is no host tier)
     Where DEVICE is the memory of a GPU, the mover has no `residency`, and `device` is no descriptor; its
     chunks come as `Chunks`.
     fds, packer: none

@@ -5,6 +5,9 @@ read the disk, COPY_THREADS those that do not, so that no copy keeps a read from
 whose turn it is, `load_queue` decides.  In the background one more thread touches every page of the
 arenas, in steps, so that no request pays for page faults; loads go first.
 
+While the supervisor decides, its bell wakes this process: the last load is rehearsed, all but the bytes, so
+that code and books are in the cache again, and the message finds somebody who looks for it.
+
 A load from HOST needs no thread to wake up first: the control thread begins it itself, and looks at
 its socket between steps.  Whoever ends a load publishes it, if that is the mover's (`publishing`), and
 sends its LoadDone.
@@ -37,6 +40,7 @@ from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena
 from overcommit.runtime.config import (
     COPY_HERE_BYTES,
+    DECISION_SPIN_NS,
     LARGE_CHUNK_BYTES,
     PIN_BYTES,
     PREFETCH_READS_IN_FLIGHT,
@@ -44,7 +48,7 @@ from overcommit.runtime.config import (
     READS_IN_FLIGHT,
     VERSIONS_MAX,
 )
-from overcommit.runtime.control import ControlSocket
+from overcommit.runtime.control import ControlSocket, echo
 from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.cuda_tier import open_for_mover, open_ipc_for_mover
 from overcommit.runtime.drivers import open_driver
@@ -89,6 +93,7 @@ class Mover:
         self._may_copy = threading.Condition(self._lock)
         self._is_idle = threading.Condition(self._lock)
         self._is_closing = False
+        self._last: Load | None = None  # that was begun here
         self._send_now = send
         self._send_lock = threading.Lock()
         self._threads = [
@@ -115,6 +120,7 @@ class Mover:
         except ImageError as error:
             self._send(LoadDone(job=load.job, ok=False, message=f"{load.path}: {error.message}"))
             return
+        self._last = load
         with self._lock:
             self._loads.add(state)
             if load.source == "disk":
@@ -123,6 +129,17 @@ class Mover:
                 self._may_copy.notify(COPY_THREADS - 1)
         if load.source == "host":
             self.try_copy()
+
+    def rehearse(self) -> bool:
+        """Go through the last load from HOST up to its first byte; False: there was none."""
+        load = self._last
+        if load is None or load.source != "host":
+            return False
+        with self._lock:
+            self._may_copy.notify(COPY_THREADS - 1)
+        echo(load)
+        LoadState(load, self._device, self._host, self._copier).rehearse()
+        return True
 
     def try_copy(self) -> bool:
         """Take and do one step that needs no disk; False when there is none."""
@@ -293,11 +310,28 @@ def main(control_fd: int) -> None:
         table = _shm.ResidencyTable(words, 0, VERSIONS_MAX, True)
     control.send(Ready(pid=os.getpid()))
     mover = Mover(device, host, control.send, copier, Publisher(table))
+    bell = fds.get("bell")
     while _serve(mover, control, shrink):
         # Copies that are left: these go on here between looks, until nobody has a step to take.
         while not select.select((control,), (), (), 0)[0] and mover.try_copy():
             pass
+        _wait(mover, control, bell)
+
+
+def _wait(mover: Mover, control: ControlSocket, bell: int | None) -> None:
+    """Wait for a message; after the bell without sleep, for DECISION_SPIN_NS at most."""
+    if bell is None:
         select.select((control,), (), ())
+        return
+    both: list[ControlSocket | int] = [control, bell]
+    if bell not in select.select(both, (), ())[0]:
+        return
+    os.eventfd_read(bell)
+    until_ns = time.monotonic_ns() + DECISION_SPIN_NS
+    if select.select((control,), (), (), 0)[0] or not mover.rehearse():
+        return
+    while time.monotonic_ns() < until_ns and not select.select((control,), (), (), 0)[0]:
+        pass
 
 
 def _receive(control: ControlSocket) -> tuple[Message, dict[str, int]]:

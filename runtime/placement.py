@@ -83,13 +83,14 @@ class Room:
         """Hold these parts for the version, evicting others where that is allowed and enough."""
         before = self.held(version)
         there = [part for part in parts if part in self.holdings.places]
-        self.holdings.try_hold(version, there)  # no victim takes them along
+        if there:
+            self.holdings.try_hold(version, there)  # no victim takes them along
         if not self.holdings.try_hold(version, parts) and not self._try_make_room(
             version, parts, now_ns, desperate
         ):
             self.holdings.let_go(version, [part for part in there if part not in before])
             return False
-        held = tuple(dict.fromkeys((*before, *parts)))
+        held = tuple(dict.fromkeys((*before, *parts))) if before else parts
         self._set_held(version, held)
         if version.slot not in self.holders:
             self.holders[version.slot] = version
@@ -193,6 +194,8 @@ class Room:
         that are wanted in place of a large one that is not, which stays in the way.  In replays load
         times were up to 5 % longer with it.
         """
+        if len(chosen) < 2:
+            return chosen, []
         kept, spared = [], []
         for victim in reversed(chosen):
             held = self.held(victim)
@@ -212,6 +215,8 @@ class Room:
         live, those go first, and as a whole, of which the victims have the most bytes.  A slab of
         which somebody may not leave is no help; its victims stay in the choice.
         """
+        if not self._slabs:
+            return kept, []
         weights: collections.Counter[int] = collections.Counter()
         for victim in kept:
             if (slab := self.holdings.slab_of(self.held(victim))) is not None:
@@ -242,6 +247,8 @@ class Room:
             yield from self._mates(slabs)
 
     def _slabs_of(self, victims: Iterable[Version]) -> list[int]:
+        if not self._slabs:
+            return []
         slabs = (self.holdings.slab_of(self.held(victim)) for victim in victims)
         return list(dict.fromkeys(slab for slab in slabs if slab is not None))
 

@@ -78,8 +78,12 @@ class Pump:
     def run(self, now_ns: int) -> list[Action]:
         """Let go what leaves, then start as many wishes as there is room for."""
         self.tried_ns = now_ns
-        for version in list(self.leaving.values()):
-            self._try_leave(version)
+        if self.leaving:
+            for version in list(self.leaving.values()):
+                self._try_leave(version)
+        if not self._wishes:
+            self.settle_hunger()
+            return []
         actions = self._refuse_overdue(now_ns)
         smallest_failed: int | None = None
         # A slot whose former version still leaves is nobody's fault: it holds up no one else.
@@ -148,12 +152,17 @@ class Pump:
         if not self._wishes and not self._transfers.loading:
             self._wishes.rest()
         can_start = not self._transfers.is_full
-        leased = any(version.state is State.DEVICE for version in self.leaving.values())
-        waits = any(wish.not_before_ns <= self.tried_ns for wish in self._wishes.by_arrival())
-        is_hungry = leased or (can_start and waits)
+        leased = bool(self.leaving) and any(
+            version.state is State.DEVICE for version in self.leaving.values()
+        )
+        is_hungry = leased or (can_start and self._waits())
         if is_hungry != self.is_hungry:
             self.is_hungry = is_hungry
             self._port.set_hungry(is_hungry)
+
+    def _waits(self) -> bool:
+        tried_ns = self.tried_ns
+        return any(wish.not_before_ns <= tried_ns for wish in self._wishes.by_arrival())
 
     # --- answers --------------------------------------------------------------------------------
     def refuse(

@@ -185,6 +185,8 @@ class Transfers:
 
         What is on DEVICE and not on HOST would have to be read again, so it is left out.
         """
+        if version.host and set(version.host).issuperset(version.device):
+            return  # all of it is there
         places = host.holdings.places
         for passing in (self._to_come(version), ()):
             parts = tuple(p for p in version.distinct_parts if p in places or p in passing)
@@ -212,7 +214,7 @@ class Transfers:
             version.source = "disk" if "disk" in (version.source, load.source) else "host"
             steps.append(load)
         places = self._device.holdings.places
-        if all(places[part].is_filled for part in version.device):
+        if not to_come and all(places[part].is_filled for part in version.device):
             steps.append(self._publish(version, now_ns))
         return steps
 
@@ -265,9 +267,11 @@ class Transfers:
 
     def _generation_of(self, version: Version, to_come: Parts) -> int:
         """Return as what the load of what is to come publishes the version; 0: more is missing."""
-        places = self._device.holdings.places
         if len(to_come) != 1 or version.slot in self.ahead:
             return 0
+        if len(version.device) == 1:
+            return version.generation + 1
+        places = self._device.holdings.places
         others = (part for part in version.device if part is not to_come[0])
         return version.generation + 1 if all(places[part].is_filled for part in others) else 0
 

@@ -121,9 +121,10 @@ class MoverProcess:
             settings=Settings(),
             device_bytes=device.arena.nbytes,
             host_bytes=0 if host is None else host.arena.nbytes,
-            fds=("device", "host")[: len(memories)],
+            fds=("bell", "device", "host")[: 1 + len(memories)],
         )
-        self.control.send(start, [memory.arena.fd for memory in memories])
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self.control.send(start, [self.bell, *(memory.arena.fd for memory in memories)])
         self.ready = self.receive(Ready)
 
     def receive(self, kind: type[Kind]) -> Kind:
@@ -162,3 +163,4 @@ class MoverProcess:
             self.control.send(Stop())
             self.process.wait(WATCHDOG_S)
         self.control.close()
+        os.close(self.bell)

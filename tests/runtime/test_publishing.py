@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from mover_rig import WATCHDOG_S, Memory, make_image
+from mover_rig import WATCHDOG_S, Memory, MoverProcess, make_image
 from residency_world import CHUNK, SECOND
 
 from overcommit.runtime import _shm
@@ -20,7 +20,7 @@ from overcommit.runtime.activation import Activations
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.config import MIB, Settings
 from overcommit.runtime.copier import Memcpy
-from overcommit.runtime.fleet import Fleet
+from overcommit.runtime.fleet import Child, Fleet
 from overcommit.runtime.image_file import Span
 from overcommit.runtime.messages import Message
 from overcommit.runtime.mover import Mover
@@ -32,7 +32,7 @@ from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Residency
 from overcommit.runtime.residents import NOBODY, State, Terms, Usage
-from overcommit.runtime.worker_messages import Placed
+from overcommit.runtime.worker_messages import Activate, Placed
 
 SLOTS = 8
 Word = tuple[int, int]
@@ -153,6 +153,34 @@ def test_a_worker_that_took_a_seat_over_is_rung_in_its_place(bench: Bench) -> No
     os.close(successor)
 
 
+def test_a_rehearsal_moves_and_says_nothing(bench: Bench) -> None:
+    assert not bench.mover.rehearse(), "nothing to rehearse yet"
+    done, _ = bench.end_of(load_of(24 * MIB))
+    assert done.ok
+    bench.host.fill(5)
+    bench.device.fill(6)
+    copies = len(bench.copier.words)
+    assert bench.mover.rehearse()
+    assert len(bench.copier.words) == copies
+    assert bench.said.empty()
+    assert bytes(bench.device.view) == b"\6" * (32 * MIB)
+
+
+def test_a_mover_that_is_rung_serves_as_before(bench: Bench) -> None:
+    bench.mover.close()
+    process = MoverProcess(bench.device, bench.host)
+    for number in range(3):  # at first it has nothing to rehearse
+        bench.device.fill(1)
+        bench.host.fill(10 + number)
+        os.eventfd_write(process.bell, 1)
+        assert process.load(load_of(MIB)).ok
+        assert process.load(load_of(24 * MIB)).ok
+        assert (
+            bench.device.read(((2 * MIB, 24 * MIB),), 24 * MIB) == bytes([10 + number]) * 24 * MIB
+        )
+    process.close()
+
+
 # --- the supervisor's side ------------------------------------------------------------------------
 class TablePort:
     """Residency's words in a real table, nobody's leases."""
@@ -181,7 +209,12 @@ class Supervisor:
         self.to_worker: list[Message] = []
         mover = SimpleNamespace(post=self.to_mover.append)
         worker = SimpleNamespace(post=self.to_worker.append)
-        fleet = SimpleNamespace(of_kind=lambda kind, site: [mover], worker=lambda seat: worker)
+        self.rung: list[int] = []
+        fleet = SimpleNamespace(
+            of_kind=lambda kind, site: [mover],
+            worker=lambda seat: worker,
+            mover_bells=SimpleNamespace(ring=self.rung.append),
+        )
         entry = SimpleNamespace(slot=3, image_path="nowhere", nbytes=CHUNK)
         registry = SimpleNamespace(by_slot=lambda slot: entry)
         self.residency = Residency(
@@ -199,6 +232,12 @@ class Supervisor:
         (load,) = (message for message in self.to_mover if isinstance(message, Load))
         self.to_mover.clear()
         return load
+
+    def activate(self) -> None:
+        worker = SimpleNamespace(
+            post=self.to_worker.append, seat=SimpleNamespace(index=2), told={3}
+        )
+        self.activations.on_activate(cast(Child, worker), Activate(slot=3), SECOND)
 
     def placed(self) -> list[Placed]:
         return [message for message in self.to_worker if isinstance(message, Placed)]
@@ -227,3 +266,15 @@ def test_what_it_had_only_announced_is() -> None:
     supervisor.activations.on_mover_ready(2 * SECOND)
     assert supervisor.to_mover == [load]
     assert supervisor.placed() == []
+
+
+def test_the_mover_is_rung_before_a_load_and_not_for_what_is_there() -> None:
+    table = make_table()
+    supervisor = Supervisor(table)
+    supervisor.activate()
+    (load,) = (message for message in supervisor.to_mover if isinstance(message, Load))
+    assert supervisor.rung == [0]
+    supervisor.activations.on_load_done(LoadDone(job=load.job, ok=True), 2 * SECOND)
+    supervisor.activate()
+    assert len(supervisor.placed()) == 2
+    assert supervisor.rung == [0]
