@@ -31,6 +31,7 @@ from overcommit.runtime.triton_model import (
 )
 
 FILE_NAME: Final = "config.pbtxt"
+_ENVIRONMENT: Final = "EXECUTION_ENV_PATH"
 
 # None: found from the files.
 _BACKENDS: Final[dict[str, str | None]] = {
@@ -70,6 +71,10 @@ def _read(model: TritonModel, unknown: list[str]) -> tuple[dict[str, Any], list[
     engine = _engine(model)
     if engine is not None:
         table["engine"] = engine
+    if engine == "python":
+        # This very line of the model's own asks for its code to run; the server's flag is needed too.
+        table["allow_code"] = True
+        table["python"] = _python(model, notes)
     if model.default_model_filename:
         table["entry"] = model.default_model_filename
     batches = _batching(model, table, notes)
@@ -148,6 +153,21 @@ def _engine(model: TritonModel) -> str | None:
                 )
             return known[given]
     return "ensemble" if model.ensemble_scheduling is not None else None
+
+
+def _python(model: TritonModel, notes: list[str]) -> dict[str, Any]:
+    """Each model is a process there, whose packages may come with it."""
+    given = model.parameters.get(_ENVIRONMENT)
+    if given is None:
+        return {"process": True}
+    path = given.string_value.replace("$$TRITON_MODEL_DIRECTORY/", "../")
+    if path.endswith((".tar.gz", ".tgz")):
+        raise RepositoryError(
+            f"{FILE_NAME}: {_ENVIRONMENT} '{given.string_value}' is an archive, which is not unpacked "
+            f"here: unpack it, and name its folder by [python] venv in a model.toml"
+        )
+    notes.append(f"parameters.{_ENVIRONMENT}: the Python that it holds in bin/ is used")
+    return {"process": True, "venv": path}
 
 
 def _batching(model: TritonModel, table: dict[str, Any], notes: list[str]) -> bool:

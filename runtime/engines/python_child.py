@@ -7,7 +7,8 @@
         def infer(self, inputs): ...                 # {name: array} -> {name: array}
         def postprocess(self, outputs): ...          # optional; what infer returned
 
-Each may be `async`.  Arrays are numpy's; texts are object arrays of bytes.
+Each may be `async`.  Arrays are numpy's; texts are object arrays of bytes.  A class TritonPythonModel is one
+of Triton's Python backend: `triton_backend_utils` gives it what it imports, and runs it.
 
 As a script it needs nothing but numpy, since a virtual environment of the model's own has none of ours:
 
@@ -23,6 +24,7 @@ Invariants
 
 import asyncio
 import ctypes
+import importlib.util
 import inspect
 import json
 import mmap
@@ -45,20 +47,35 @@ MESSAGE_BYTES_MAX = 65_536
 ERROR_CHARS_MAX = 2000
 _LENGTH = struct.Struct("<I")
 _PR_SET_PDEATHSIG = 1
+TRITON_CLASS = "TritonPythonModel"
+_TRITON_UTILS = "triton_python_backend_utils"
 
 
 class Hosted:
     """One instance of a model's class."""
 
     def __init__(
-        self, source: bytes, path: str, class_name: str, folder: str, parameters: Arrays
+        self,
+        source: bytes,
+        path: str,
+        class_name: str,
+        folder: str,
+        parameters: Arrays,
+        triton: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
     ) -> None:
-        """Run the source, make an instance and call its `load`.  Raises what they raise."""
+        """Run the source, make an instance and call its `load`.  Raises what they raise.
+
+        `triton`: what a class of Triton's is initialized with.
+        """
+        utils = _triton_utils() if triton is not None and TRITON_CLASS.encode() in source else None
         module = types.ModuleType("overcommit_python_model")
         module.__file__ = path
         sys.modules.setdefault(module.__name__, module)
         exec(compile(source, path, "exec"), vars(module))
-        self._model = _find(vars(module), class_name)()
+        if utils is not None and class_name in ("", TRITON_CLASS):
+            self._model = utils.Hosting(vars(module)[TRITON_CLASS](), triton)
+        else:
+            self._model = _find(vars(module), class_name)()
         self._loop: Optional[asyncio.AbstractEventLoop] = None  # noqa: UP045
         load = getattr(self._model, "load", None)
         if load is not None:
@@ -89,6 +106,19 @@ class Hosted:
                 self._loop = asyncio.new_event_loop()
             result = self._loop.run_until_complete(_awaited(result))
         return result
+
+
+def _triton_utils() -> Any:
+    """Load what models of Triton import, from beside this file."""
+    if _TRITON_UTILS not in sys.modules:
+        place = Path(__file__).with_name("triton_backend_utils.py")
+        spec = importlib.util.spec_from_file_location(_TRITON_UTILS, place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[_TRITON_UTILS] = module
+        spec.loader.exec_module(module)
+    return sys.modules[_TRITON_UTILS]
 
 
 async def _awaited(value: Any) -> Any:
@@ -226,12 +256,15 @@ def serve(control: socket.socket, inputs: Channel, outputs: Channel) -> None:
             if request["do"] == "load":
                 source = Path(request["file"]).read_bytes()
                 sys.path.insert(0, request["folder"])
+                if TRITON_CLASS.encode() in source:
+                    sys.path.append(os.path.dirname(request["folder"]))  # of all its versions
                 hosted = Hosted(
                     source,
                     request["file"],
                     request["class"],
                     request["folder"],
                     request["parameters"],
+                    request["triton"],
                 )
                 answer = {"ok": True}
             else:

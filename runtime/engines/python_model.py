@@ -43,12 +43,14 @@ def start(program: dict[str, str]) -> Hosted | PythonProcess:
     if user_code.digest_of(source) != program["source"]:
         raise ImageError(f"{path} has changed since the model was packed; delete it to pack again")
     parameters = json.loads(program["arguments"])
+    triton = json.loads(program.get("triton") or "null")
     if program["process"]:
         python = python_of(program["venv"] or None, program["folder"])
         load = {"file": str(path), "class": program["class"], "folder": program["folder"]}
+        load |= {"triton": triton}
         return PythonProcess(python, {**load, "parameters": parameters})
     try:
-        return Hosted(source, str(path), program["class"], program["folder"], parameters)
+        return Hosted(source, str(path), program["class"], program["folder"], parameters, triton)
     except Exception as error:  # whatever its own code raises
         raise ModelError.of(error) from error
 

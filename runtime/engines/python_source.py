@@ -22,6 +22,45 @@ from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.sources import Source
 
 
+def _triton_arguments(job: Pack) -> dict[str, str]:
+    """What Triton initializes a model with; the configuration as far as models read it."""
+    config = job.config
+    batches = config.batching.max_batch_size > 0
+    tensors = {
+        kind: [
+            {
+                "name": spec.name,
+                "data_type": "TYPE_STRING" if spec.datatype == "BYTES" else f"TYPE_{spec.datatype}",
+                "dims": list(spec.shape[1:] if batches else spec.shape),
+            }
+            for spec in specs
+        ]
+        for kind, specs in (("input", config.inputs), ("output", config.outputs))
+    }
+    shown = {
+        "name": job.name,
+        "backend": "python",
+        "max_batch_size": config.batching.max_batch_size,
+        **tensors,
+        "instance_group": [{"name": f"{job.name}_0", "kind": "KIND_CPU", "count": 1, "gpus": []}],
+        "model_transaction_policy": {"decoupled": False},
+        "parameters": {
+            key: {"string_value": str(value)} for key, value in config.parameters.items()
+        },
+    }
+    folder = Path(job.folder).absolute()
+    return {
+        "model_config": json.dumps(shown, sort_keys=True),
+        "model_instance_kind": "CPU",
+        "model_instance_name": f"{job.name}_0_0",
+        "model_instance_device_id": "0",
+        # Of the model, not the version, where it has folders for these.
+        "model_repository": str(folder.parent if folder.name == job.version else folder),
+        "model_version": job.version,
+        "model_name": job.name,
+    }
+
+
 def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     """Load the class once, to try it out.  Raises RepositoryError, ModelError, Forbidden."""
     user_code.require_allowed(f"model '{job.name}'", job.config, job.allow_code)
@@ -35,6 +74,7 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
         "folder": str(Path(job.folder).absolute()),
         "process": "yes" if options.process or options.venv else "",
         "venv": options.venv or "",
+        "triton": json.dumps(_triton_arguments(job), sort_keys=True),
     }
     hosted = python_model.start({**program, "file": str(source.main)})
     facts: list[TensorFacts] = []

@@ -13,6 +13,7 @@ from overcommit.runtime.config import (
     Control,
     ModelConfig,
     Naming,
+    PythonOptions,
     QueueLevel,
     Sequence,
     SequenceState,
@@ -253,6 +254,22 @@ def test_sequence_batching_is_read() -> None:
     assert notes == [
         "config.pbtxt: sequence_batching.oldest.preserve_ordering: every request has its own answer"
     ]
+
+
+def test_a_model_of_the_python_backend_is_a_process_that_may_run() -> None:
+    plain = 'backend: "python" max_batch_size: 4'
+    config, notes = model_files.read([(triton_config.FILE_NAME, plain.encode())])
+    assert (config.engine, config.allow_code) == ("python", True)
+    assert config.python == PythonOptions(process=True)
+    assert not notes
+    path = 'parameters { key: "EXECUTION_ENV_PATH" value: { string_value: "%s" } }'
+    own = f"{plain} {path % '$$TRITON_MODEL_DIRECTORY/env'}"
+    config, notes = model_files.read([(triton_config.FILE_NAME, own.encode())])
+    assert config.python == PythonOptions(process=True, venv="../env")
+    assert len(notes) == 1
+    archive = f"{plain} {path % '$$TRITON_MODEL_DIRECTORY/env.tar.gz'}"
+    with pytest.raises(RepositoryError, match="unpack it"):
+        model_files.read([(triton_config.FILE_NAME, archive.encode())])
 
 
 # --- MLServer -----------------------------------------------------------------------------------
