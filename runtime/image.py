@@ -189,7 +189,7 @@ def write_image(
 
     done = _try_packed(path, with_pieces, payload, start, private) if packs else None
     if done is None:
-        done = write_container(path, with_pieces, private, payload.pieces(start, private)), ()
+        done = write_container(path, with_pieces, private, payload.told(start, private)), ()
     payload.tell(header.nbytes)
     return with_pieces(*done)
 
@@ -211,7 +211,7 @@ def _write_part(path: Path, payload: _Payload, start: int, nbytes: int, packs: b
     info = PartInfo(digest, nbytes)
     if not is_there(path, info):
         with_digests = functools.partial(Stored, nbytes)
-        write_container(path_of(path, digest), with_digests, nbytes, payload.pieces(start, nbytes))
+        write_container(path_of(path, digest), with_digests, nbytes, payload.told(start, nbytes))
     return info
 
 
@@ -242,7 +242,7 @@ def _try_packed(
         return None
     count, most = -(-nbytes // READ_BYTES), worth_bytes(nbytes)
     try:
-        pieces = pieces_of(payload.pieces(start, nbytes))
+        pieces = pieces_of(payload.told(start, nbytes))
         return write_packed_container(file, header_with, count, most, pieces)
     except TooLong:
         return None
@@ -304,6 +304,15 @@ class _Payload:
                 yield data[first - offset : last - offset]
                 at = last
         yield from _zeros(end - at)
+
+    def told(self, start: int, nbytes: int) -> Iterator[memoryview]:
+        """As `pieces`, and report on the way: a part may be gigabytes, and so may a tensor."""
+        for piece in self.pieces(start, nbytes):
+            for at in range(0, len(piece), READ_BYTES):
+                data = piece[at : at + READ_BYTES]
+                yield data
+                start += len(data)
+                self.tell(start)
 
     def tell(self, done: int) -> None:
         """Report how far it is."""
