@@ -95,7 +95,6 @@ class ChunkAllocator:
         self._slabs: dict[int, bytearray] = {}  # small chunk -> one byte a page, 1 = taken
         self._runs = Ranking(PAGES_PER_SLAB)  # slabs by their longest run of free pages
         self._used = 0
-        self._retired_from: int | None = None  # an offset
 
     def __repr__(self) -> str:
         return (
@@ -257,49 +256,12 @@ class ChunkAllocator:
         run = 0 if self._is_retired(slab) else max(map(len, self._slabs[slab].split(b"\1")))
         self._runs.set(slab, run)
 
-    # --- retiring -------------------------------------------------------------------------------
-    def retire(self, offset: int) -> None:
-        """Hand out nothing from this offset on, a chunk's beginning; without `can_split` only.
-
-        What is free there is gone at once, and `capacity_bytes` with it; what is held, when it is freed.
-        """
-        assert not self.can_split
-        former = self._retired_from
-        self._retired_from = offset if former is None else min(former, offset)
-        for slab in self._slabs:
-            self._rank_slab(slab)
-        self._drop_retired()
-
-    @property
-    def retiring_bytes(self) -> int:
-        """Bytes beyond the offset that allocations hold still."""
-        if self._retired_from is None:
-            return 0
-        return max(0, self.capacity_bytes - self._retired_from)
-
     def _is_retired(self, chunk: int) -> bool:
-        """Whether nothing of this 2 MiB chunk is handed out any more."""
-        return self._retired_from is not None and chunk * SMALL_CHUNK_BYTES >= self._retired_from
+        """Whether nothing of this 2 MiB chunk is handed out any more; see `retiring`."""
+        return False
 
     def _drop_retired(self) -> None:
-        """Take what is free beyond the offset out of the books."""
-        if self._retired_from is None:
-            return
-        first = self._retired_from // SMALL_CHUNK_BYTES
-        gone = {parent for parent in self._large if parent * SMALL_PER_LARGE >= first}
-        self._large -= gone
-        self.capacity_bytes -= len(gone) * LARGE_CHUNK_BYTES
-        for parent, chunks in self._small.items():
-            if late := {chunk for chunk in chunks if chunk >= first}:
-                chunks -= late
-                self._small_free -= len(late)
-                self._parents.set(parent, len(chunks))
-                self.capacity_bytes -= len(late) * SMALL_CHUNK_BYTES
-        for parent, chunks in self._lent.items():
-            if parent * SMALL_PER_LARGE >= first:
-                self.capacity_bytes -= len(chunks) * SMALL_CHUNK_BYTES
-                self._lent_free -= len(chunks)
-                chunks.clear()
+        """Take what is free and is not handed out any more out of the books."""
 
     # --- freeing --------------------------------------------------------------------------------
     def free(self, extents: Iterable[Extent | tuple[int, int]]) -> None:

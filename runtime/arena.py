@@ -28,6 +28,7 @@ from overcommit.runtime.config import PAGE_BYTES, SLAB_MODEL_BYTES_MAX
 from overcommit.runtime.device_bytes import Memory
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import create_memfd
+from overcommit.runtime.messages import Chunks, ChunksTaken
 from overcommit.runtime.page_tables import UNIT, PageTables
 
 
@@ -120,8 +121,9 @@ class WeightsMapping(Protocol):
 class Ranges(Protocol):
     """Opens a process's mappings of one arena."""
 
-    def shrink(self, count: int) -> None:
-        """Give back all chunks of a GPU from this one on."""
+    def change(self, message: Chunks, fds: dict[str, int]) -> ChunksTaken:
+        """Chunks of a GPU go or come; return the answer."""
+        ...
 
     @property
     def can_map_ahead(self) -> bool:
@@ -136,7 +138,7 @@ class Ranges(Protocol):
 class MemfdRanges:
     """Mappings of a memfd arena."""
 
-    def shrink(self, count: int) -> None:
+    def change(self, message: Chunks, fds: dict[str, int]) -> ChunksTaken:
         """Raise ProtocolError: it has no chunks of its own."""
         raise ProtocolError("DEVICE is not made of chunks here")
 

@@ -8,19 +8,26 @@
       |                      | make                        |                    |
       | <------------ Chunks |  ... until all are made     |                    |
       | <------------- Ready |                             | <----------- Ready |
+      |                      |                             |                    |
+      | Chunks, without any  |                             | the same ------->  | gives back
+      | ------------------>  | gives back                  | <----- ChunksTaken |  what is over
+      | <------- ChunksTaken |  what is over               |                    |
+      | MakeChunks --------> | makes, maps                 |                    |
+      | <------------ Chunks |                             | Chunks ----------> | take
+      |                      |                             | <----- ChunksTaken |
 
 Invariants
  1. A chunk that was made is held by the supervisor, or dies with the mover that made it: a message
     arrives whole or not at all, so none is lost and none is made twice.
  2. No descriptor is left open here, whatever fails.
 
-Called once, before `Ready`.
+Called before `Ready`; and later, when DEVICE shrinks and grows, for what there is more.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from overcommit.runtime import messages
 from overcommit.runtime.chunks import Chunks
@@ -40,30 +47,44 @@ def take_chunks(chunks: Chunks, count: int, receive: Receive, send: Send) -> boo
     """
     while len(chunks) < min(count, chunks.limit):
         message, fds = receive()
-        left = list(fds.values())
         try:
             if isinstance(message, Stop):
                 return False
             is_wanted = isinstance(message, messages.Chunks) and (
-                not left or message.first == len(chunks)
+                not fds or message.first == len(chunks)
             )
             if not isinstance(message, messages.Chunks) or not is_wanted:
                 raise ProtocolError(f"chunk {len(chunks)} was expected, {message} came")
-            if message.count:
-                chunks.shrink(message.count)
-            is_limit_only = not left
-            while left:
-                chunks.take(left.pop(0))
-        finally:
-            for fd in left:
-                os.close(fd)
-        if not is_limit_only:
-            send(ChunksTaken(count=len(chunks)), ())
+        except BaseException:
+            _close(fds.values())
+            raise
+        take_message(chunks, message, fds)
+        send(ChunksTaken(count=len(chunks)), ())
     return True
 
 
-def make_chunks(chunks: Chunks, send: Send) -> None:
-    """Make what is missing and send it to the supervisor.  Raises DriverError.
+def take_message(chunks: Chunks, message: messages.Chunks, fds: dict[str, int]) -> None:
+    """Give back what is over, take over what came.  Raises DriverError.
+
+    What is over, nobody has mapped any more.
+    """
+    left = list(fds.values())
+    try:
+        if message.count:
+            chunks.resize(message.count)
+        while left:
+            chunks.take(left.pop(0))
+    finally:
+        _close(left)
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def make_chunks(chunks: Chunks, send: Send, use: Callable[[], None] = lambda: None) -> None:
+    """Make what is missing and send it to the supervisor, `use` it before.  Raises DriverError.
 
     A GPU that has no memory for all of them, because somebody else took it since, has fewer.
     """
@@ -79,7 +100,7 @@ def make_chunks(chunks: Chunks, send: Send) -> None:
                         raise
                     chunks.limit = len(chunks)
             names = tuple(f"chunk{first + number}" for number in range(len(fds)))
+            use()
             send(messages.Chunks(first=first, count=chunks.limit, fds=names), fds)
         finally:
-            for fd in fds:
-                os.close(fd)
+            _close(fds)

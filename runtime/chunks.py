@@ -2,7 +2,7 @@
 
     ABSENT --[make: cuMemCreate, export]--> HERE, and a descriptor for the supervisor
     ABSENT --[take: import, the descriptor is closed]--> HERE
-    HERE --[close, or the process's death]--> ABSENT
+    HERE --[close, resize to less, or the process's death]--> ABSENT
 
 Invariants
  1. Chunks come in the order of their numbers, so a count says which are here.
@@ -74,9 +74,10 @@ class Chunks:
         finally:
             os.close(fd)
 
-    def shrink(self, count: int) -> None:
-        """There are only so many from now on; release the others, which nobody has mapped any more."""
-        self.limit = min(self.limit, count)
+    def resize(self, count: int) -> None:
+        """There are so many from now on; release the others, which nobody has mapped any more."""
+        assert 0 < count <= len(self.table)
+        self.limit = count
         while len(self._handles) > self.limit:
             self.driver.mem_release(self._handles.pop())
 

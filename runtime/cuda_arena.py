@@ -30,6 +30,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Sequence
 
+from overcommit.runtime import messages
+from overcommit.runtime.chunk_exchange import take_message
 from overcommit.runtime.chunk_table import Piece
 from overcommit.runtime.chunks import Chunks
 from overcommit.runtime.config import (
@@ -46,47 +48,68 @@ class CudaArena:
 
     def __init__(self, chunks: Chunks) -> None:
         self.chunks = chunks
-        self.nbytes = chunks.nbytes
         self._address: int | None = None
-        self._mapped = 0
+        self._mapped = 0  # chunks
+        self._is_writable = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks that are mapped; of those that there will be, before that."""
+        if self._address is None:
+            return self.chunks.nbytes
+        return self.chunks.table.offset(self._mapped)
 
     def map_all(self, writable: bool) -> int:
-        """Map every chunk, once, in order; return the address.  Raises DriverError."""
+        """Map every chunk, once, in order; return the address.  Raises DriverError.
+
+        The range has room for all that there may ever be.
+        """
         assert self._address is None, "mapped once"
         assert self.chunks.is_complete
-        driver, table = self.chunks.driver, self.chunks.table
-        self.nbytes = self.chunks.nbytes
-        address = driver.address_reserve(self.nbytes, SMALL_CHUNK_BYTES)
-        mapped = 0
+        driver, reserved = self.chunks.driver, self.chunks.table.capacity_bytes
+        self._address = address = driver.address_reserve(reserved, SMALL_CHUNK_BYTES)
+        self._is_writable = writable
         try:
-            for chunk in range(self.chunks.limit):
-                nbytes = table.nbytes(chunk)
-                driver.mem_map(address + mapped, nbytes, self.chunks.handle(chunk))
-                mapped += nbytes
-            driver.mem_set_access(address, self.nbytes, self.chunks.device, writable)
+            self.map_more()
         except BaseException:
-            if mapped:
-                driver.mem_unmap(address, mapped)
-            driver.address_free(address, self.nbytes)
+            self._address = None
+            driver.address_free(address, reserved)
             raise
-        self._address, self._mapped = address, mapped
         return address
+
+    def map_more(self) -> None:
+        """Map the chunks that came since.  Raises DriverError; then none of them is mapped."""
+        assert self._address is not None, "mapped first"
+        driver, table = self.chunks.driver, self.chunks.table
+        start = at = self._address + table.offset(self._mapped)
+        try:
+            for chunk in range(self._mapped, len(self.chunks)):
+                driver.mem_map(at, table.nbytes(chunk), self.chunks.handle(chunk))
+                at += table.nbytes(chunk)
+            if at > start:
+                driver.mem_set_access(start, at - start, self.chunks.device, self._is_writable)
+        except BaseException:
+            if at > start:
+                driver.mem_unmap(start, at - start)
+            raise
+        self._mapped = len(self.chunks)
 
     def shrink(self, count: int) -> None:
         """Give back all chunks from this one on; no work on them may be left."""
         assert self._address is not None, "mapped first"
         end = self.chunks.table.offset(count)
-        if end < self._mapped:
-            self.chunks.driver.mem_unmap(self._address + end, self._mapped - end)
-            self._mapped = end
-        self.chunks.shrink(count)
+        if count < self._mapped:
+            self.chunks.driver.mem_unmap(self._address + end, self.nbytes - end)
+            self._mapped = count
+        self.chunks.resize(count)
 
     def close(self) -> None:
         """Unmap and release; no work on it may be left."""
         if self._address is not None:
+            driver = self.chunks.driver
             if self._mapped:
-                self.chunks.driver.mem_unmap(self._address, self._mapped)
-            self.chunks.driver.address_free(self._address, self.nbytes)
+                driver.mem_unmap(self._address, self.nbytes)
+            driver.address_free(self._address, self.chunks.table.capacity_bytes)
             self._address = None
         self.chunks.close()
 
@@ -108,12 +131,17 @@ class CudaRanges:
         """Reserve a range for a version's image.  Raises DriverError."""
         return CudaMapping(self, nbytes)
 
-    def shrink(self, count: int) -> None:
-        """Give back all chunks from this one on; whoever has one mapped was evicted."""
-        for chunk in [chunk for chunk in self._holders if chunk >= count]:
-            for mapping in tuple(self._holders.get(chunk, ())):
-                mapping.unmap()
-        self.chunks.shrink(count)
+    def change(self, message: messages.Chunks, fds: dict[str, int]) -> messages.ChunksTaken:
+        """Give back what is over, whoever has it mapped was evicted; take over what came.
+
+        Return the answer.  Raises DriverError.
+        """
+        if message.count:
+            for chunk in [chunk for chunk in self._holders if chunk >= message.count]:
+                for mapping in tuple(self._holders.get(chunk, ())):
+                    mapping.unmap()
+        take_message(self.chunks, message, fds)
+        return messages.ChunksTaken(count=len(self.chunks))
 
     def claim(self, chunk: int, mapping: CudaMapping, shared: bool) -> None:
         """A mapping gets this chunk; alone, unless it is shared."""

@@ -30,7 +30,7 @@ from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import Attribute, Driver, DriverError
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.ipc_arena import IpcRanges
-from overcommit.runtime.messages import ArenaMade, Stop
+from overcommit.runtime.messages import ArenaMade, ChunksTaken, Stop
 from overcommit.runtime.numa import move_near
 from overcommit.runtime.places import Base
 
@@ -41,11 +41,15 @@ _NEEDED = (
 
 
 class MoverTier(NamedTuple):
-    """DEVICE as the mover has it."""
+    """DEVICE as the mover has it.
+
+    `shrink(count)` and `grow(count)`: there are so many chunks from now on; return the bytes that there are.
+    """
 
     device: Base
     copier: CudaCopier
-    shrink: Callable[[int], None]
+    shrink: Callable[[int], int]
+    grow: Callable[[int], int]
 
 
 def probe(driver: Driver, device: int) -> str:
@@ -138,7 +142,18 @@ def open_for_mover(
     make_chunks(chunks, send)
     arena = CudaArena(chunks)
     base = Base("device", arena.map_all(True), arena.nbytes)
-    return MoverTier(base, CudaCopier(driver, device, host_address), arena.shrink)
+
+    def shrink(count: int) -> int:
+        arena.shrink(count)
+        send(ChunksTaken(count=len(chunks)), ())
+        return arena.nbytes
+
+    def grow(count: int) -> int:
+        chunks.resize(count)
+        make_chunks(chunks, send, arena.map_more)
+        return arena.nbytes
+
+    return MoverTier(base, CudaCopier(driver, device, host_address), shrink, grow)
 
 
 def open_ipc_for_mover(
@@ -150,7 +165,8 @@ def open_ipc_for_mover(
     address = driver.mem_alloc(nbytes)
     send(ArenaMade(handle=driver.ipc_export(address)), ())
     base = Base("device", address, nbytes)
-    return MoverTier(base, CudaCopier(driver, device, host_address), _cannot_shrink)
+    copier = CudaCopier(driver, device, host_address)
+    return MoverTier(base, copier, one_allocation, one_allocation)
 
 
 def open_ipc_for_worker(
@@ -166,8 +182,9 @@ def open_ipc_for_worker(
     return IpcRanges(driver, device, message.handle, nbytes)
 
 
-def _cannot_shrink(count: int) -> None:
-    raise ProtocolError("DEVICE is one allocation here")
+def one_allocation(count: int) -> int:
+    """Raise ProtocolError: there are no chunks."""
+    raise ProtocolError("DEVICE is not made of chunks here")
 
 
 def open_for_worker(

@@ -43,6 +43,19 @@ GPU_FREE_LOW_BYTES: Final = (
 GPU_FREE_GOAL_BYTES: Final = 1 * GIB  # ... until so much is
 GPU_KEEP_SHARE: Final = 0.25  # of itself that DEVICE keeps
 GPU_SHRINK_PAUSE_NS: Final = 5_000_000_000
+GPU_FREE_GROW_BYTES: Final = (
+    1536 * MIB
+)  # so much is free, in as many readings in a row: DEVICE grows ...
+GPU_GROW_LOOKS: Final = 30
+GPU_GROW_LOOKS_MAX: Final = (
+    16 * GPU_GROW_LOOKS
+)  # ... twice as many after each time that was too soon ...
+GPU_GROW_REGRET_NS: Final = 600_000_000_000  # ... because DEVICE had to shrink within this
+GPU_GROW_CHUNKS: Final = (
+    16  # that the mover makes at once: its control thread does nothing else then ...
+)
+GPU_GROW_BYTES: Final = 256 * MIB  # ... and bytes of them, if these are less
+GPU_GROW_PAUSE_NS: Final = 50_000_000  # between two such steps
 GPU_WATCH_S: Final = 1.0  # between two readings of NVML
 XIDS_KEPT: Final = 32
 FDS_SPARE: Final = 1024  # descriptors of the supervisor beside those of chunks

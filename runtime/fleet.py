@@ -213,7 +213,7 @@ class Fleet:
         feed = self.feeds[seat.site]
         if feed is not None and seat.kind in ("worker", "mover"):
             limit = held if seat.kind == "mover" else feed.vault.count
-            feed.add(id(child), child.post, limit)
+            feed.add(id(child), child.post, limit, is_mover=seat.kind == "mover")
 
     @staticmethod
     def _make_page(child: Child) -> None:
@@ -227,8 +227,7 @@ class Fleet:
     def on_chunks(self, child: Child, message: Chunks, fds: dict[str, int]) -> None:
         """The mover made chunks.  Raises ProtocolError for what nobody asked for."""
         made = list(fds.values())
-        site = child.seat.site
-        feed = self.feeds[site]
+        feed = self.feeds[site := child.seat.site]
         if feed is None or child.seat.kind != "mover":
             for fd in made:
                 os.close(fd)
@@ -236,14 +235,12 @@ class Fleet:
         feed.on_made(message.first, made)
         if 0 < message.count < feed.vault.count:
             self.shrink(site, message.count)
-        if feed.vault.is_full:
-            log.info("DEVICE is made: %d chunks of GPU memory", feed.vault.count)
+        feed.say_made()
 
     def shrink(self, site: int, count: int) -> None:
         """DEVICE has only so many chunks from now on; nobody may use the others any more."""
-        feed = self.feeds[site]
-        assert feed is not None
-        feed.shrink(count)
+        if (feed := self.feeds[site]) is not None:
+            feed.shrink(count)
         self._on_shrunk(site, count)
 
     def on_chunks_taken(self, child: Child, count: int) -> None:

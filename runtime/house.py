@@ -106,8 +106,8 @@ class House:
         return pins
 
     def next_tick_ns(self) -> int | None:
-        """Return when residency has something to do, None if only an event can change something."""
-        times = [site.residency.next_tick_ns() for site in self.sites]
+        """Return when a site has something to do, None if only an event can change something."""
+        times = [site.next_tick_ns() for site in self.sites]
         return min((at for at in times if at is not None), default=None)
 
     def tick(self, now_ns: int) -> None:

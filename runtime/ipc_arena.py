@@ -19,6 +19,7 @@ from collections.abc import Collection, Sequence
 from overcommit.runtime.device_bytes import DeviceBytes
 from overcommit.runtime.driver import Driver
 from overcommit.runtime.errors import ProtocolError
+from overcommit.runtime.messages import Chunks, ChunksTaken
 
 
 class IpcRanges:
@@ -33,7 +34,7 @@ class IpcRanges:
         self.nbytes = nbytes
         self.address = driver.ipc_open(handle)
 
-    def shrink(self, count: int) -> None:
+    def change(self, message: Chunks, fds: dict[str, int]) -> ChunksTaken:
         """Raise ProtocolError: it has no chunks of its own."""
         raise ProtocolError("DEVICE is one allocation here")
 

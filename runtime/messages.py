@@ -11,6 +11,7 @@ Who sends what, by the room that has it:
                              supervisor -> worker, front end, mover, packer: LogLevel
                              supervisor <-> mover, supervisor -> worker: Chunks
                              worker, mover -> supervisor: ChunksTaken
+                             supervisor -> mover: MakeChunks
                              mover -> supervisor -> worker: ArenaMade
                              supervisor -> fork server: Fork, Preload, Stop
                              fork server -> supervisor: Ready, Unfit, Forked, Exited
@@ -122,14 +123,21 @@ class LinkDown(Message, frozen=True):
 class Chunks(Message, frozen=True):
     """Descriptors of chunks `first`, `first + 1` ... of a CUDA arena: made, or to take over.
 
-    `count` is how many there will be in all: less than planned where the GPU's memory is short.  To
-    who has more it says that the others have to be given back; without descriptors it says nothing else.
+    `count` is how many there will be in all: less than planned where the GPU's memory is short, more again
+    when it is not.  To who has more it says that the others have to be given back; without descriptors it
+    says nothing else.  Each is answered by one ChunksTaken, but from a mover while it makes chunks.
     fds: one a chunk
     """
 
     first: int
     count: int = 0  # 0: nothing is said
     fds: tuple[str, ...] = ()
+
+
+class MakeChunks(Message, frozen=True):
+    """Mover: there will be so many chunks, make what is missing; answered by Chunks."""
+
+    count: int
 
 
 class ChunksTaken(Message, frozen=True):
@@ -191,6 +199,7 @@ ProcessMessage = (
     | LinkUp
     | LinkDown
     | Chunks
+    | MakeChunks
     | ChunksTaken
     | ArenaMade
     | Fork

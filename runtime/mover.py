@@ -35,6 +35,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena
@@ -50,12 +51,20 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.control import ControlSocket, echo
 from overcommit.runtime.copier import MEMCPY, Copier
-from overcommit.runtime.cuda_tier import open_for_mover, open_ipc_for_mover
+from overcommit.runtime.cuda_tier import one_allocation, open_for_mover, open_ipc_for_mover
 from overcommit.runtime.drivers import open_driver
 from overcommit.runtime.errors import ImageError, ProtocolError
 from overcommit.runtime.load_queue import LoadQueue, Taken
 from overcommit.runtime.loading import COPY_THREADS, LoadState, Work
-from overcommit.runtime.messages import Chunks, LogLevel, Message, Ready, Start, Stop
+from overcommit.runtime.messages import (
+    Chunks,
+    LogLevel,
+    MakeChunks,
+    Message,
+    Ready,
+    Start,
+    Stop,
+)
 from overcommit.runtime.mover_messages import (
     CancelLoad,
     Load,
@@ -69,6 +78,8 @@ from overcommit.runtime.places import Base
 from overcommit.runtime.publishing import Publisher
 
 log = logging.getLogger("overcommit.mover")
+
+Resize = Callable[[int], int]  # so many chunks of a GPU -> bytes
 
 
 class Mover:
@@ -167,6 +178,10 @@ class Mover:
             self._loads.promote(job)
             self._may_read.notify_all()
             self._may_copy.notify_all()
+
+    def resize(self, nbytes: int) -> None:
+        """DEVICE has so many bytes for the loads to come."""
+        self._device = replace(self._device, nbytes=nbytes)
 
     def close(self) -> None:
         """End the threads, each after its present step; loads that are under way are forgotten."""
@@ -283,7 +298,8 @@ def main(control_fd: int) -> None:
         arena = Arena.from_fd(fds["host"], start.host_bytes)
         host = Base("host", arena.map_all(True), arena.nbytes)
     copier: Copier = MEMCPY
-    shrink: Callable[[int], None] = _cannot_shrink
+    shrink: Resize = one_allocation
+    grow: Resize = one_allocation
     if start.cuda_device is None:
         move_to_site(start.site, start.sites)
         memory = Arena.from_fd(fds["device"], start.device_bytes)
@@ -303,7 +319,7 @@ def main(control_fd: int) -> None:
             tier = opened
         else:
             return
-        device, copier, shrink = tier
+        device, copier, shrink, grow = tier
     table = None
     if "residency" in fds:
         words = mmap.mmap(fds["residency"], _shm.table_bytes(VERSIONS_MAX))
@@ -311,7 +327,7 @@ def main(control_fd: int) -> None:
     control.send(Ready(pid=os.getpid()))
     mover = Mover(device, host, control.send, copier, Publisher(table))
     bell = fds.get("bell")
-    while _serve(mover, control, shrink):
+    while _serve(mover, control, shrink, grow):
         # Copies that are left: these go on here between looks, until nobody has a step to take.
         while not select.select((control,), (), (), 0)[0] and mover.try_copy():
             pass
@@ -340,11 +356,7 @@ def _receive(control: ControlSocket) -> tuple[Message, dict[str, int]]:
     return received
 
 
-def _cannot_shrink(count: int) -> None:
-    raise ProtocolError("DEVICE is not made of chunks here")
-
-
-def _serve(mover: Mover, control: ControlSocket, shrink: Callable[[int], None]) -> bool:
+def _serve(mover: Mover, control: ControlSocket, shrink: Resize, grow: Resize) -> bool:
     """Take every message that is there; False for Stop."""
     while (received := control.try_receive()) is not None:
         message, given = received
@@ -359,7 +371,9 @@ def _serve(mover: Mover, control: ControlSocket, shrink: Callable[[int], None]) 
         elif isinstance(message, WorkerBell):
             mover.publisher.on_bell(message.seat, given["bell"])
         elif isinstance(message, Chunks):
-            shrink(message.count)
+            mover.resize(shrink(message.count))
+        elif isinstance(message, MakeChunks):
+            mover.resize(grow(message.count))
         elif isinstance(message, LogLevel):
             logging.getLogger().setLevel(message.level)
     return True

@@ -36,6 +36,7 @@ from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.quarantine import Quarantine
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residency import Residency
+from overcommit.runtime.retiring import RetiringAllocator
 from overcommit.runtime.run_allocator import RunAllocator
 from overcommit.runtime.seats import SeatState
 from overcommit.runtime.telemetry import Budgets, show_bytes
@@ -61,10 +62,8 @@ class SiteMemory:
         elif gpu.shares == "ipc":
             device = RunAllocator(budget.device_bytes)
         else:
-            device = ChunkAllocator(
-                budget.device_bytes,
-                can_split=False,
-                small_share=small_share_of(budget.device_bytes),
+            device = RetiringAllocator(
+                budget.device_bytes, small_share=small_share_of(budget.device_bytes)
             )
         if gpu is not None:
             log.info("DEVICE is %s of GPU %d", show_bytes(device.capacity_bytes), gpu.device)
@@ -120,9 +119,10 @@ class Site:
         if self.gpu is not None:
             self.gpu_watch = GpuWatch(self.gpu, lambda: open_nvml(settings))
         if feed is not None:
+            assert isinstance(memory.device, RetiringAllocator)
             self.gpu_pressure = GpuPressure(
-                *(ChunkTable(self.memory.device_bytes), self.residency, self.activations),
-                *(feed, lambda count: fleet.shrink(self.number, count)),
+                *(ChunkTable(self.memory.device_bytes), memory.device, self.residency),
+                *(self.activations, feed, lambda count: fleet.shrink(self.number, count)),
             )
 
     def _introduce(self, slot: int, now_ns: int) -> None:
@@ -135,9 +135,17 @@ class Site:
         if self.gpu_pressure is not None and self.gpu_watch is not None:
             self.gpu_pressure.tick(self.gpu_watch.reading, now_ns)
 
+    def next_tick_ns(self) -> int | None:
+        """Return when something is due, None if only an event can change something."""
+        times = [self.residency.next_tick_ns()]
+        if self.gpu_pressure is not None:
+            times.append(self.gpu_pressure.next_ns())
+        return min((at for at in times if at is not None), default=None)
+
     def on_shrunk(self, count: int) -> None:
         """There are only so many chunks of the GPU from now on."""
-        device = self.residency.device
+        device = self._memory.device
+        assert isinstance(device, RetiringAllocator)
         device.retire(ChunkTable(self.memory.device_bytes).offset(count))
         log.warning(
             "the GPU's memory is short: DEVICE has %d chunks, %s, from now on",

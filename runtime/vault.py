@@ -47,9 +47,9 @@ class Vault:
             )
         self._fds += fds
 
-    def shrink(self, count: int) -> None:
-        """There are only so many from now on; let go of the others."""
-        self.count = min(self.count, count)
+    def resize(self, count: int) -> None:
+        """There are so many from now on; let go of the others."""
+        self.count = count
         while len(self._fds) > self.count:
             os.close(self._fds.pop())
 

@@ -370,7 +370,7 @@ class Worker:
         elif isinstance(message, LinkDown):
             self._drop_link(link_key(message.seat, message.epoch), now_ns)
         elif isinstance(message, Chunks):
-            self.versions.ranges.shrink(message.count)
+            self.control.send(self.versions.ranges.change(message, fds))
         elif isinstance(message, LogLevel):
             logging.getLogger().setLevel(message.level)
         elif isinstance(message, Stop):

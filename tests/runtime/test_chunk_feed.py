@@ -10,7 +10,7 @@ import pytest
 from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.config import CONTROL_FDS_MAX
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.messages import Chunks, Message
+from overcommit.runtime.messages import Chunks, MakeChunks, Message
 from overcommit.runtime.vault import Vault
 
 COUNT = 2 * CONTROL_FDS_MAX + 5
@@ -21,8 +21,12 @@ class Child:
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, int]] = []
+        self.asked = 0
 
     def post(self, message: Message, fds: tuple[int, ...]) -> None:
+        if isinstance(message, MakeChunks):
+            self.asked = message.count
+            return
         assert isinstance(message, Chunks)
         assert len(message.fds) == len(fds)
         self.sent.append((message.first, len(fds)))
@@ -105,3 +109,60 @@ def test_everybody_is_told_of_fewer_chunks_and_gets_no_more(feed: ChunkFeed) -> 
     assert (len(feed.vault), feed.vault.count, feed.vault.is_full) == (3, 3, True)
     feed.on_taken(1, 3)
     assert len(told) == 1
+
+
+def settled(feed: ChunkFeed, count: int) -> tuple[Child, Child]:
+    """A mover and a worker that have so many chunks, which are all."""
+    make(feed, count)
+    feed.shrink(count)
+    mover, worker = Child(), Child()
+    feed.add(1, mover.post, count, is_mover=True)
+    feed.add(2, worker.post, count)
+    for key in (1, 2):
+        feed.on_taken(key, count)
+    assert feed.is_settled
+    return mover, worker
+
+
+def test_the_mover_makes_more_and_workers_are_sent_them_at_once(feed: ChunkFeed) -> None:
+    mover, worker = settled(feed, 5)
+    feed.grow(9)
+    assert (mover.asked, feed.vault.is_full, feed.is_settled) == (9, False, False)
+    make(feed, 4)
+    assert worker.sent == [(0, 5), (5, 4)]
+    assert mover.sent == [(0, 5)]
+    assert not feed.is_settled
+    feed.on_taken(2, 9)
+    assert feed.is_settled
+
+
+def test_a_worker_that_starts_while_device_grows_takes_all_of_it(feed: ChunkFeed) -> None:
+    settled(feed, 5)
+    feed.grow(9)
+    late = Child()
+    feed.add(3, late.post, feed.vault.count)
+    make(feed, 4)
+    feed.on_taken(3, 5)
+    assert late.sent == [(0, 5), (5, 4)]
+
+
+def test_what_was_said_before_a_shrink_is_not_taken_for_what_is_there(feed: ChunkFeed) -> None:
+    _, worker = settled(feed, 5)
+    feed.grow(9)
+    make(feed, 4)
+    feed.shrink(6)
+    assert not feed.is_settled
+    feed.on_taken(2, 9)  # the answer to the chunks that were sent before
+    assert not feed.is_settled
+    feed.on_taken(1, 6)
+    feed.on_taken(2, 6)
+    assert feed.is_settled
+    feed.grow(8)
+    make(feed, 2)
+    assert worker.sent[-1] == (6, 2)
+
+
+def test_without_a_mover_nothing_grows(feed: ChunkFeed) -> None:
+    settled(feed, 5)
+    feed.forget(1)
+    assert not feed.is_settled

@@ -165,21 +165,51 @@ def chunks_of(pid: int) -> set[int]:
     return found
 
 
+def take_memory(used_bytes: int) -> None:
+    """From the next reading on NVML says that so much is used."""
+    values = Path(os.environ["FAKE_NVML"])
+    changed = values.with_suffix(".new")
+    changed.write_text(json.dumps({"memory": [4 << 30, used_bytes]}))
+    changed.rename(values)
+
+
+def have_chunks(server: Server, count: int) -> bool:
+    """Whether supervisor, mover and workers have so many of the GPU's chunks, the same ones."""
+    pids = [server.process.pid, *server.pids("mover"), *server.pids("worker")]
+    found = [chunks_of(pid) for pid in pids]
+    return len(found[0]) == count and all(each == found[0] for each in found)
+
+
 def test_device_gives_memory_back_when_the_gpu_runs_short(server: Server, want: Want) -> None:
     if server.status()["gpu"]["name"] != "Fake GPU":
         pytest.skip("somebody else would have to take the GPU's memory")
     check_all(server, want, rounds=1)
-    values = Path(os.environ["FAKE_NVML"])
-    changed = values.with_suffix(".new")
-    changed.write_text(json.dumps({"memory": [4 << 30, (4 << 30) - (1 << 20)]}))
-    changed.rename(values)
+    take_memory((4 << 30) - (1 << 20))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asking = pool.submit(check_all, server, want, 3)
         server.wait_until(lambda: server.status()["device"]["capacity"] == 4 << 20)
         asking.result()
-    pids = [server.process.pid, *server.pids("mover"), *server.pids("worker")]
-    server.wait_until(lambda: all(len(chunks_of(pid)) == 2 for pid in pids))
+    server.wait_until(lambda: have_chunks(server, 2))
     for kind in ("mover", "worker"):
         kill_all(server, kind)
     check_all(server, want, rounds=1)
     assert any("DEVICE has 2 chunks, 4.0 MiB, from now on" in line for line in server.log)
+
+
+def test_device_takes_the_memory_again_when_it_is_free(server: Server, want: Want) -> None:
+    if server.status()["gpu"]["name"] != "Fake GPU":
+        pytest.skip("somebody else would have to take the GPU's memory, and leave")
+    assert server.status()["device"]["capacity"] == 4 << 20, "after the test before this one"
+    workers = server.pids("worker")
+    take_memory(1 << 30)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(check_all, server, want, 3)
+        server.wait_until(lambda: server.status()["device"]["capacity"] == 10 << 20)
+        asking.result()
+    server.wait_until(lambda: have_chunks(server, 5))
+    assert server.pids("worker") == workers, "who had the chunks before has the new ones too"
+    check_all(server, want, rounds=1)
+    assert any("DEVICE has 5 chunks, 10.0 MiB, from now on" in line for line in server.log)
+    for kind in ("mover", "worker"):
+        kill_all(server, kind)
+    check_all(server, want, rounds=1)

@@ -181,6 +181,6 @@ def test_who_waits_for_chunks_that_never_come_is_told() -> None:
         answers.append(message.count)
 
     assert take_chunks(chunks, 5, lambda: come.pop(0), send)
-    assert (len(chunks), chunks.limit, answers) == (1, 1, [1])
+    assert (len(chunks), chunks.limit, answers) == (1, 1, [1, 1])
     chunks.close()
     made.close()
