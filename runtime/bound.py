@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime import reshape
 from overcommit.runtime.arena import Ranges, WeightsMapping
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
-from overcommit.runtime.errors import ModelError, OvercommitError
+from overcommit.runtime.errors import ImageError, ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
 from overcommit.runtime.launch import Starter
 from overcommit.runtime.mixing import Families, Family
@@ -85,6 +85,8 @@ class Version:
     starter: Starter | None = None  # begins its batches on a device, where one runs it
     family: Family | None = None  # that it may share batches with
     has_run: bool = False
+    content_digest: int | None = None  # of its weights, as they were packed
+    checked: int | None = None  # the generation whose bytes were held against it
     failure: Failure | None = None
     failures: int = 0
     sequences: Sequences | None = None  # of a model with state
@@ -154,6 +156,9 @@ class Versions:
     families: Families
     bound_max: int = BOUND_MODELS_MAX
     died_ns: int = 0  # when the worker before this one died; 0: there was none
+    digest_of: Callable[[int, int], int] | None = (
+        None  # (address, bytes), where somebody wants checks
+    )
     released: int = 0  # models let go of, ever
     _versions: dict[int, Version] = field(default_factory=dict)
     _stateful: set[int] = field(default_factory=set)  # slots of versions with sequences
@@ -254,6 +259,7 @@ class Versions:
         if version.sequences is not None:
             version.sequence_batch = SequenceBatch(version.info.config)
         version.model = program.bind(header, memory)
+        version.content_digest = header.content_digest if header else None
         version.bindings += 1
         # A mixed batch copies weights with the CPU; who has state runs by itself.
         can_mix = isinstance(memory, memoryview) and version.sequences is None
@@ -265,6 +271,25 @@ class Versions:
         version.family = self.families.of(mixed, version.signature)
         version.opened = None  # the header's tables are of no use any more
         version.failures = 0
+
+    def must_check(self, version: Version) -> bool:
+        """Whether the weights, where they are now, are to be held against their digest."""
+        return (
+            self.digest_of is not None
+            and version.content_digest is not None
+            and version.generation not in (None, version.checked)
+        )
+
+    def check(self, version: Version) -> None:
+        """Digest the weights where they lie.  The caller holds the lease.  Raises ImageError."""
+        assert self.digest_of is not None, "asked by `must_check`"
+        found = self.digest_of(version.address, version.info.nbytes)
+        if found != version.content_digest:
+            raise ImageError(
+                "its weights are in DEVICE other than they were packed: the digest is "
+                f"{found:016x}, not {version.content_digest:016x}"
+            )
+        version.checked = version.generation
 
     def fail(self, version: Version, error: Exception, now_ns: int) -> Failure:
         """A version cannot be opened, mapped or bound: nobody tries for a while."""
@@ -323,6 +348,7 @@ class Versions:
         version.model = version.starter = None
         version.family = None
         version.has_run = False
+        version.checked = None
         if version.mapping is not None:
             version.mapping.close()
             version.mapping = None

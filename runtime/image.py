@@ -25,6 +25,7 @@ from typing import Final, Literal
 import msgspec
 
 from overcommit import __version__
+from overcommit.kernels import _digest
 from overcommit.runtime.config import PAGE_BYTES, READ_BYTES, SMALL_CHUNK_BYTES, ModelConfig
 from overcommit.runtime.container import (
     FORMAT_VERSION,
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 PACKER_VERSION: Final = 3  # a packer that makes other images of the same files says so here
+WORD_BYTES: Final = 8  # of a digest
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -107,6 +109,8 @@ class ImageHeader(msgspec.Struct, frozen=True):
     stored_bytes: int = 0  # private, in this file
     piece_digests: Digests = ()
     piece_bytes: Sizes = ()  # if that is packed, of each piece
+    # `kernels.digest` of the whole range as it lies in DEVICE, gaps as zeros; None: it was not taken.
+    content_digest: int | None = None
 
     @property
     def packed_bytes(self) -> int:
@@ -179,7 +183,12 @@ def write_image(
         sync_folder(path_of(path, infos[0].digest).parent)  # an image never outlives its parts
     private = payload.plan.private_bytes
     start = header.nbytes - private
-    header = msgspec.structs.replace(header, parts=tuple(infos), stored_bytes=private)
+    header = msgspec.structs.replace(
+        header,
+        parts=tuple(infos),
+        stored_bytes=private,
+        content_digest=payload.content_digest(),
+    )
 
     def with_pieces(digests: Digests, sizes: Sizes = ()) -> ImageHeader:
         stored = sum(sizes) if sizes else private
@@ -293,6 +302,24 @@ class _Payload:
         for piece in self.pieces(start, nbytes):
             digest.update(piece)
         return digest.hexdigest()
+
+    def content_digest(self) -> int:
+        """Digest all of it; a word may begin in a tensor and end in the gap behind it."""
+        total = at = 0
+        begun = b""
+        for piece in self.pieces(0, self._total):
+            if begun:
+                missing = WORD_BYTES - len(begun)
+                begun, piece = begun + bytes(piece[:missing]), piece[missing:]
+                if len(begun) < WORD_BYTES:
+                    continue
+                total += _digest.digest(begun, at // WORD_BYTES)
+                at += WORD_BYTES
+            whole = len(piece) // WORD_BYTES * WORD_BYTES
+            total += _digest.digest(piece[:whole], at // WORD_BYTES)
+            at, begun = at + whole, bytes(piece[whole:])
+        assert not begun, "a range is whole pages"
+        return total & ((1 << 64) - 1)
 
     def pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:
         """Yield the bytes [start, start + nbytes) in order, zeros between tensors."""

@@ -36,7 +36,7 @@ from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.delay_lane import queue_of
 from overcommit.runtime.door import Door
 from overcommit.runtime.driver import DriverError
-from overcommit.runtime.errors import Unavailable
+from overcommit.runtime.errors import ImageError, Unavailable
 from overcommit.runtime.lanes import Job, limits_of
 from overcommit.runtime.links import Links
 from overcommit.runtime.priority_lane import PriorityLane
@@ -291,10 +291,22 @@ class Wishes:
                 self._runner.try_warm_up(version)  # they are meant to come before a client's
             elif version.info.config.warm_up:
                 self.warm_ups.append(version)
+        if self._versions.must_check(version) and not self._is_right(version, now_ns):
+            return
         self._batcher.set_runnable(slot, version.is_runnable, now_ns)
         self._note_attach(version)
         for gone in self._versions.make_room(self._batcher.is_busy):
             self._batcher.set_runnable(gone, False, now_ns)
+
+    def _is_right(self, version: Version, now_ns: int) -> bool:
+        """Hold the weights against their digest; False, and it is said, where it cannot run."""
+        try:
+            if self._runner.try_lease(version, lambda: self._versions.check(version)):
+                return True
+            self.lose(version, now_ns)
+        except ImageError as error:
+            self._break(version, error, now_ns)
+        return False
 
     def _note_attach(self, version: Version) -> None:
         stages = self._attaching.pop(version.info.slot, None)

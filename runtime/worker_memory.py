@@ -5,6 +5,7 @@ Called by a worker before it is ready.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from overcommit.runtime.arena import MemfdRanges, Ranges
@@ -25,6 +26,12 @@ class WorkerMemory(NamedTuple):
     place: str
     backend: Backend | None = None
     pins: PayloadPins | None = None
+
+    @property
+    def digest_of(self) -> Callable[[int, int], int] | None:
+        """What digests weights there; None: the CPU's are checked by the mover, or nothing can."""
+        kernels = None if self.backend is None else self.backend.kernels
+        return None if kernels is None else kernels.digest
 
 
 def open_memory(control: ControlSocket, start: Start, fds: dict[str, int]) -> WorkerMemory | None:

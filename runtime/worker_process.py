@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Final
 
 from overcommit.runtime.arena import Ranges
@@ -56,7 +57,8 @@ def main(control_fd: int) -> None:
         allow_code = code_is_allowed and info.config.allow_code
         return header, engines.load_program(header, allow_code=allow_code)
 
-    serve(control, start, fds, open_program, memory.ranges, memory.pins)
+    digest_of = memory.digest_of if start.settings.verify == "always" else None
+    serve(control, start, fds, open_program, memory.ranges, memory.pins, digest_of)
 
 
 def serve(
@@ -66,10 +68,12 @@ def serve(
     open_program: Opener,
     ranges: Ranges | None = None,
     pins: PayloadPins | None = None,
+    digest_of: Callable[[int, int], int] | None = None,
 ) -> None:
     """Run a worker in this process, which is its own."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     worker = Worker(control, start, fds, open_program, ranges, pins)
+    worker.versions.digest_of = digest_of
     worker.garbage.take_over()
     worker.run()
 

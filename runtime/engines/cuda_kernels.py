@@ -80,7 +80,7 @@ class CudaKernels:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, kind, stream)
 
-    def digest(self, address: int, nbytes: int, at: int) -> int:
+    def digest(self, address: int, nbytes: int, at: int = 0) -> int:
         """Digest; see `Kernels`."""
         with self._on_stream():
             return digest.digest_at(address, nbytes, at)

@@ -37,7 +37,7 @@ class Kernels(Protocol):
     def copy_out(self, target: int, source: int, nbytes: int) -> None:
         """Copy from the device to registered memory."""
 
-    def digest(self, address: int, nbytes: int, at: int) -> int:
+    def digest(self, address: int, nbytes: int, at: int = 0) -> int:
         """Return the digest of device memory, `at` bytes into the whole; waits for it."""
         ...
 

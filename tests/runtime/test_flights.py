@@ -15,7 +15,9 @@ from fake_kernels import FakeKernels
 from front_rig import Front
 from worker_rig import FakeModel, FakeProgram, Programs, Rig, X, ready, vector_config
 
+from overcommit.kernels import digest
 from overcommit.runtime import _shm
+from overcommit.runtime.config import PAGE_BYTES
 from overcommit.runtime.device_limits import FLIGHTS_MAX, GRAPH_AFTER
 from overcommit.runtime.engines import places
 from overcommit.runtime.engines.bound_module import BoundModule
@@ -279,3 +281,38 @@ def test_a_device_that_is_lost_ends_the_worker_with_the_requests_on_its_page(
     with pytest.raises(DeviceLost):
         hangar.rig.answered(hangar.front, one)
     assert hangar.rig.status.read()[4] == [one]
+
+
+# --- what DEVICE holds --------------------------------------------------------------------------
+def checks(hangar: Hangar, digest: int) -> None:
+    """Have weights held against this digest, as `--verify always` does."""
+    versions = hangar.rig.worker.versions
+    versions.digest_of = hangar.kernels.digest
+    version = versions.get(3)
+    assert version is not None
+    version.content_digest = digest
+
+
+def test_weights_that_come_back_are_held_against_their_digest_once(hangar: Hangar) -> None:
+    ready(hangar.rig, hangar.front, 3, config=CONFIG, weight=2.0)
+    page = hangar.rig.device[3 * PAGE_BYTES : 4 * PAGE_BYTES]
+    checks(hangar, digest.digest(page))
+    hangar.kernels.launches.clear()
+    hangar.rig.control.send(hangar.rig.publish(3, 2, 2.0))
+    one = hangar.front.submit(3, [X])
+    hangar.rig.answered(hangar.front, one)
+    assert hangar.front.status(one) == _shm.OK
+    hangar.rig.control.send(hangar.rig.publish(3, 2, 2.0))
+    hangar.rig.settle()
+    assert [each[0] for each in hangar.kernels.launches].count("digest") == 1
+
+
+def test_weights_that_are_not_what_was_packed_are_not_run(hangar: Hangar) -> None:
+    ready(hangar.rig, hangar.front, 3, config=CONFIG, weight=2.0)
+    checks(hangar, digest.digest(hangar.rig.device[3 * PAGE_BYTES : 4 * PAGE_BYTES]))
+    hangar.rig.control.send(hangar.rig.publish(3, 2, 2.5))
+    hangar.rig.settle()
+    one = hangar.front.submit(3, [X])
+    hangar.rig.answered(hangar.front, one)
+    assert "its weights are in DEVICE other than they were packed" in hangar.front.text(one)
+    assert lease(hangar, 3) == 0

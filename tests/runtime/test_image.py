@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from overcommit.kernels import digest
 from overcommit.runtime import image
 from overcommit.runtime.config import (
     IMAGE_ALIGN_BYTES,
@@ -135,6 +136,22 @@ def test_what_was_written_is_read_back(
     for entry, data in given_tensors(header):
         expected[entry.offset : entry.offset + entry.nbytes] = data
     assert payload == expected
+
+
+@pytest.mark.parametrize("sizes", [[4096], [1, 7, 300], [5, 70_001, 3, 8]])
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_digest_is_of_the_range_as_it_lies_in_memory(
+    tmp_path: Path, sizes: list[int], packs: bool
+) -> None:
+    facts = [fact(f"t{n}", size) for n, size in enumerate(sizes)]
+    data = [os.urandom(size) for size in sizes]
+    header = header_of(facts)
+    tensors = zip(header.tensors, map(memoryview, data), strict=True)
+    written = write_image(tmp_path / "images" / "x.image", header, tensors, packs=packs)
+    whole = bytearray(written.nbytes)
+    for entry, raw in zip(header.tensors, data, strict=True):
+        whole[entry.offset : entry.offset + entry.nbytes] = raw
+    assert written.content_digest == digest.digest(whole)
 
 
 def test_every_piece_has_its_own_digest(tmp_path: Path) -> None:
