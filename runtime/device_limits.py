@@ -11,8 +11,9 @@ from overcommit.runtime.config import GIB, KIB, MIB
 
 # --- a GPU's memory -------------------------------------------------------------------------------
 # CUDA: chunks of DEVICE, each a descriptor in the supervisor.  As many as possible are of 2 MiB: parts are
-# 16 to 64 MiB long, and what lies before another part may take no 64 MiB chunk.  80 GiB are 40,960.
-CUDA_CHUNKS_MAX: Final = 40_960
+# 16 to 64 MiB long, and what lies before another part may take no 64 MiB chunk.  117 GiB are 60,000.
+# A process has twice as many descriptors at most: eight such GPUs stay under 1,048,576, four under 524,288.
+CUDA_CHUNKS_MAX: Final = 60_000
 # Where DEVICE is a GPU: what of its free memory stays for everything but weights.
 CUDA_CONTEXT_BYTES: Final = 512 * MIB  # of each worker; the probe has one of its own while it asks
 CUDA_RESERVE_BYTES: Final = 1 * GIB  # for what models compute with, graphs, libraries ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,10 +67,30 @@ def test_as_much_as_possible_is_in_small_chunks(gib: int) -> None:
     capacity = gib * GIB + 6 * MIB
     table = ChunkTable(capacity)
     assert len(table) <= CUDA_CHUNKS_MAX
-    if gib < 80:
+    if gib < 117:
         assert len(table) == capacity // SMALL_CHUNK_BYTES
     else:
         assert len(table) > CUDA_CHUNKS_MAX - 64, "no chunk is given away"
+
+
+# Up to 117 GiB everything is small chunks; beyond, parts of less than a large chunk have those alone.
+@pytest.mark.parametrize(
+    ("gib", "smalls", "filled"),
+    [
+        (80, (8, 32), 0.99),
+        (80, (33, 200), 0.99),
+        (141, (8, 32), 0.85),
+        (141, (33, 200), 0.99),
+        (141, (8, 200), 0.99),
+    ],
+)
+def test_parts_of_odd_lengths_fill_device(gib: int, smalls: tuple[int, int], filled: float) -> None:
+    capacity = gib * GIB
+    allocator = ChunkAllocator(capacity, can_split=False, small_share=small_share_of(capacity))
+    choice = random.Random(1)
+    while allocator.try_allocate(choice.randint(*smalls) * SMALL_CHUNK_BYTES, exact=True):
+        pass
+    assert allocator.used_bytes >= filled * capacity
 
 
 def test_a_fleet_of_models_in_parts_fills_device() -> None:
