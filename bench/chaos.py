@@ -15,7 +15,7 @@ once); any other status but 200 is a failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -53,14 +53,13 @@ class Chaos:
     """One run of the scenario."""
 
     def __init__(
-        self, options: Options, report: Report, fleet: Fleet, folder: Path, budgets: tuple[str, str]
+        self, options: Options, report: Report, fleet: Fleet, folder: Path, flags: Sequence[str]
     ) -> None:
         self.options = options
         self.report = report
         self.fleet = fleet
         self.folder = folder
-        self.flags = ["--device-memory", budgets[0], "--host-memory", budgets[1]]
-        self.flags += ["--workers", str(WORKERS), "--front-ends", str(FRONT_ENDS)]
+        self.flags = [*flags, "--workers", str(WORKERS), "--front-ends", str(FRONT_ENDS)]
         self._loads = 0
         fleet.references.save(folder / "all.npz")
         fleet.references.subset(fleet.names[:RESIDENT]).save(folder / "resident.npz")
@@ -246,14 +245,19 @@ class Chaos:
         self.report.notes += [f"{phase}: {text}" for text in tally.examples]
 
 
-def run(options: Options, report: Report) -> None:
-    """Run the scenario with its own models."""
+def run(options: Options, report: Report, flags: Sequence[str] = ()) -> None:
+    """Run the scenario with its own models; `flags`: more of the server's."""
     fleet = minilm_variants(options, report, VARIANTS)
-    run_fleet(options, report, fleet, DEVICE_MEMORY, HOST_MEMORY)
+    run_fleet(options, report, fleet, DEVICE_MEMORY, HOST_MEMORY, flags)
 
 
 def run_fleet(
-    options: Options, report: Report, fleet: Fleet, device_memory: str, host_memory: str
+    options: Options,
+    report: Report,
+    fleet: Fleet,
+    device_memory: str,
+    host_memory: str,
+    flags: Sequence[str] = (),
 ) -> None:
     """Run the scenario with these models and budgets; the first RESIDENT models must fit DEVICE."""
     kill_s = options.seconds or (QUICK_KILL_S if options.quick else KILL_S)
@@ -269,7 +273,8 @@ def run_fleet(
         "seed": options.seed,
     }
     with run_folder(options, report) as folder:
-        chaos = Chaos(options, report, fleet, folder, (device_memory, host_memory))
+        budgets = ("--device-memory", device_memory, "--host-memory", host_memory)
+        chaos = Chaos(options, report, fleet, folder, (*budgets, *flags))
         report.step("packing")
         chaos.pack()
         (folder / "tmp").mkdir(exist_ok=True)

@@ -7,7 +7,8 @@
  5. others                   torch, safetensors and what else is installed, against the same limit
  6. kernels                  gather, scatter, digest, unpack, image: bits first, then time
  7. HTTP                     what a client waits for a BERT: resident, warm and cold
- 8. kills under load         the scenario `chaos`, with DEVICE on the GPU: HTTP, workers and mover
+ 8. kills under load         the scenario `chaos`, with DEVICE on the GPU: HTTP, workers and mover; weights
+                             are held against their digests there
 
 Without a GPU that can be used it says so, and that is all: no figure, no condition, status 0.
 """
@@ -127,5 +128,6 @@ def _http(options: Options, report: Report, gpu: Gpu) -> None:
 
 def _kills(options: Options, report: Report) -> None:
     settings = report.settings
-    chaos.run(dataclasses.replace(options, quick=True), report)
+    # So workers digest what lies in DEVICE whenever weights came there: a wrong byte fails a request.
+    chaos.run(dataclasses.replace(options, quick=True), report, ("--verify", "always"))
     report.settings = {**settings, **report.settings}

@@ -358,7 +358,7 @@ class Batcher:
         return tuple(others)
 
     def _back(self, batch: Batch) -> list[tuple[Turn, list[Job]]]:
-        if (lifted := self._aloft.pop(batch.slot, None)) is not None:
+        if self._aloft and (lifted := self._aloft.pop(batch.slot, None)) is not None:
             return [(lifted, batch.jobs)]
         turns, self._running = self._running, []
         assert turns, "no batch is out"

@@ -67,6 +67,7 @@ def server(
     """A GPU of five chunks: one for the small models, two large ones."""
     flags = ("--devices", "0", "--device-memory", "10MiB", "--host-memory", "16MiB")
     flags += ("--workers", "2", "--drain-timeout", "5", "--host-packing", "on")
+    flags += ("--verify", "always")  # by workers, where it lies in DEVICE, too
     values = tmp_path_factory.mktemp("nvml") / "values.json"
     values.write_text(
         json.dumps({"memory": [4 << 30, 1 << 30], "processes": [[1, 5 << 20]], "temperature": 40})
