@@ -71,8 +71,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Any]) -> 
     cache = tmp_path_factory.mktemp("cache")
     with Server(root, cache=cache, flags=("--allow-code",)) as running:
         running.wait_until(
-            lambda: all(row["state"] == "READY" for row in running.models().values())
+            lambda: not any(row["state"] == "PACKING" for row in running.models().values())
         )
+        reasons = {name: row["reason"] for name, row in running.models().items()}
+        assert not any(reasons.values()), reasons
         yield running
 
 

@@ -86,8 +86,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ("--allow-code", "--client-shared-memory")
     with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
         running.wait_until(
-            lambda: all(row["state"] == "READY" for row in running.models().values())
+            lambda: not any(row["state"] == "PACKING" for row in running.models().values())
         )
+        reasons = {name: row["reason"] for name, row in running.models().items()}
+        assert not any(reasons.values()), reasons
         yield running
 
 
