@@ -36,6 +36,9 @@ class Copier(Protocol):
         Returns when the last byte is there.  Raises DriverError.
         """
 
+    def fetch(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
+        """Copy from DEVICE to HOST; otherwise as `copy`."""
+
     def unpack(
         self, sources: list[Span], targets: list[Span], first: int, urgency: Urgency
     ) -> None:
@@ -70,6 +73,9 @@ class Memcpy:
     def copy(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
         for target, source, nbytes in pairs(sources, targets):
             _shm.copy(target, source, nbytes)
+
+    def fetch(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
+        self.copy(sources, targets, urgency)
 
     def unpack(
         self, sources: list[Span], targets: list[Span], first: int, urgency: Urgency

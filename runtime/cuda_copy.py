@@ -25,7 +25,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 from overcommit.runtime.config import (
@@ -38,7 +38,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.copier import joined, pairs
 from overcommit.runtime.copy_places import CopyPlaces
 from overcommit.runtime.cuda_unpack import CudaUnpacking
-from overcommit.runtime.driver import Driver, DriverError, Event
+from overcommit.runtime.driver import Driver, DriverError, Event, Stream
 from overcommit.runtime.image_file import Span
 from overcommit.runtime.mover_messages import Urgency
 from overcommit.runtime.packed import decode
@@ -60,6 +60,7 @@ class CudaCopier:
         self._is_pinning = True
         self._enter()
         self._stream = driver.stream_create(is_urgent=True)
+        self._back = driver.stream_create(is_urgent=False)  # the other direction of PCIe
         self._places = CopyPlaces([driver.event_create() for _ in range(COPIES_IN_FLIGHT)])
         self._stages = Stages(READ_THREADS)
         self.pin(self._stages.address, self._stages.nbytes)
@@ -77,15 +78,32 @@ class CudaCopier:
     # --- copies ---------------------------------------------------------------------------------
     def copy(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
         """Copy; see `Copier`."""
+        pieces = self._pieces(pairs(sources, targets))
+        self._move(pieces, self._driver.memcpy_htod_async, self._stream, urgency)
+
+    def fetch(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
+        """Copy the other way, on a stream of its own; see `Copier`."""
+        # Cut by what lies on HOST, as ever.
+        pieces = self._pieces((source, target, n) for target, source, n in pairs(sources, targets))
+        back = ((target, source, nbytes) for source, target, nbytes in pieces)
+        self._move(back, self._driver.memcpy_dtoh_async, self._back, urgency)
+
+    def _move(
+        self,
+        pieces: Iterable[tuple[int, int, int]],
+        begin: Callable[[int, int, int, Stream], None],
+        stream: Stream,
+        urgency: Urgency,
+    ) -> None:
         self._enter()
         own: deque[Event] = deque()
         try:
-            for target, source, nbytes in self._pieces(pairs(sources, targets)):
+            for target, source, nbytes in pieces:
                 while (event := self._places.take(urgency, may_wait=not own)) is None:
                     self._finish(own, urgency)
                 own.append(event)
-                self._driver.memcpy_htod_async(target, source, nbytes, self._stream)
-                self._driver.event_record(event, self._stream)
+                begin(target, source, nbytes, stream)
+                self._driver.event_record(event, stream)
         finally:
             with contextlib.ExitStack() as ends:  # each of them, though one fails
                 for _ in own:

@@ -61,6 +61,16 @@ GPU_WATCH_S: Final = 1.0  # between two readings of NVML
 XIDS_KEPT: Final = 32
 FDS_SPARE: Final = 1024  # descriptors of the supervisor beside those of chunks
 
+# --- copies from DEVICE to HOST -------------------------------------------------------------------
+DEMOTE_FREE_SHARE: Final = 0.05  # of DEVICE is free at most: else nobody has to leave soon
+DEMOTE_SHARE: Final = 0.125  # of DEVICE whose versions, the next to leave, are to be on HOST
+DEMOTE_LOOKS: Final = 32  # at versions, each time
+DEMOTE_GAIN: Final = (
+    2.0  # a read from disk takes so many times as long as a copy, or nothing is copied
+)
+DEMOTE_PAUSES: Final = 4  # after a copy, times as long as it took
+DEMOTE_REST_NS: Final = 500_000_000  # after there was nothing to copy
+
 # --- several devices ------------------------------------------------------------------------------
 DEVICES_MAX: Final = 16
 SPREAD_INTERVAL_S: Final = 1.0  # between two looks

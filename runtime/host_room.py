@@ -4,7 +4,8 @@ Invariants
  1. A copy that a load reads or writes is never a victim, nor one that a queued wish will read; so is
     one that a prefetch is filling.
  2. Victims are first those that DEVICE also holds, the youngest first: losing that copy costs nothing
-    now, and what stays on DEVICE longest needs it last.  Of the others the policy decides, which here
+    now, and what stays on DEVICE longest needs it last; last of them those that were copied here
+    because they leave DEVICE next.  Of the others the policy decides, which here
     hears of loads from disk alone: that is what losing the last copy costs.
  3. What is packed on disk is packed here: budget, victims and policy count what it takes.
 
@@ -38,11 +39,12 @@ class HostRoom(Room):
         super().__init__(allocator, policy, totals, is_raw=False)
         self._port = port
         self._device = device
-        self._doubles: dict[int, Version] = {}  # copies of what DEVICE holds, as published
+        self._doubles: dict[int, Version] = {}  # copies of what DEVICE holds, as published ...
+        self._saved: dict[int, Version] = {}  # ... and as copied here from there
 
     def on_published(self, version: Version, now_ns: int) -> None:
         """DEVICE holds what the copy here holds."""
-        self._doubles.pop(version.slot, None)
+        self._forget_double(version)
         self._doubles[version.slot] = version
         self._device.on_copy(version, len(version.host) == len(version.distinct_parts))
         if version.source == "disk":
@@ -56,6 +58,43 @@ class HostRoom(Room):
             self._policy.on_load(version.slot, load_ns, "disk")
             self._policy.on_use(version.slot, version.uses_host, now_ns)
 
+    def _forget_double(self, version: Version) -> None:
+        self._doubles.pop(version.slot, None)
+        self._saved.pop(version.slot, None)
+
+    def hear(self, version: Version) -> None:
+        """Tell the policy what ran of a version that may come here from DEVICE."""
+        usage = self._port.usage(version.slot)
+        version.uses_host = usage.uses
+        self._policy.on_use(version.slot, usage.uses, usage.last_used_ns)
+
+    def on_saving(self, version: Version) -> None:
+        """What DEVICE holds is being copied here."""
+        if version.slot not in self._doubles:
+            self._saved[version.slot] = version
+
+    def on_saved(self, part: Part) -> None:
+        """A part has come from DEVICE, where its versions may be no more."""
+        places = self.holdings.places
+        for version in places[part].holders:
+            parts = version.distinct_parts
+            is_whole = len(version.host) == len(parts)
+            if is_whole and all(places[each].is_filled for each in parts):
+                self._device.on_copy(version, is_there=True)
+
+    def give_back(self, part: Part) -> None:
+        """The part did not come; what else its versions have here stays."""
+        place = self.holdings.places.get(part)
+        for version in list(place.holders) if place is not None else ():
+            left = tuple(each for each in version.host if each is not part)
+            if not left:
+                self.drop(version)
+                continue
+            if (slab := self.holdings.slab_of((part,))) is not None:
+                self._slabs[slab].discard(version.slot)
+            self.holdings.let_go(version, (part,))
+            version.host = left
+
     def held(self, version: Version) -> Parts:
         """Return the version's parts on HOST, which may be some of them."""
         return version.host
@@ -67,16 +106,17 @@ class HostRoom(Room):
         version.host = parts
 
     def _offers(self, now_ns: int, desperate: bool) -> Generator[Version, None, None]:
-        looked_at: list[Version] = []
-        try:
-            while self._doubles:
-                _, version = self._doubles.popitem()
-                if version.state is State.DEVICE:  # else the copy became the only one
-                    looked_at.append(version)
-                    if not self._is_spared(version):
-                        yield version
-        finally:
-            self._doubles |= {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
+        for doubles in (self._doubles, self._saved):
+            looked_at: list[Version] = []
+            try:
+                while doubles:
+                    _, version = doubles.popitem()
+                    if version.state is State.DEVICE:  # else the copy became the only one
+                        looked_at.append(version)
+                        if not self._is_spared(version):
+                            yield version
+            finally:
+                doubles |= {v.slot: v for v in reversed(looked_at) if v.slot in self.holders}
         refreshed: set[int] = set()
         with contextlib.closing(self._order.victims()) as slots:
             for slot in slots:
@@ -110,7 +150,7 @@ class HostRoom(Room):
             return
         self.release(version)
         self._device.on_copy(version, is_there=False)
-        self._doubles.pop(version.slot, None)
+        self._forget_double(version)
         if version.state is State.HOST:
             version.state = State.DISK
 

@@ -15,7 +15,7 @@ State machine of a load
 
     QUEUED ---[take_read, long]-----> OPENING --[finish]--> RUNNING
     QUEUED ---[take_read, short]----> RUNNING
-    QUEUED ---[take_copy, host]-----> RUNNING
+    QUEUED ---[take_copy, host or device]--> RUNNING
     RUNNING --[finish, nothing is left and none runs]-----> DONE
     QUEUED | OPENING | RUNNING --[cancel | finish, with an error]--> FAILING
     FAILING --[cancel | finish, the last that ran]--> FAILED
@@ -135,6 +135,8 @@ class LoadState:
             raise ImageError(f"a load from {load.source} to nowhere")
         if self._host is None and load.source == "host":
             raise ImageError("a load from host that does not say where there")
+        if load.source == "device" and (None in (self._host, self._device) or load.packed_bytes):
+            raise ImageError("a copy from device to host needs places of raw bytes on both")
         self._file = ImageFile(load.path, stored, is_packed=self._is_packed)
         self._pieces = self._find_pieces(stored)  # of a packed payload, once its file is open
         self._next = 0  # the first byte that nobody has taken yet
@@ -197,7 +199,7 @@ class LoadState:
         if self._read and self.state is State.RUNNING:
             self._running += 1
             return self._read.popleft()
-        if self.load.source != "host" or self.state not in (State.QUEUED, State.RUNNING):
+        if self.load.source == "disk" or self.state not in (State.QUEUED, State.RUNNING):
             return None
         self.state = State.RUNNING
         left = self.load.nbytes - self._next
@@ -306,6 +308,15 @@ class LoadState:
                 self._file.open(self.load.verify)
             if self._is_packed:
                 self._pieces = self._pieces_of_file()
+            return
+        if self.load.source == "device":
+            assert self._device is not None
+            assert self._host is not None
+            where = (step.start, step.nbytes)
+            with outcome.copy.measure():
+                self._copier.fetch(
+                    self._device.spans(*where), self._host.spans(*where), self.urgency
+                )
             return
         with self._near(step) as spans:
             if step.work in READING:

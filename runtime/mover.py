@@ -131,12 +131,13 @@ class Mover:
         except ImageError as error:
             self._send(LoadDone(job=load.job, ok=False, message=f"{load.path}: {error.message}"))
             return
-        self._last = load
+        if load.source != "device":
+            self._last = load
         with self._lock:
             self._loads.add(state)
             if load.source == "disk":
                 self._may_read.notify()
-            elif load.nbytes > COPY_HERE_BYTES:
+            elif load.nbytes > COPY_HERE_BYTES or load.source == "device":
                 self._may_copy.notify(COPY_THREADS - 1)
         if load.source == "host":
             self.try_copy()

@@ -24,15 +24,16 @@ class Load(Message, frozen=True):
     """Mover: bring the payload of one file, an image's or a part's, to these places.
 
     source "disk": read into `host` if given and copy on to `device` if given, else read straight
-    into `device`.  source "host": copy `host` to `device`.  With `packed_bytes` the file and `host` hold so
-    many, the packed form of these `nbytes`, and what goes to `device` is decoded on the way.
+    into `device`.  source "host": copy `host` to `device`; source "device": the other way.  With
+    `packed_bytes` the file and `host` hold so many, the packed form of these `nbytes`, and what goes to
+    `device` is decoded on the way.
     With `publishes` the mover itself writes RESIDENT and that generation when the last byte is there, before
     LoadDone, and rings the workers in the seats `waiters`; until LoadDone nobody else writes the word.
     """
 
     job: int
     slot: int
-    source: Literal["disk", "host"]
+    source: Literal["disk", "host", "device"]
     path: str
     nbytes: int
     packed_bytes: int = 0

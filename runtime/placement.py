@@ -113,6 +113,16 @@ class Room:
         self._looks += 1
         return self._looks > PREFETCH_VICTIMS_MAX or not self._judge(version)
 
+    def in_order(self) -> Generator[Version, None, None]:
+        """Yield who is here, the first to leave first, as far as is known; close it before anything else."""
+        with contextlib.closing(self._order.victims()) as slots:
+            for slot in slots:
+                yield self.holders[slot]
+
+    def leaves_before(self, version: Version, other: Version) -> bool:
+        """Whether the policy would let it go before the other one."""
+        return self._policy.rank(version.slot) < self._policy.rank(other.slot)
+
     def release(self, version: Version) -> None:
         """The version holds nothing here any more."""
         held = self.held(version)

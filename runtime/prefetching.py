@@ -118,10 +118,13 @@ class Prefetching:
                 self.books.use(ahead.slot, max(0.0, ahead.saves_s - elapsed_s))
         elif isinstance(action, CancelStarted):
             running = activations.load(action.job)
-            if running is not None and self.books.end(running.message.slot) is not None:
+            if running is None or running.message.source == "device":
+                return  # a copy to HOST is nobody's bet
+            if self.books.end(running.message.slot) is not None:
                 self.books.totals.cancelled += 1
 
     def _on_demand(self, load: StartLoad, now_ns: int) -> None:
+        assert load.source != "device", "nobody waits for a copy to HOST"
         ahead = self.books.outstanding.get(load.slot)
         if ahead is not None and ahead.tier is Tier.HOST and load.source == "host":
             self.books.use(load.slot)

@@ -23,6 +23,7 @@ from typing import Final
 from overcommit.runtime import refusals
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.config import REQUEST_TIMEOUT_MS
+from overcommit.runtime.demotion import Demotion
 from overcommit.runtime.device_room import DeviceRoom
 from overcommit.runtime.errors import OutOfMemory, Overloaded, Unavailable
 from overcommit.runtime.host_room import HostRoom
@@ -71,6 +72,7 @@ class Pump:
         self._on_host = on_host
         self._port = port
         self._totals = totals
+        self._demotion = Demotion(on_device, on_host, transfers, transfers.forecast)
         self.leaving: dict[int, Version] = {}
         self.tried_ns = 0
         self.is_hungry = False
@@ -83,7 +85,7 @@ class Pump:
                 self._try_leave(version)
         if not self._wishes:
             self.settle_hunger()
-            return []
+            return [*self._demotion.step(now_ns)]
         actions = self._refuse_overdue(now_ns)
         smallest_failed: int | None = None
         # A slot whose former version still leaves is nobody's fault: it holds up no one else.

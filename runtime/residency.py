@@ -56,7 +56,7 @@ LOADING -> DISK [on_load_done, failed or cancelled]
 HOST -> DISK [on_load_done, a prefetch to HOST failed or was cancelled]
 DEVICE -> DISK [DeviceRoom.try_let_go, no host copy]
 DEVICE -> HOST [DeviceRoom.try_let_go, host copy]; both by a victim's turn or by IdleClock.expire
-DEVICE -> DEVICE [HostRoom.drop: it loses its host copy]
+DEVICE -> DEVICE [HostRoom.drop: it loses its host copy; Transfers.save, by Demotion: it gets one]
 HOST -> DISK [HostRoom.drop]
 DISK -> (none) [remove]
 HOST -> (none) [remove]

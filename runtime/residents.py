@@ -16,6 +16,7 @@ from overcommit.runtime.parts import Part
 Extents = tuple[Extent, ...]
 Parts = tuple[Part, ...]
 Source = Literal["disk", "host"]
+Origin = Source | Literal["device"]  # "device": a copy to HOST, see `demotion`
 
 NOBODY: Final = -1  # a waiter that needs no answer: the supervisor, for a pinned version
 
@@ -126,14 +127,14 @@ class Totals:
 class StartLoad:
     """Bring a part to these places; `host` is read from if the source is "host".
 
-    Without `device` it is read into HOST and stays there.
+    Without `device` it is read into HOST and stays there; from "device" it is copied to `host`.
     """
 
     job: int
     slot: int  # of the version for which it was started; others may wait for it too
     digest: str  # "": what is private to the version
     nbytes: int
-    source: Source
+    source: Origin
     host: Extents | None
     device: Extents | None
     urgency: Urgency = "foreground"

@@ -101,14 +101,16 @@ class Timings:
         self._coming: dict[int, _Coming] = {}  # by slot
 
     def on_start(self, load: Load, now_ns: int) -> None:
-        """A load begins; one that fills HOST alone is no activation."""
-        if load.device is not None:
+        """A load begins; one that fills HOST alone, from wherever, is no activation."""
+        if load.device is not None and load.source != "device":
             self._coming.setdefault(load.slot, _Coming(now_ns, load.source))
 
     def on_load(self, load: Load, done: LoadDone) -> None:
         """A load has ended well."""
         self.bytes_read += done.read_bytes
         self.bytes_copied += load.nbytes if load.device and load.host else 0
+        if load.source == "device":
+            return
         if load.device is not None and (coming := self._coming.get(load.slot)) is not None:
             coming.add(load, done)
 

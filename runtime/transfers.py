@@ -6,6 +6,7 @@ loaded once.  The last part that arrives, whoever had started its load, publishe
     part     (none) -> in flight          [_start: it has a place on DEVICE, and no load]
              in flight -> (none)          [end: its places are filled, or its load failed]
              ahead: in flight without a request that waits, until promoted, cancelled or ended
+             saved: ahead, from DEVICE to HOST; what it reads stays where it is until it ends
     version  DISK, HOST -> LOADING        [try_begin; try_ahead]
              DISK -> HOST                 [try_ahead: a load into HOST alone; DISK if it fails]
              LOADING -> DEVICE            [try_begin, if others had all its parts there; end]
@@ -23,6 +24,7 @@ Invariants
     So a number is used by one try alone: one that fails takes its number along.
  6. A load that is ahead serves prefetches alone: it is promoted at once when a version needs it that
     requests wait for, and only such a load is ever cancelled.  The forecast of waits leaves it out.
+ 7. A save is never promoted, and nobody's failure: a part that did not come to HOST is not there.
 
 Called by residency; pure.
 """
@@ -45,6 +47,7 @@ from overcommit.runtime.residents import (
     CancelStarted,
     Extents,
     Foretold,
+    Origin,
     Parts,
     Port,
     PromoteStarted,
@@ -77,7 +80,7 @@ class Transfers:
         self._port = port
         self._totals = totals
         self._idle = idle
-        self._forecast = forecast
+        self.forecast = forecast
         self._loads: dict[int, tuple[Part, StartLoad]] = {}
         self._jobs = itertools.count(1)
         self.loading: dict[int, Version] = {}
@@ -127,13 +130,30 @@ class Transfers:
                 steps.append(self._load(version, part, "disk", place.extents, None, "prefetch"))
         return steps
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a load is in flight, or a version waits for one."""
+        return bool(self.loading or self._loads)
+
+    def save(self, version: Version, part: Part) -> StartLoad:
+        """Copy a part from DEVICE to its place on HOST."""
+        assert self._host is not None
+        self._host.on_saving(version)
+        on_device, on_host = (room.holdings.places[part] for room in (self._device, self._host))
+        assert on_device.is_filled
+        return self._load(version, part, "device", on_host.extents, on_device.extents, "prefetch")
+
     def promote(self, version: Version) -> list[PromoteStarted]:
         """Requests wait for the version now, and for every load of its parts."""
         self.ahead.discard(version.slot)
         if not self._jobs_ahead:
             return []
         promotable = self._jobs_ahead - self._cancelled
-        jobs = [part.job for part in version.distinct_parts if part.job in promotable]
+        jobs = [
+            part.job
+            for part in version.distinct_parts
+            if part.job in promotable and self._loads[part.job][1].source != "device"
+        ]
         self._jobs_ahead.difference_update(jobs)
         return [PromoteStarted(job) for job in jobs]
 
@@ -286,14 +306,14 @@ class Transfers:
         load = self._load(
             *(version, part, source, host, on_device.extents, "foreground"), publishes
         )
-        self._forecast.on_started(load.job, version.slot, source, part.nbytes, now_ns)
+        self.forecast.on_started(load.job, version.slot, source, part.nbytes, now_ns)
         return load
 
     def _load(
         self,
         version: Version,
         part: Part,
-        source: Source,
+        source: Origin,
         host: Extents | None,
         device: Extents | None,
         urgency: Urgency,
@@ -321,14 +341,16 @@ class Transfers:
         if part is None or load is None:
             return [], []
         part.job = 0
-        self._forecast.on_ended(job, ok, now_ns)
+        self.forecast.on_ended(job, ok, now_ns)
         self._jobs_ahead.discard(job)
         self._cancelled.discard(job)
         place = self._device.holdings.places.get(part)
-        if place is not None and load.device is not None:
+        if place is not None and load.device is not None and load.source != "device":
             place.is_filled = ok
         holders = () if place is None else place.holders
         waiting = [version for version in self.loading.values() if version in holders]
+        if load.source == "device":
+            return self._end_saving(part, ok, waiting, now_ns), []
         steps: list[Step] = []
         failed: list[Version] = []
         if ok:
@@ -357,3 +379,22 @@ class Transfers:
         if self._host is not None:
             self._host.holdings.settle(part)
         return steps, failed
+
+    def _end_saving(self, part: Part, ok: bool, waiting: list[Version], now_ns: int) -> list[Step]:
+        """A copy to HOST has ended; it is worth nothing if DEVICE was lost meanwhile."""
+        assert self._host is not None
+        on_device, on_host = (room.holdings for room in (self._device, self._host))
+        is_whole = part in on_device.places and on_device.places[part].is_filled
+        if ok and is_whole:
+            on_host.places[part].is_filled = True
+            self._host.on_saved(part)
+        else:
+            self._host.give_back(part)
+        steps: list[Step] = []
+        if not is_whole:  # who waits could not begin its load before
+            for version in waiting:
+                if not version.is_leaving:
+                    steps += self._carry_on(version, now_ns)
+        on_device.settle(part)
+        on_host.settle(part)
+        return steps

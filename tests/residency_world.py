@@ -192,7 +192,7 @@ class World:
                 self.port.asking.discard(action.slot)
             if isinstance(action, StartLoad):
                 assert action.job not in self.loads
-                assert action.source == "host" or not self.has_bytes(action.digest)
+                assert action.source != "disk" or not self.has_bytes(action.digest)
                 self.loads[action.job] = action
             elif isinstance(action, Publish):
                 assert self.port.words[action.slot] == (RESIDENT, action.generation)
@@ -282,7 +282,8 @@ def check(residency: Residency, port: FakePort) -> None:
     if residency._on_host is not None:
         copies = set(residency._on_host.holders.values())
         doubles = {version for version in copies if version.state is State.DEVICE}
-        known_doubles = set(residency._on_host._doubles.values())
+        on_host = residency._on_host
+        known_doubles = {*on_host._doubles.values(), *on_host._saved.values()}
         assert doubles <= known_doubles <= copies, "HOST does not know what DEVICE holds too"
     for part, load in jobs.values():
         if load.device is not None:

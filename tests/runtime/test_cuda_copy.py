@@ -265,3 +265,36 @@ def test_damage_is_found_in_the_stage(box: Box, tmp_path: Path) -> None:
     done = run_all(LoadState(load, box.device, box.host, box.copier))
     assert not done.ok
     assert "digest" in done.message or "damaged" in done.message, done.message
+
+
+# --- back to HOST -------------------------------------------------------------------------------
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_bytes_come_back_from_the_device_where_they_belong(box: Box, is_pinned: bool) -> None:
+    if is_pinned:
+        box.pin_all()
+    data = os.urandom(5 * MIB)
+    lies: Extents = ((40 * MIB, 3 * MIB), (MIB, 2 * MIB))
+    done = 0
+    for at, nbytes in lies:
+        _shm.view(box.device.address + at, nbytes, True)[:] = data[done : done + nbytes]
+        done += nbytes
+    goes: Extents = ((PIN - MIB, 4 * MIB), (20 * MIB, MIB))  # over a border of registrations
+    load = Load(
+        job=1,
+        slot=0,
+        source="device",
+        path="",
+        nbytes=len(data),
+        host=goes,
+        device=lies,
+        urgency="prefetch",
+    )
+    state = LoadState(load, box.device, box.host, box.copier)
+    assert state.take_read() is None, "no file is read"
+    while not state.is_over:
+        step = state.take_copy()
+        assert step is not None
+        state.finish(step, state.run(step))
+    assert state.close().ok
+    assert box.memory.read(goes, len(data)) == data
+    assert box.copier._back in box.driver.open_max or not is_pinned, "on a stream of its own"

@@ -137,6 +137,30 @@ def test_a_load_from_the_host_tier_reads_no_file(
     assert device.read(in_device, len(payload)) == payload
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_what_is_on_device_alone_is_copied_to_host_and_no_file_is_read(
+    placement: str, memories: tuple[Memory, Memory], mover: MoverProcess
+) -> None:
+    device, host = memories
+    nbytes, on_host, on_device = PLACEMENTS[placement]
+    data = random.Random(nbytes).randbytes(-(-nbytes // PAGE_BYTES) * PAGE_BYTES)
+    device.write(on_device, data)
+    host.fill(0)
+    load = Load(
+        job=70,
+        slot=0,
+        source="device",
+        path="/no/such/file",
+        nbytes=len(data),
+        host=on_host,
+        device=on_device,
+        urgency="prefetch",
+    )
+    done = mover.load(load)
+    assert (done.ok, done.message, done.read_bytes) == (True, "", 0)
+    assert host.read(on_host, len(data)) == data
+
+
 def test_a_load_writes_nothing_but_its_image(
     mover: MoverProcess, memories: tuple[Memory, Memory], images: dict[str, tuple[Path, bytes]]
 ) -> None:

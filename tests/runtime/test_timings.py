@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from overcommit.runtime.config import EXTENTS_SHOWN_MAX, PAGE_BYTES
 from overcommit.runtime.messages import Extents
 from overcommit.runtime.mover_messages import Load, LoadDone
@@ -51,6 +53,18 @@ def test_a_load_that_fills_host_alone_is_counted_but_no_activation() -> None:
     timings.on_publish(1, 1, 200)
     assert not timings.activations
     assert (timings.bytes_read, timings.bytes_copied) == (PAGE_BYTES, 0)
+
+
+def test_a_copy_from_device_to_host_is_no_activation_and_spoils_none() -> None:
+    timings = Timings()
+    back = replace(a_load(1), source="device")
+    timings.on_start(back, 100)
+    timings.on_load(back, done(1, 110, 120))
+    timings.on_start(a_load(2), 500)
+    timings.on_load(a_load(2), done(2, 510, 520))
+    timings.on_publish(1, 7, 530)
+    (record,) = timings.activations
+    assert (record.source, record.total_ns, record.nbytes) == ("disk", 30, PAGE_BYTES)
 
 
 def test_a_refused_activation_leaves_nothing_for_the_next_one() -> None:
