@@ -25,7 +25,6 @@ from typing import Final, Literal
 import msgspec
 
 from overcommit import __version__
-from overcommit.kernels import _digest
 from overcommit.runtime.config import PAGE_BYTES, READ_BYTES, SMALL_CHUNK_BYTES, ModelConfig
 from overcommit.runtime.container import (
     FORMAT_VERSION,
@@ -43,6 +42,7 @@ from overcommit.runtime.container import (
     write_packed_container,
 )
 from overcommit.runtime.errors import ImageError
+from overcommit.runtime.image_payload import Payload
 from overcommit.runtime.packed import is_worth, pieces_of, unpack_payload, worth_bytes
 from overcommit.runtime.parts import PartInfo, path_of, plan, private_bytes, round_up
 
@@ -61,7 +61,6 @@ __all__ = [
 ]
 
 PACKER_VERSION: Final = 3  # a packer that makes other images of the same files says so here
-WORD_BYTES: Final = 8  # of a digest
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -174,7 +173,7 @@ def write_image(
     not fit the table, OSError from the disk.
     """
     path = Path(path)
-    payload = _Payload(header, tensors, on_progress)
+    payload = Payload(header, tensors, on_progress)
     infos = []
     for start, nbytes in payload.plan.parts:
         infos.append(_write_part(path, payload, start, nbytes, packs))
@@ -203,7 +202,7 @@ def write_image(
     return with_pieces(*done)
 
 
-def _write_part(path: Path, payload: _Payload, start: int, nbytes: int, packs: bool) -> PartInfo:
+def _write_part(path: Path, payload: Payload, start: int, nbytes: int, packs: bool) -> PartInfo:
     """Write a part that is not there, packed if that makes it small enough."""
     digest = payload.digest(start, nbytes)
     if packs:
@@ -238,7 +237,7 @@ def _packed_there(path: Path, digest: str, nbytes: int) -> PartInfo | None:
 def _try_packed(
     file: Path,
     header_with: Callable[[Digests, Sizes], msgspec.Struct],
-    payload: _Payload,
+    payload: Payload,
     start: int,
     nbytes: int,
 ) -> tuple[Digests, Sizes] | None:
@@ -264,94 +263,6 @@ def is_there(image_path: str | Path, part: PartInfo) -> bool:
     except ImageError:
         return False
     return stored.stored_bytes == (part.packed_bytes or part.nbytes)
-
-
-class _Payload:
-    """The bytes of an image, gaps included, of which any stretch can be had more than once."""
-
-    def __init__(
-        self,
-        header: ImageHeader,
-        tensors: Iterable[tuple[TensorEntry, memoryview]],
-        on_progress: Callable[[int, int], None] | None,
-    ) -> None:
-        """Raise ImageError for tensors that are not the table's: one must not become zeros."""
-        self._given: list[tuple[int, memoryview]] = []
-        wanted = [entry for entry in header.tensors if entry.alias_of is None]
-        expected = iter(wanted)
-        for entry, data in tensors:
-            if entry != next(expected, None):
-                raise ImageError(f"tensor '{entry.name}' is not the next one of the table")
-            if data.nbytes != entry.nbytes:
-                raise ImageError(
-                    f"tensor '{entry.name}' has {data.nbytes} bytes, its entry says {entry.nbytes}"
-                )
-            self._given.append((entry.offset, data))
-        if (missing := next(expected, None)) is not None:
-            raise ImageError(f"tensor '{missing.name}' was not given")
-        self.plan = plan([(entry.name, entry.nbytes) for entry in wanted])
-        offsets = tuple(entry.offset for entry in wanted)
-        if self.plan.offsets != offsets or self.plan.nbytes != header.nbytes:
-            raise ImageError("the tensors do not lie where `lay_out` puts them")
-        self._total = header.nbytes
-        self._on_progress = on_progress
-
-    def digest(self, start: int, nbytes: int) -> str:
-        """Name these bytes."""
-        digest = hashlib.blake2b(digest_size=20)
-        for piece in self.pieces(start, nbytes):
-            digest.update(piece)
-        return digest.hexdigest()
-
-    def content_digest(self) -> int:
-        """Digest all of it; a word may begin in a tensor and end in the gap behind it."""
-        total = at = 0
-        begun = b""
-        for piece in self.pieces(0, self._total):
-            if begun:
-                missing = WORD_BYTES - len(begun)
-                begun, piece = begun + bytes(piece[:missing]), piece[missing:]
-                if len(begun) < WORD_BYTES:
-                    continue
-                total += _digest.digest(begun, at // WORD_BYTES)
-                at += WORD_BYTES
-            whole = len(piece) // WORD_BYTES * WORD_BYTES
-            total += _digest.digest(piece[:whole], at // WORD_BYTES)
-            at, begun = at + whole, bytes(piece[whole:])
-        assert not begun, "a range is whole pages"
-        return total & ((1 << 64) - 1)
-
-    def pieces(self, start: int, nbytes: int) -> Iterator[memoryview]:
-        """Yield the bytes [start, start + nbytes) in order, zeros between tensors."""
-        at, end = start, start + nbytes
-        for offset, data in self._given:
-            first, last = max(at, offset), min(end, offset + data.nbytes)
-            if first < last:
-                yield from _zeros(first - at)
-                yield data[first - offset : last - offset]
-                at = last
-        yield from _zeros(end - at)
-
-    def told(self, start: int, nbytes: int) -> Iterator[memoryview]:
-        """As `pieces`, and report on the way: a part may be gigabytes, and so may a tensor."""
-        for piece in self.pieces(start, nbytes):
-            for at in range(0, len(piece), READ_BYTES):
-                data = piece[at : at + READ_BYTES]
-                yield data
-                start += len(data)
-                self.tell(start)
-
-    def tell(self, done: int) -> None:
-        """Report how far it is."""
-        if self._on_progress is not None:
-            self._on_progress(done, self._total)
-
-
-def _zeros(nbytes: int) -> Iterator[memoryview]:
-    zeros = memoryview(bytes(min(nbytes, 1 << 16)))
-    while nbytes:
-        yield zeros[:nbytes]
-        nbytes -= min(nbytes, len(zeros))
 
 
 # --- reading ------------------------------------------------------------------------------------

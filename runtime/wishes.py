@@ -87,9 +87,9 @@ class Wishes:
         self._told: dict[int, int] = {}  # slot -> the earliest deadline that was told
         self._noted: dict[int, int] = {}  # what the page says, where that is not 0
         self.warm_ups: deque[Version] = deque()
-        self.coming: dict[
-            int, Coming
-        ] = {}  # by slot: mapped ahead, not resident when looked at last
+        self.unsaid: set[int] = set()  # slots that got jobs since the page was told
+        # By slot: mapped ahead, not resident when looked at last.
+        self.coming: dict[int, Coming] = {}
         self._arrived: dict[int, int] = {}  # slot -> generation that is resident, before its Placed
 
     def want(self, slot: int, deadline_ns: int = NEVER_NS) -> None:
@@ -129,6 +129,13 @@ class Wishes:
             else:
                 del self._noted[slot]
             self._leases.set_waiting(slot, waiting)
+
+    def say_waiting(self, taken: Sequence[int]) -> None:
+        """Tell the page of the jobs that came and wait; these slots' are taken."""
+        if self.unsaid:
+            for slot in self.unsaid.difference(taken):
+                self.note_waiting(slot)
+            self.unsaid.clear()
 
     def note_all_waiting(self, slots: Sequence[int]) -> None:
         """`note_waiting` for the versions of a batch; most have nothing waiting and said so."""

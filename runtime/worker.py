@@ -30,7 +30,6 @@ import mmap
 import os
 import sys
 import time
-from collections.abc import Sequence
 from typing import Final
 
 from overcommit.runtime import _shm
@@ -112,7 +111,6 @@ class Worker:
         )
         flights = None if pins is None else Flights(self._runner, self._status)
         self.deck = deck_of(flights, self.batcher, self.versions, self.wishes)
-        self._unsaid: set[int] = set()  # slots that got jobs since the page was told
         self._heartbeat_ns = self._control_ns = 0
         self.garbage = Garbage(time.monotonic_ns())
         self._heap = Heap()
@@ -207,7 +205,7 @@ class Worker:
                 jobs, cancelled = link.pop(now_ns)
                 for job in jobs:
                     self._admit(job, link, now_ns)
-                    self._unsaid.add(job.slot)
+                    self.wishes.unsaid.add(job.slot)
                 did = did or bool(jobs)
             except ProtocolError as error:
                 log.error("link %#x broke the protocol and is dropped: %s", link.key, error.message)
@@ -258,7 +256,7 @@ class Worker:
         """Check a job that came before its version was known."""
         try:
             self._admit(job, self.links.of(job), now_ns)
-            self._unsaid.add(job.slot)
+            self.wishes.unsaid.add(job.slot)
         except ProtocolError as error:
             log.error("link %#x broke the protocol and is dropped: %s", job.link, error.message)
             self.links.broken.append(job.link)
@@ -277,11 +275,11 @@ class Worker:
         for job in self.batcher.take_expired():
             self._expire(job, now_ns)
         if batch is None:
-            self._say_waiting(())
+            self.wishes.say_waiting(())
             return False
         slots = [batch.slot]
         slots += [slot for slot, _ in batch.others]
-        self._say_waiting(slots)  # what this batch takes need not be said
+        self.wishes.say_waiting(slots)  # what this batch takes need not be said
         self.links.ring_bells()  # who was refused or has expired need not wait for this batch
         if batch.others:
             self._run_mixed(batch, slots, now_ns)
@@ -309,13 +307,6 @@ class Worker:
         else:
             self.wishes.refuse(job, Overloaded.code, refusal, RETRY_MS)
         self.wishes.note_waiting(job.slot)
-
-    def _say_waiting(self, taken: Sequence[int]) -> None:
-        """Tell the page of the jobs that came and wait."""
-        if self._unsaid:
-            for slot in self._unsaid.difference(taken):
-                self.wishes.note_waiting(slot)
-            self._unsaid.clear()
 
     def _run_mixed(self, batch: Batch, slots: list[int], now_ns: int) -> None:
         """Run a batch of several versions; those that are not resident any more run later."""
