@@ -144,7 +144,11 @@ class Batcher:
         assert job.request_id not in self._jobs, "a request is queued once"
         if lane.limits.wait_ns and not lane.takes(job):
             return False
-        self._enter(turn, job)
+        lane.push(job)  # as `_enter` does
+        self._jobs[job.request_id] = job
+        self._waiting.add(turn)
+        if job.deadline_ns < self._sweep_ns:
+            self._sweep_ns = job.deadline_ns
         # A lane that is DUE stays where it is; one that is WAITING may have become full.
         state = turn.state
         if state is _EMPTY and turn.can_run and not lane.limits.delay_ns:
@@ -213,31 +217,28 @@ class Batcher:
         first = parts[0][0]
         ran = self._ranks.of(first)
         self.slowest_ns = max(cost_ns, self.slowest_ns - (self.slowest_ns >> 5))
+        done = parts
         if lost:
-            for turn, mine in parts:
-                if turn.lane.slot in lost:
-                    for job in mine:
-                        self._enter(turn, job)
             done = [part for part in parts if part[0].lane.slot not in lost]
-        else:
-            done = parts
-        jobs, charge = self._jobs, self._ranks.charge
-        one_ns = cost_ns / max(1, sum([len(mine) for _, mine in done]))
-        for turn, mine in done:
+            for turn, job in [(t, job) for t, mine in parts if t.lane.slot in lost for job in mine]:
+                self._enter(turn, job)
+        jobs = self._jobs
+        left = len(jobs)
+        for _, mine in done:
             for job in mine:
                 del jobs[job.request_id]
-            charge(turn, one_ns * len(mine))
-        # One lane of a batch is enough, and one in four short batches: it costs as taking a job.
+        one_ns = cost_ns / max(1, left - len(jobs))
+        self._ranks.charge(done, one_ns)
+        # One lane of a batch is enough, and one in four short batches.
         if first.lane.slot not in lost and (cost_ns >= LONG_NS or not self.finished & 3):
             first.pace.note(first.lane.taken_rows, one_ns * len(parts[0][1]))
         self.finished += 1
         self._ranks.settle(ran, cost_ns)
-        waiting = self._waiting
         for turn, _ in parts:
             if turn.lane.count:
                 self._place(turn, now_ns)
             else:
-                waiting.discard(turn)
+                self._waiting.discard(turn)
                 turn.state = _EMPTY
 
     def lift(self, batch: Batch) -> None:

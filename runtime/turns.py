@@ -24,6 +24,7 @@ from __future__ import annotations
 import enum
 import itertools
 from collections import deque
+from collections.abc import Sequence, Sized
 from heapq import heappop, heappush
 from typing import Final, Protocol
 
@@ -167,12 +168,14 @@ class Ranks:
             rank.clock_ns = max(rank.clock_ns, rank.used_ns)
             rank.owed_ns = 0.0
 
-    def charge(self, turn: Turn, cost_ns: float) -> None:
-        """A lane has had so much compute."""
-        rank = turn.rank or self.of(turn)
-        turn.used_ns = used_ns = turn.start_ns + cost_ns / turn.lane.limits.weight
-        if used_ns > rank.used_ns:
-            rank.used_ns = used_ns
+    def charge(self, parts: Sequence[tuple[Turn, Sized]], one_ns: float) -> None:
+        """These lanes have had so much compute for each of their jobs."""
+        for turn, jobs in parts:
+            rank = turn.rank or self.of(turn)
+            used_ns = turn.start_ns + one_ns * len(jobs) / turn.lane.limits.weight
+            turn.used_ns = used_ns
+            if used_ns > rank.used_ns:
+                rank.used_ns = used_ns
 
     def settle(self, ran: Rank, cost_ns: float) -> None:
         """Owe the classes that waited below; what a class ran before its betters, it has had."""

@@ -132,10 +132,12 @@ class Wishes:
 
     def say_waiting(self, taken: Sequence[int]) -> None:
         """Tell the page of the jobs that came and wait; these slots' are taken."""
-        if self.unsaid:
-            for slot in self.unsaid.difference(taken):
+        unsaid = self.unsaid
+        unsaid.difference_update(taken)
+        if unsaid:
+            for slot in unsaid:
                 self.note_waiting(slot)
-            self.unsaid.clear()
+            unsaid.clear()
 
     def note_all_waiting(self, slots: Sequence[int]) -> None:
         """`note_waiting` for the versions of a batch; most have nothing waiting and said so."""

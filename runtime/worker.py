@@ -205,7 +205,7 @@ class Worker:
                 jobs, cancelled = link.pop(now_ns)
                 for job in jobs:
                     self._admit(job, link, now_ns)
-                    self.wishes.unsaid.add(job.slot)
+                self.wishes.unsaid.update([job.slot for job in jobs])
                 did = did or bool(jobs)
             except ProtocolError as error:
                 log.error("link %#x broke the protocol and is dropped: %s", link.key, error.message)
