@@ -162,15 +162,15 @@ def measure(port: int, groups: Sequence[Group], seconds: float) -> list[Book]:
 
 
 async def _measure(port: int, groups: Sequence[Group], seconds: float) -> list[Book]:
-    books = [Book() for _ in groups]
     started_ns = time.monotonic_ns()
     end_ns = started_ns + int(seconds * 1e9)
-    clients = [
-        _Client(port, group, book, end_ns).run()
-        for group, book in zip(groups, books, strict=True)
-        for _ in range(group.connections)
-    ]
-    await asyncio.gather(*clients)
-    for book in books:
+
+    async def run(group: Group) -> Book:
+        book = Book()
+        clients = [_Client(port, group, book, end_ns).run() for _ in range(group.connections)]
+        await asyncio.gather(*clients)
+        # Its own end: another group may wait for its last answers much longer.
         book.seconds = (time.monotonic_ns() - started_ns) / 1e9
-    return books
+        return book
+
+    return list(await asyncio.gather(*map(run, groups)))

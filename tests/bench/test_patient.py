@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import numpy as np
 
@@ -15,8 +16,13 @@ from overcommit.bench.patient import Book, Group, measure
 REFUSAL = b"HTTP/1.1 503 Busy\r\nretry-after: 1\r\nretry-after-ms: 3\r\ncontent-length: 2\r\n\r\n{}"
 
 
-def serve(listener: socket.socket, refusing: bool, right: bool) -> None:
-    """Answer one connection: an echo of everything, after a refusal of each."""
+HELD_S = 0.2
+
+
+def serve(
+    listener: socket.socket, refusing: bool = False, right: bool = True, held_s: float = 0.0
+) -> None:
+    """Answer one connection: an echo of everything, after a refusal of each; hold the first back."""
     connection, _ = listener.accept()
     data, number = b"", 0
     with connection, connection.makefile("rb") as file:
@@ -28,6 +34,7 @@ def serve(listener: socket.socket, refusing: bool, right: bool) -> None:
                 head = file.readline()
             data = file.read(length)
             number += 1
+            time.sleep(held_s if number == 1 else 0.0)
             if refusing and number % 2:
                 connection.sendall(REFUSAL)
                 continue
@@ -52,6 +59,25 @@ def test_right_answers_are_in_time_or_late_by_their_deadline() -> None:
     assert book.in_time == 0
     assert book.late > 0
     assert book.lateness_ns > 0
+
+
+def test_a_group_that_waits_for_its_last_answer_takes_nothing_from_the_other_ones_rate() -> None:
+    plan = EchoPlan(dialect=V2(binary=True))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Whichever connects first is served at once.
+        servers = [threading.Thread(target=serve, args=(listener,), daemon=True)]
+        servers += [
+            threading.Thread(target=serve, args=(listener,), kwargs={"held_s": HELD_S}, daemon=True)
+        ]
+        for each in servers:
+            each.start()
+        groups = [Group(name, EchoWorkload(plan, 1), 1) for name in "ab"]
+        books = measure(listener.getsockname()[1], groups, HELD_S / 10)
+        for each in servers:
+            each.join()
+    quick, held = sorted(books, key=lambda book: book.seconds)
+    assert held.seconds >= HELD_S
+    assert quick.seconds < held.seconds - HELD_S / 4, "it ended when its own clients had"
 
 
 def test_wrong_answers_are_counted_as_that() -> None:
