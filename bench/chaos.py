@@ -37,11 +37,13 @@ HOST_MEMORY: Final = "360MiB"  # four
 FRONT_ENDS: Final = 2
 WORKERS: Final = 2
 KILLED: Final = (("front_end", 1), ("worker", 0), ("worker", 1))
+MOVER: Final = ("mover", 0)  # where nothing is to be loaded: a load that begins anew reads twice
 WARM_UP_S: Final = 5.0
 KILL_S: Final = 20.0
 RESIDENT_S: Final = 10.0
 QUICK_KILL_S: Final = 12.0
 QUICK_RESIDENT_S: Final = 6.0
+AGAIN_S: Final = 1.0
 DRAIN_AFTER_S: Final = 1.5
 ORPHANS_AFTER_S: Final = 1.5
 ANSWERS_LIMIT_S: Final = 90.0  # for the first ones, of a server that has just started
@@ -133,10 +135,21 @@ class Chaos:
             if baseline.total("loads_from_disk") == start.total("loads_from_disk"):
                 break
         before = books.Books.read(server)
-        killer = Killer(server, KILLED, self.options.seed + 1)
+        killer = Killer(server, (*KILLED, MOVER), self.options.seed + 1)
         tally = self.run_load(server, seconds, "killing", "resident", killer.tick)
+        # Everybody at once, and then all is asked: with `--verify always` it is digested in DEVICE.
+        snapshot.settle(server)
+        last = Killer(server, (*KILLED, MOVER), self.options.seed)
+        last.kill_all()
+        snapshot.settle(server)
+        again = self.run_load(server, AGAIN_S, "asking for all that was resident", "resident")
         after = snapshot.settle(server)
         self._judge("resident", tally, killer)
+        self.report.expect(
+            "resident: all of it answers right after workers and mover were killed at once",
+            last.count("worker") == WORKERS and not again.wrong + again.errors + again.unanswered,
+            f"{last.count('worker')} workers killed; {again.right} right of {again.sent}",
+        )
         books.check_no_reads(self.report, server, before, baseline, after)
 
     def drain(self, server: Server) -> None:

@@ -55,13 +55,22 @@ class Killer:
         # Drawn before looking who lives, so that what is drawn depends on the seed alone.
         order = self._random.sample(sorted(self._seats), len(self._seats))
         pause_s = self._random.uniform(*self._interval_s)
-        rows = self._server.status()["processes"]
-        live = {(row["kind"], row["seat"]): row["pid"] for row in rows if row["state"] == "LIVE"}
+        live = self._live()
         for name in order:
             if name in live:
                 self._kill(*name, live[name])
                 break
         self._next_s = time.monotonic() + pause_s
+
+    def kill_all(self) -> None:
+        """Kill whoever lives in one of the seats now."""
+        live = self._live()
+        for name in sorted(self._seats & live.keys()):
+            self._kill(*name, live[name])
+
+    def _live(self) -> dict[SeatName, int]:
+        rows = self._server.status()["processes"]
+        return {(row["kind"], row["seat"]): row["pid"] for row in rows if row["state"] == "LIVE"}
 
     def _kill(self, kind: str, seat: int, pid: int) -> None:
         try:
