@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from overcommit.runtime import _shm
-from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings
+from overcommit.runtime.config import NEVER_NS, QUIET_NS, ModelConfig, Settings
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.fleet import Child, Fleet
@@ -107,6 +107,7 @@ class Activations:
         self._on_ready: Callable[[int, str], None] = lambda slot, name: None
         self._on_removed: Callable[[int], None] = lambda slot: None
         self.timings = Timings()
+        self._asked_ns = 0  # when a load was asked for last
 
     def watch(
         self,
@@ -140,7 +141,9 @@ class Activations:
             )
             return
         if self._table is not None and self._table.get(slot)[0] == _shm.ABSENT:
-            self._fleet.mover_bells.ring(self._site)  # it gets ready while this is decided
+            if now_ns - self._asked_ns >= QUIET_NS:
+                self._fleet.mover_bells.ring(self._site)  # it gets ready while this is decided
+            self._asked_ns = now_ns
         self._tell(worker, entry)
         latest_ns = message.latest_ns if self._settings.admission else NEVER_NS
         self.apply(self._residency.want(slot, worker.seat.index, now_ns, latest_ns), now_ns)

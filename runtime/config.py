@@ -42,6 +42,7 @@ PREFETCH_READS_IN_FLIGHT: Final = 2  # what a foreground load may find before it
 COPY_THREADS_MAX: Final = 4  # or one per core, where there are fewer
 COPY_BYTES_MIN: Final = 4 * MIB  # of one step of a copy between tiers, where so much is left
 COPY_BYTES_MAX: Final = 32 * MIB
+QUIET_NS: Final = 10_000_000  # after so long without loads others are woken ahead of one
 # How long a mover looks for the message that its bell has announced: a decision of the supervisor's.
 DECISION_SPIN_NS: Final = 800_000
 # How long an idle worker watches a state word that the mover has announced: a last step of a copy.

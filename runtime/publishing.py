@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 from overcommit.runtime import _shm
+from overcommit.runtime.config import QUIET_NS
 from overcommit.runtime.mover_messages import Load
 
 
@@ -33,6 +35,7 @@ class Publisher:
     def __init__(self, table: _shm.ResidencyTable | None = None) -> None:
         self._table = table
         self._bells: dict[int, int] = {}
+        self._published_ns = 0  # when the last one was
 
     def on_bell(self, seat: int, bell: int) -> None:
         """Another worker may sit there from now on."""
@@ -42,8 +45,9 @@ class Publisher:
             os.close(former)
 
     def announce(self, load: Load) -> None:
-        """All bytes but the last are there."""
-        if load.publishes and self._table is not None:
+        """All bytes but the last are there; on a machine that is busy with loads nobody is told."""
+        is_busy = time.monotonic_ns() - self._published_ns < QUIET_NS
+        if load.publishes and self._table is not None and not is_busy:
             self._table.set(load.slot, _shm.LOADING, load.publishes)
             self.ring(load)
 
@@ -51,6 +55,7 @@ class Publisher:
         """All bytes are there; who sleeps is to be rung after LoadDone was sent."""
         if load.publishes and self._table is not None:
             self._table.set(load.slot, _shm.RESIDENT, load.publishes)
+            self._published_ns = time.monotonic_ns()
 
     def ring(self, load: Load) -> None:
         """Wake the workers that wait for it."""
