@@ -14,6 +14,9 @@ from typing import Any, Final
 
 import numpy as np
 
+_BLOCKS_Y_MAX: Final = 65_535
+_BLOCKS_X_MAX: Final = 64
+
 # The subset that the sources keep to is C as well as C++, so that a test can compile them with gcc, its
 # own KERNEL, SHARED, BARRIER, ATOMIC_ADD and conversions in the place of the first half.
 PRELUDE: Final = r"""
@@ -83,6 +86,24 @@ def table_of(entries: Sequence[Sequence[int]]) -> Any:
     memory = cupy().cuda.alloc_pinned_memory(words.nbytes)
     np.frombuffer(memory, np.uint64, words.size)[:] = words.reshape(-1)
     return memory
+
+
+def grid_of(rows: int, widest: int, threads: int) -> tuple[int, int]:
+    """Return how many blocks a launch over a table has, along a row of `widest` items and over the rows."""
+    across = max(1, min(_BLOCKS_X_MAX, -(-widest // threads)))
+    return across, min(rows, _BLOCKS_Y_MAX)
+
+
+def launch_rows(
+    kernel: Any, entries: Sequence[Sequence[int]], grid: tuple[int, int], threads: int
+) -> Any:
+    """Launch a kernel that works by a table of rows on cupy's current stream, without waiting.
+
+    Return what has to be kept until it is done: the table, in memory that the kernel reads.
+    """
+    table = table_of(entries)
+    kernel(grid, (threads,), (np.uint64(table.ptr), np.uint64(len(entries))))
+    return table
 
 
 def address_of(data: Any) -> int:

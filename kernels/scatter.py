@@ -106,8 +106,6 @@ KERNEL scatter(const u64 *table, u64 rows) {
 }
 """
 )
-_BLOCKS_Y_MAX: Final = 65_535
-_BLOCKS_X_MAX: Final = 64
 
 
 def source_of(source: str, target: str) -> str:
@@ -141,21 +139,15 @@ def entries_of(
 def grid_of(entries: Sequence[Entry]) -> tuple[int, int]:
     """Return how many blocks a launch over these rows has, along a row and over the rows."""
     widest = max((entry[1] for entry in entries), default=1)
-    across = max(1, min(_BLOCKS_X_MAX, -(-widest // THREADS)))
-    return across, min(len(entries), _BLOCKS_Y_MAX)
+    return cuda.grid_of(len(entries), widest, THREADS)
 
 
 def launch(entries: Sequence[Entry], source: str, target: str) -> Any:
-    """Scatter these rows: one launch on cupy's current stream, without waiting.
-
-    Return what has to be kept until it is done: the table, in memory that the kernel reads.
-    """
+    """Scatter these rows, as `cuda.launch_rows` does; return what it returns, None where there are none."""
     if not entries:
         return None
-    table = cuda.table_of(entries)
     kernel = cuda.function(source_of(source, target), "scatter")
-    kernel(grid_of(entries), (THREADS,), (np.uint64(table.ptr), np.uint64(len(entries))))
-    return table
+    return cuda.launch_rows(kernel, entries, grid_of(entries), THREADS)
 
 
 def scatter_cuda(values: Any, pieces: Sequence[Piece], source: str, target: str) -> None:

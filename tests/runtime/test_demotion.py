@@ -124,14 +124,20 @@ def test_there_is_a_pause_after_each_copy() -> None:
     assert [load.slot for load in world.tick(2 * MS) if isinstance(load, StartLoad)] == [1]
 
 
-def test_a_wish_that_needs_the_bytes_has_the_copy_stopped() -> None:
-    world = World(1, 1)
+def copying(host: int) -> tuple[World, StartLoad]:
+    """A version that fills DEVICE is copied to a HOST with room for so many; another is known."""
+    world = World(1, host)
     world.add(0)
     world.add(1)
     world.load(0)
     world.residency._on_host.drop(world.residency._versions[0])  # type: ignore[union-attr]
     measured(world).tick(SECOND)
     (save,) = saves(world)
+    return world, save
+
+
+def test_a_wish_that_needs_the_bytes_has_the_copy_stopped() -> None:
+    world, save = copying(1)
     world.want(1)
     assert world.cancelled == [save.job]
     world.finish(save.job, ok=False, message=CANCELLED)
@@ -140,13 +146,7 @@ def test_a_wish_that_needs_the_bytes_has_the_copy_stopped() -> None:
 
 
 def test_a_copy_that_ends_before_it_was_stopped_counts() -> None:
-    world = World(1, 2)
-    world.add(0)
-    world.add(1)
-    world.load(0)
-    world.residency._on_host.drop(world.residency._versions[0])  # type: ignore[union-attr]
-    measured(world).tick(SECOND)
-    (save,) = saves(world)
+    world, save = copying(2)
     world.want(1)
     world.finish(save.job)  # it was over when the word came
     assert world.state(1) is State.LOADING
