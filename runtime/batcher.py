@@ -144,11 +144,7 @@ class Batcher:
         assert job.request_id not in self._jobs, "a request is queued once"
         if lane.limits.wait_ns and not lane.takes(job):
             return False
-        lane.push(job)  # as `_enter` does
-        self._jobs[job.request_id] = job
-        self._waiting.add(turn)
-        if job.deadline_ns < self._sweep_ns:
-            self._sweep_ns = job.deadline_ns
+        self._enter(turn, job)
         # A lane that is DUE stays where it is; one that is WAITING may have become full.
         state = turn.state
         if state is _EMPTY and turn.can_run and not lane.limits.delay_ns:
@@ -220,14 +216,15 @@ class Batcher:
         done = parts
         if lost:
             done = [part for part in parts if part[0].lane.slot not in lost]
-            for turn, job in [(t, job) for t, mine in parts if t.lane.slot in lost for job in mine]:
-                self._enter(turn, job)
+            for turn, mine in parts:
+                if turn.lane.slot in lost:
+                    for job in mine:
+                        self._enter(turn, job)
         jobs = self._jobs
-        left = len(jobs)
         for _, mine in done:
             for job in mine:
                 del jobs[job.request_id]
-        one_ns = cost_ns / max(1, left - len(jobs))
+        one_ns = cost_ns / max(1, sum([len(mine) for _, mine in done]))
         self._ranks.charge(done, one_ns)
         # One lane of a batch is enough, and one in four short batches.
         if first.lane.slot not in lost and (cost_ns >= LONG_NS or not self.finished & 3):

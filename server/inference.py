@@ -328,7 +328,8 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
     """Encode the answer that lies in an egress block.  Raises ProtocolError, BadRequest."""
     plan = None
     if prepared.selection is None:
-        plan = prepared.shape.find(view, prepared.all_binary)
+        shape = prepared.shape
+        plan = shape.find(shape.outputs, view, None, prepared.all_binary)
     if plan is None:
         plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
     pieces: list[bytes] = [prepared.answer_head]

@@ -83,6 +83,9 @@ class OutputPlan:
     tail: bytes
 
 
+Outputs = dict[tuple[bytes, Selection, bool], OutputPlan]  # by header, what is wanted, and how
+
+
 @dataclass(slots=True)
 class Shape:
     """What routes that take and give the same share.
@@ -92,13 +95,15 @@ class Shape:
     """
 
     inputs: dict[Key, InputPlan] = field(default_factory=dict)
-    outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=dict)
     header_words: int = 0  # of the answer seen last: the next one is most likely as long
     templates: Templates = field(default_factory=Templates)
 
-    def find(self, view: memoryview, all_binary: bool) -> OutputPlan | None:
-        """Return the plan of a whole answer that is laid out like the last one."""
-        plan = self.outputs.get((bytes(view[: self.header_words]), None, all_binary))
+    def find(
+        self, known: Outputs, view: memoryview, selection: Selection, all_binary: bool
+    ) -> OutputPlan | None:
+        """Return the plan among these of an answer that is laid out like the last one."""
+        plan = known.get((bytes(view[: self.header_words]), selection, all_binary))
         if plan is None or (plan.parts and plan.parts[-1].end > len(view)):
             return None
         return plan
@@ -133,7 +138,7 @@ class RoutePlans:
         self._prepared: dict[Template, Prepared] = {}
         self.recent: tuple[Template | None, Prepared | None] = (None, None)
         # Answers of which a part is asked for: classes have labels of the version.
-        self._outputs: dict[tuple[bytes, Selection, bool], OutputPlan] = {}
+        self._outputs: Outputs = {}
         self.answer_head = b'{"model_name":%b,"model_version":%b' % (
             *(codec.encode(route.name), codec.encode(route.version)),
         )
@@ -226,12 +231,8 @@ class RoutePlans:
     def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
         """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
         shape = self.shape
-        if selection is None:
-            known, plan = shape.outputs, shape.find(view, all_binary)
-        else:
-            known = self._outputs
-            plan = known.get((bytes(view[: shape.header_words]), selection, all_binary))
-        if plan is not None and (not plan.parts or plan.parts[-1].end <= len(view)):
+        known = shape.outputs if selection is None else self._outputs
+        if (plan := shape.find(known, view, selection, all_binary)) is not None:
             return plan
         places = payload.decode(view)
         words = payload.WORD_BYTES * (2 + sum(5 + len(place.shape) for place in places))

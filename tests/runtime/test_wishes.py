@@ -295,14 +295,20 @@ def test_a_version_is_warmed_up_with_a_row_of_zeros_when_nothing_waits(
 
 
 # --- what the mover publishes ---------------------------------------------------------------------
-def test_what_was_coming_runs_as_soon_as_the_word_says_so_without_placed(
-    rig: Rig, front: Front
-) -> None:
+def coming(rig: Rig, front: Front) -> int:
+    """A request waits for version 5, whose first load is said to end on page 20."""
     request = front.submit(5, [X])
     rig.control.send(info(5))
     rig.table.set(5, _shm.LOADING, 0)
     rig.control.send(Coming(slot=5, generation=1, extents=((20 * PAGE_BYTES, PAGE_BYTES),)))
     rig.settle()
+    return request
+
+
+def test_what_was_coming_runs_as_soon_as_the_word_says_so_without_placed(
+    rig: Rig, front: Front
+) -> None:
+    request = coming(rig, front)
     assert request not in front.collect()
     placed = rig.publish(5, 1, 6.0, page=20)
     os.eventfd_write(rig.fds["doorbell"], 1)
@@ -325,11 +331,7 @@ def test_what_was_coming_runs_as_soon_as_the_word_says_so_without_placed(
 
 
 def test_a_try_that_failed_is_not_taken_for_the_one_that_follows(rig: Rig, front: Front) -> None:
-    request = front.submit(5, [X])
-    rig.control.send(info(5))
-    rig.table.set(5, _shm.LOADING, 0)
-    rig.control.send(Coming(slot=5, generation=1, extents=((20 * PAGE_BYTES, PAGE_BYTES),)))
-    rig.settle()
+    request = coming(rig, front)
     # The worker has not heard of the failure yet, and another one has had it loaded elsewhere.
     rig.publish(5, 1, 9.0, page=20)
     placed = rig.publish(5, 2, 4.0, page=22)
@@ -342,11 +344,7 @@ def test_a_try_that_failed_is_not_taken_for_the_one_that_follows(rig: Rig, front
 
 
 def test_a_worker_watches_what_was_announced_until_it_is_there(rig: Rig, front: Front) -> None:
-    request = front.submit(5, [X])
-    rig.control.send(info(5))
-    rig.table.set(5, _shm.LOADING, 0)
-    rig.control.send(Coming(slot=5, generation=1, extents=((20 * PAGE_BYTES, PAGE_BYTES),)))
-    rig.settle()
+    request = coming(rig, front)
     wishes, rings = rig.worker.wishes, rig.worker.links.rings
     assert not wishes.watch(rings, NEVER_NS), "nothing was announced"
     rig.table.set(5, _shm.LOADING, 1)
