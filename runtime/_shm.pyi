@@ -5,7 +5,7 @@ Buffers are writable `mmap.mmap` objects (or read-only ones where said) that the
 """
 
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
@@ -223,6 +223,12 @@ def move_fixed(source: int, destination: int, nbytes: int) -> None:
 
 def release(address: int, nbytes: int) -> None:
     """Give the address space back."""
+
+def prefetch(rows: list[Submission], column: int, lists: tuple[list[Any], ...]) -> None:
+    """Have what the lists hold at the indexes in a column on its way into the cache.
+
+    What it refers to comes along.  An index that a list has not is passed over.
+    """
 
 def populate(address: int, nbytes: int, writable: bool) -> None:
     """MADV_POPULATE_READ / _WRITE without the GIL; OSError where memory is short."""

@@ -25,9 +25,10 @@ from __future__ import annotations
 import bisect
 import collections
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Final
 
+from overcommit.runtime.by_slot import BySlot
 from overcommit.runtime.lanes import BATCH_REQUESTS_MAX, Job
 from overcommit.runtime.turns import LOWER_SHARE, Turn
 
@@ -59,7 +60,7 @@ class Backlog:
 class Foresight:
     """What the lanes of one batcher, which are looked at and not changed, will take."""
 
-    def __init__(self, turns: Mapping[int, Turn], waiting: Collection[Turn]) -> None:
+    def __init__(self, turns: BySlot[Turn], waiting: Collection[Turn]) -> None:
         self._turns = turns
         self._waiting = waiting
         self._works: dict[Turn, float] = {}  # of the lanes in the backlog
@@ -73,7 +74,7 @@ class Foresight:
         None where its lane has not run enough to say.  The lanes that share the worker are as they
         were BACKLOG_NS ago at most, its own as it is.
         """
-        turn = self._turns.get(job.slot)
+        turn = self._turns.find(job.slot)
         if turn is None or not turn.pace.is_known:
             return None
         priority, weight = turn.lane.limits.priority, turn.lane.limits.weight

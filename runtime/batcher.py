@@ -46,6 +46,7 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from overcommit.runtime.backlog import Foresight
+from overcommit.runtime.by_slot import BySlot
 from overcommit.runtime.config import NEVER_NS
 from overcommit.runtime.joining import common_form, may_join
 from overcommit.runtime.lanes import Batch, Job, Lane, Limits
@@ -65,7 +66,7 @@ class Batcher:
     """All lanes of one worker.  One batch is out at a time, beside those that were lifted."""
 
     def __init__(self) -> None:
-        self._turns: dict[int, Turn] = {}
+        self.turns = BySlot[Turn]()
         self._jobs: dict[int, Job] = {}
         self._ranks = Ranks()
         self._timers: list[tuple[int, int, Turn]] = []
@@ -81,7 +82,7 @@ class Batcher:
         # About the longest batch of late: with the number of jobs, a cheap bound on what anybody waits.
         self.slowest_ns = 0
         self.finished = 0  # batches, ever
-        self.foresight = Foresight(self._turns, self._waiting)
+        self.foresight = Foresight(self.turns, self._waiting)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -97,7 +98,7 @@ class Batcher:
         """
         left = self.remove(slot)
         assert not left, "a lane is configured before it gets jobs"
-        self._turns[slot] = Turn(Lane(slot, limits) if lane is None else lane)
+        self.turns.put(slot, Turn(Lane(slot, limits) if lane is None else lane))
 
     def set_family(self, slot: int, family: Rooms | None) -> None:
         """Say with which other versions this one may share batches."""
@@ -118,7 +119,7 @@ class Batcher:
 
     def remove(self, slot: int) -> list[Job]:
         """Forget a lane; return what was in it."""
-        turn = self._turns.pop(slot, None)
+        turn = self.turns.take(slot)
         if turn is None:
             return []
         assert not self._is_out(turn), "a version is not removed while its batch runs"
@@ -128,7 +129,7 @@ class Batcher:
 
     def waiting(self, slot: int) -> int:
         """How many jobs wait in this lane."""
-        return 0 if (turn := self._turns.get(slot)) is None else turn.lane.count
+        return 0 if (turn := self.turns.find(slot)) is None else turn.lane.count
 
     def is_busy(self, slot: int) -> bool:
         """Whether jobs of this lane wait, or are on a device."""
@@ -137,7 +138,7 @@ class Batcher:
     # --- jobs -----------------------------------------------------------------------------------
     def add(self, job: Job, now_ns: int) -> bool:
         """Queue a job; False when its lane is full."""
-        turn = self._turns.get(job.slot) or self._turn(job.slot)
+        turn = self.turns.find(job.slot) or self._turn(job.slot)
         lane = turn.lane
         if lane.count >= lane.limits.jobs_max:
             return False
@@ -158,11 +159,11 @@ class Batcher:
         job = self._jobs.get(request_id)
         if job is None:
             return None
-        return next(iter(self._take_if(self._turns[job.slot], lambda x: x is job, now_ns)), None)
+        return next(iter(self._take_if(self._turn(job.slot), lambda x: x is job, now_ns)), None)
 
     def drain(self, slot: int, now_ns: int) -> list[Job]:
         """Take every job of a lane out."""
-        turn = self._turns.get(slot)
+        turn = self.turns.find(slot)
         return [] if turn is None else self._take_if(turn, lambda _: True, now_ns)
 
     def take_before(self, slot: int, time_ns: int, now_ns: int) -> list[Job]:
@@ -258,15 +259,16 @@ class Batcher:
 
     def deadlines(self, slot: int) -> tuple[int, int]:
         """Return the first and the last deadline in a lane; NEVER_NS twice when it is empty."""
-        turn = self._turns.get(slot)
+        turn = self.turns.find(slot)
         times = [] if turn is None else [job.deadline_ns for job in turn.lane.jobs()]
         return min(times, default=NEVER_NS), max(times, default=NEVER_NS)
 
     # --- inside ---------------------------------------------------------------------------------
     def _turn(self, slot: int) -> Turn:
-        turn = self._turns.get(slot)
+        turn = self.turns.find(slot)
         if turn is None:
-            turn = self._turns[slot] = Turn(Lane(slot, Limits()))
+            turn = Turn(Lane(slot, Limits()))
+            self.turns.put(slot, turn)
         return turn
 
     def _enter(self, turn: Turn, job: Job) -> None:

@@ -31,10 +31,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from overcommit.runtime import reshape
 from overcommit.runtime.arena import Ranges, WeightsMapping
+from overcommit.runtime.by_slot import BySlot
 from overcommit.runtime.config import BOUND_MODELS_MAX, LOAD_BACKOFF_S, MIB
 from overcommit.runtime.errors import ImageError, ModelError, OvercommitError
 from overcommit.runtime.helper import Helper
@@ -160,31 +161,32 @@ class Versions:
         None  # (address, bytes), where somebody wants checks
     )
     released: int = 0  # models let go of, ever
-    _versions: dict[int, Version] = field(default_factory=dict)
+    by_slot: BySlot[Version] = field(default_factory=BySlot)
     _stateful: set[int] = field(default_factory=set)  # slots of versions with sequences
     _recent: dict[int, None] = field(default_factory=dict)  # slots with a mapping, by last run
 
     def get(self, slot: int) -> Version | None:
         """The version in this slot; None when nobody has told us of one."""
-        return self._versions.get(slot)
+        known = self.by_slot
+        return known[slot] if slot < len(known) else None
 
     def of(self, slots: Sequence[int]) -> list[Version]:
         """The versions in these slots, which must be known."""
-        versions = self._versions
-        return [versions[slot] for slot in slots]
+        return cast("list[Version]", list(map(self.by_slot.__getitem__, slots)))
 
     # --- events ---------------------------------------------------------------------------------
     def learn(self, info: VersionInfo) -> Version:
         """A version was announced."""
         self.forget(info.slot)
-        version = self._versions[info.slot] = _version_of(info, self.died_ns)
+        version = _version_of(info, self.died_ns)
+        self.by_slot.put(info.slot, version)
         if version.sequences is not None:
             self._stateful.add(info.slot)
         return version
 
     def forget(self, slot: int) -> None:
         """The version is gone: let go of its model, then of its addresses."""
-        version = self._versions.pop(slot, None)
+        version = self.by_slot.take(slot)
         self._stateful.discard(slot)
         if version is not None:
             self._release(version)
@@ -194,7 +196,7 @@ class Versions:
 
         Raises OSError or ValueError when it cannot be mapped.
         """
-        version = self._versions.get(placed.slot)
+        version = self.get(placed.slot)
         if version is None:
             return None
         version.generation = None
@@ -210,7 +212,7 @@ class Versions:
 
         Raises OSError or ValueError when it cannot be mapped.
         """
-        version = self._versions.get(coming.slot)
+        version = self.get(coming.slot)
         if version is None or not self.ranges.can_map_ahead:
             return False
         assert version.generation is None, "what is placed may be read"
@@ -240,7 +242,7 @@ class Versions:
         """Take note of one finished load; its version, and what it raised."""
         while (done := self.loader.try_take()) is not None:
             info, result = done
-            version = self._versions.get(info.slot)
+            version = self.get(info.slot)
             if version is None or version.info is not info:
                 continue  # forgotten meanwhile
             version.is_loading = False
@@ -309,7 +311,9 @@ class Versions:
     def end_idle_sequences(self, now_ns: int) -> None:
         """Let go of the states of sequences that nobody has gone on with."""
         for slot in self._stateful:
-            sequences = self._versions[slot].sequences
+            version = self.by_slot[slot]
+            assert version is not None, "forgotten with its version"
+            sequences = version.sequences
             assert sequences is not None, "noted for its sequences"
             sequences.expire_idle(now_ns)
 
@@ -333,7 +337,8 @@ class Versions:
         for slot in list(self._recent):
             if len(self._recent) <= self.bound_max:
                 break
-            version = self._versions[slot]
+            version = self.by_slot[slot]
+            assert version is not None, "what has a mapping is known"
             has_state = version.sequences is not None and len(version.sequences)
             if not is_waiting(slot) and not version.is_loading and not has_state:
                 self._release(version)

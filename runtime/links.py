@@ -20,7 +20,7 @@ import logging
 import mmap
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import NEVER_NS, POP_MAX
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from overcommit.runtime.payload_pins import PayloadPins
 
 log = logging.getLogger("overcommit.worker")
+
+
+Near = tuple[list[Any], ...]  # each by slot
+_SLOT_COLUMN: Final = 8  # of a submission
 
 
 def link_key(seat: int, epoch: int) -> int:
@@ -66,8 +70,10 @@ class Link:
             self._memory, message.completion_offset, True, epoch, message.epoch
         )
 
-    def pop(self, now_ns: int) -> tuple[list[Job], list[int]]:
+    def pop(self, now_ns: int, near: Near = ()) -> tuple[list[Job], list[int]]:
         """Take up to POP_MAX submissions: the jobs, and the ids to cancel.
+
+        What `near` holds in their slots is fetched into the cache meanwhile.
 
         Raises ProtocolError, and then nothing of the link may be used any more.
         """
@@ -75,6 +81,8 @@ class Link:
             popped = self.submissions.pop(POP_MAX)
         except _shm.RingCorrupt as error:
             raise ProtocolError(f"its submission ring is corrupt: {error}") from error
+        if len(popped) > 1:
+            _shm.prefetch(popped, _SLOT_COLUMN, near)
         jobs: list[Job] = []
         cancelled: list[int] = []
         limit = self.payload_bytes

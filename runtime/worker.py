@@ -200,9 +200,10 @@ class Worker:
     # --- rings -> lanes -------------------------------------------------------------------------
     def _take_submissions(self, now_ns: int) -> bool:
         did = False
+        near = (self.versions.by_slot, self.batcher.turns)
         for link in self.links.all():
             try:
-                jobs, cancelled = link.pop(now_ns)
+                jobs, cancelled = link.pop(now_ns, near)
                 for job in jobs:
                     self._admit(job, link, now_ns)
                 self.wishes.unsaid.update([job.slot for job in jobs])

@@ -22,8 +22,9 @@ from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import Ask
 from overcommit.server import binary, codec, sequences
+from overcommit.server.answer_plans import Outputs, Part, Selection, Want
 from overcommit.server.classification import Classes
-from overcommit.server.plans import InputPlan, Key, Part, RoutePlans, Selection, Shape, Want
+from overcommit.server.plans import InputPlan, Key, RoutePlans, Shape
 from overcommit.server.regions import window_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Prepared:
     is_adapted: bool = False  # its bytes were others when it came
     route: Route = field(init=False)  # whom it asks
     shape: Shape = field(init=False)
+    answers: Outputs = field(init=False)  # plans of answers to such requests
     answer_head: bytes = field(init=False)
     limit_ns: int = field(init=False)  # that it may take, by itself and by its version; 0: none
 
@@ -58,6 +60,9 @@ class Prepared:
         plans = self.plans
         limits_ns = ((plans.route.timeout_ms or 0) * 1_000_000, (self.timeout_us or 0) * 1000)
         put = object.__setattr__
+        selection, answers = plans.select(self.selection)
+        put(self, "selection", selection)
+        put(self, "answers", answers)
         put(self, "route", plans.route)
         put(self, "shape", plans.shape)
         put(self, "answer_head", plans.answer_head)
@@ -326,12 +331,10 @@ def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
 # --- answers ------------------------------------------------------------------------------------
 def respond(prepared: Prepared, view: memoryview) -> Answer:
     """Encode the answer that lies in an egress block.  Raises ProtocolError, BadRequest."""
-    plan = None
-    if prepared.selection is None:
-        shape = prepared.shape
-        plan = shape.find(shape.outputs, view, None, prepared.all_binary)
+    selection = prepared.selection
+    plan = prepared.shape.find(prepared.answers, view, selection, prepared.all_binary)
     if plan is None:
-        plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
+        plan = prepared.plans.outputs(view, selection, prepared.all_binary)
     pieces: list[bytes] = [prepared.answer_head]
     blobs: list[bytes] = []
     for part in plan.parts:

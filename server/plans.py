@@ -1,8 +1,8 @@
-"""How the requests for one version lie in a block, and how its answers are written as JSON.
+"""How the requests for one version lie in a block, and which plans there are of its answers.
 
 Requests for a version differ in their numbers and seldom in anything else.  What depends only on
 names, datatypes and shapes is worked out once, checked, and kept: the block's header and places for
-requests, the fixed pieces of the JSON for answers.
+requests, the fixed pieces of the JSON for answers (`answer_plans.py`).
 
 Invariants
  1. An `InputPlan` exists only for inputs that fit the version: names, datatypes, ranks, fixed
@@ -17,7 +17,6 @@ Called by `inference`; one `RoutePlans` for each route that is asked.
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,11 +25,12 @@ import msgspec
 
 from overcommit.runtime import payload, sequence_terms
 from overcommit.runtime.config import RANK_MAX, TensorSpec
-from overcommit.runtime.errors import BadRequest, ProtocolError
+from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES, TensorPlace
 from overcommit.server import classification, codec
-from overcommit.server.classification import Classes, Labels
+from overcommit.server.answer_plans import Classify, OutputPlan, Outputs, Selection, write_plan
+from overcommit.server.classification import Labels
 from overcommit.server.limits import DIMENSION_MAX, PLANNED_ROUTES_MAX, PLANS_MAX
 from overcommit.server.regions import Regions, Window
 from overcommit.server.templates import Template, Templates
@@ -39,13 +39,6 @@ if TYPE_CHECKING:
     from overcommit.server.inference import Prepared
 
 Key = tuple[tuple[str, str, tuple[int, ...]], ...]  # of each input: name, datatype, shape
-# How an output is wanted: binary or not (None: as the request says for all), its highest values alone,
-# both, or in the client's shared memory.
-Want = bool | Window | tuple[Classes, bool | None] | None
-Selection = tuple[tuple[str, Want], ...] | None  # outputs that are asked for; None: all
-
-SHORT_NUMBERS_MIN = 64  # FP32 from here on is written by the array; a list is as fast for few
-UNPACK_NUMBERS_MAX = 4096  # at once, by a format of their own; half as dear for few
 _UNKNOWN_AXIS = 128  # guess for an output axis that no input decides
 
 
@@ -60,32 +53,6 @@ class InputPlan:
     counts: tuple[int, ...]  # elements of each tensor
 
 
-@dataclass(slots=True, frozen=True)
-class Part:
-    """One output: the JSON before its numbers, and where its bytes lie."""
-
-    prefix: bytes
-    name: str
-    datatype: str
-    start: int
-    end: int
-    is_binary: bool
-    unpack: Callable[[memoryview, int], object] | None  # its numbers, for `codec.encode`
-    window: Window | None = None  # it goes into shared memory, and `prefix` is all of its JSON
-    classes: Callable[[memoryview], list[bytes]] | None = None  # these are wanted of its values
-
-
-@dataclass(slots=True, frozen=True)
-class OutputPlan:
-    """The pieces of an answer's JSON after the route's `answer_head`; `tail` follows the last."""
-
-    parts: tuple[Part, ...]
-    tail: bytes
-
-
-Outputs = dict[tuple[bytes, Selection, bool], OutputPlan]  # by header, what is wanted, and how
-
-
 @dataclass(slots=True)
 class Shape:
     """What routes that take and give the same share.
@@ -96,6 +63,7 @@ class Shape:
 
     inputs: dict[Key, InputPlan] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=dict)
+    selections: dict[Selection, Selection] = field(default_factory=dict)  # those of `outputs`
     header_words: int = 0  # of the answer seen last: the next one is most likely as long
     templates: Templates = field(default_factory=Templates)
 
@@ -137,7 +105,7 @@ class RoutePlans:
         # What a template's requests have in common; the last one's beside the others.
         self._prepared: dict[Template, Prepared] = {}
         self.recent: tuple[Template | None, Prepared | None] = (None, None)
-        # Answers of which a part is asked for: classes have labels of the version.
+        # Answers with classes, which have labels of the version, or in a client's own memory.
         self._outputs: Outputs = {}
         self.answer_head = b'{"model_name":%b,"model_version":%b' % (
             *(codec.encode(route.name), codec.encode(route.version)),
@@ -228,76 +196,33 @@ class RoutePlans:
         return prepared
 
     # --- answers --------------------------------------------------------------------------------
+    def select(self, selection: Selection) -> tuple[Selection, Outputs]:
+        """Return what stands for a selection from now on, and the plans of answers to it."""
+        if selection is None:
+            return None, self.shape.outputs
+        if any(isinstance(want, (Window, tuple)) for _, want in selection):
+            return selection, self._outputs
+        same = self.shape.selections
+        if len(same) >= PLANS_MAX:
+            same.clear()
+        return same.setdefault(selection, selection), self.shape.outputs
+
     def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
         """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
         shape = self.shape
-        known = shape.outputs if selection is None else self._outputs
+        selection, known = self.select(selection)
         if (plan := shape.find(known, view, selection, all_binary)) is not None:
             return plan
         places = payload.decode(view)
         words = payload.WORD_BYTES * (2 + sum(5 + len(place.shape) for place in places))
-        plan = self._write(places, selection, all_binary)
+        plan = write_plan(self.route.outputs, places, selection, all_binary, self.classes)
         shape.header_words = words
         if len(known) >= PLANS_MAX:
             known.clear()
         known[bytes(view[:words]), selection, all_binary] = plan
         return plan
 
-    def _write(
-        self, places: tuple[TensorPlace, ...], selection: Selection, all_binary: bool
-    ) -> OutputPlan:
-        route = self.route
-        wanted = None if selection is None else dict(selection)
-        encode = codec.encode
-        before = b',"outputs":['
-        parts: list[Part] = []
-        for place in places:
-            if place.index >= len(route.outputs):
-                raise ProtocolError(f"an answer has output {place.index}, which nobody knows")
-            name = route.outputs[place.index].name
-            own: Want = None
-            if wanted is not None:
-                if name not in wanted:
-                    continue
-                own = wanted[name]
-            binary = own[1] if isinstance(own, tuple) else own
-            is_binary = binary if isinstance(binary, bool) else all_binary
-            datatype, shape = place.datatype, place.shape
-            classes = None
-            if isinstance(own, tuple):
-                classes, shape = self.classes(place, own[0].count)
-                datatype = "BYTES"
-            before += b'{"name":%b,"datatype":%b,"shape":%b' % (
-                *(encode(name), encode(datatype), encode(shape)),
-            )
-            window = own if isinstance(own, Window) else None
-            if window is not None:
-                parts.append(
-                    Part(
-                        *(before, name, datatype, place.offset, place.offset + place.nbytes),
-                        *(False, None, window),
-                    )
-                )
-                before = b"},"
-                continue
-            before += b","
-            if classes is not None:
-                pass  # what follows depends on the values
-            elif is_binary:
-                before += b'"parameters":{"binary_data_size":%d}' % place.nbytes
-            else:
-                before += b'"data":'
-            end = place.offset + place.nbytes
-            unpack = None if is_binary or classes is not None else _unpack(place)
-            parts.append(
-                Part(before, name, datatype, place.offset, end, is_binary, unpack, None, classes)
-            )
-            before = b"},"
-        return OutputPlan(tuple(parts), b"}]" if parts else before + b"]")
-
-    def classes(
-        self, place: TensorPlace, count: int
-    ) -> tuple[Callable[[memoryview], list[bytes]], tuple[int, ...]]:
+    def classes(self, place: TensorPlace, count: int) -> tuple[Classify, tuple[int, ...]]:
         """How an output's highest values are found, and their shape.  Raises RepositoryError."""
         batches = self.route.max_batch_size > 0
         labels = self.labels.of(self.route, place.index)
@@ -350,19 +275,6 @@ class Plans:
                 *(route, shape, self._regions, self.labels),
             )
         return plans
-
-
-def _unpack(place: TensorPlace) -> Callable[[memoryview, int], object] | None:
-    code = codec.CODES.get(place.datatype)
-    if code is None:
-        return None
-    count = place.nbytes // DATATYPES[place.datatype][1]
-    if place.datatype == "FP32" and count >= SHORT_NUMBERS_MIN:
-        return lambda view, start: codec.encode_fp32(view[start : start + place.nbytes])
-    if count <= UNPACK_NUMBERS_MAX:
-        return struct.Struct(f"<{count}{code}").unpack_from
-
-    return lambda view, start: codec.encode_data(view[start : start + place.nbytes], place.datatype)
 
 
 def _check(

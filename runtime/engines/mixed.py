@@ -49,6 +49,18 @@ SIZES: Final = (4, 8, 16, 32, 64)  # requests; a batch is filled up to the next 
 STAGING_BYTES_MAX: Final = 4 * MIB  # beyond the processor's cache it costs more than it saves
 STEPS_MAX: Final = 512  # of a recording: a program that long gains nothing
 _ops = torch.ops.aten
+# What a call from Python costs is half as much without the search for an overload.
+_DIRECT: Final[dict[Any, Any]] = {
+    _ops.add.Tensor: torch.add,
+    _ops.baddbmm.default: torch.baddbmm,
+    _ops.bmm.default: torch.bmm,
+    _ops.div.Tensor: torch.div,
+    _ops.mul.Tensor: torch.mul,
+    _ops.relu.default: torch.relu,
+    _ops.sigmoid.default: torch.sigmoid,
+    _ops.sub.Tensor: torch.sub,
+    _ops.tanh.default: torch.tanh,
+}
 _SAME_WHEN_SAME_SHAPE: Final = {
     _ops.view.default,
     _ops._unsafe_view.default,
@@ -81,6 +93,7 @@ class MixedProgram:
         self._stride = max(1, -(-self._nbytes // 64)) * 64
         self._sizes = [size for size in SIZES if size * self._stride <= STAGING_BYTES_MAX]
         self._staging = torch.zeros(self._sizes[-1] * self._stride, dtype=torch.uint8)
+        self._into: Any = self._staging.numpy()
 
     def trace(self, shapes: Shapes) -> list[Trace]:
         """Record the program for requests of these shapes, for each size.
@@ -123,10 +136,9 @@ class MixedProgram:
                 raise MixingError(f"output '{name}' is not a tensor")
         return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
 
-    def copy_in(self, staging: torch.Tensor, addresses: Sequence[int]) -> None:
+    def copy_in(self, addresses: Sequence[int]) -> None:
         """Copy the weights at these addresses into the staging buffer, one after the other."""
-        into: Any = staging.numpy()
-        _shm.copy_pieces(into, self._stride, self._nbytes, addresses)
+        _shm.copy_pieces(self._into, self._stride, self._nbytes, addresses)
 
 
 class Trace:
@@ -137,7 +149,6 @@ class Trace:
     ) -> None:
         self.size = size
         self._program = program
-        self._staging = staging
         self._inputs = {
             name: torch.zeros((size, *shape), dtype=torch_dtype(datatype))
             for name, (datatype, shape) in shapes.items()
@@ -160,7 +171,7 @@ class Trace:
         count = len(addresses)
         for name, array in self._arrays.items():
             array[:count] = inputs[name].reshape((count, *array.shape[1:]))
-        self._program.copy_in(self._staging, addresses)
+        self._program.copy_in(addresses)
         with torch.inference_mode():
             outputs = self._module.forward(*self._arguments)  # it has no hooks to look for
             return {
@@ -243,7 +254,10 @@ class _Builder:
             self._add(*step)
         self._graph.output(tuple(self._argument(output) for output in outputs))
         self._graph.eliminate_dead_code()
-        return fx.GraphModule(self._root, self._graph)
+        module = fx.GraphModule(self._root, self._graph)
+        # What a module keeps in its tables is found by a search.
+        vars(module).update(module._buffers)
+        return module
 
     def _add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         first = args[0] if args else None
@@ -256,7 +270,7 @@ class _Builder:
             if func is _ops.add.Tensor and not kwargs and self._add_bias(args, result):
                 return
         node = self._graph.call_function(
-            func,
+            _DIRECT.get(func, func),
             fx.node.map_aggregate(args, self._argument),
             fx.node.map_aggregate(kwargs, self._argument),
         )
@@ -307,7 +321,7 @@ class _Builder:
             left, right, whole = found
             if result.shape == whole.shape and bias.dim() == 3 and bias.dtype == whole.dtype:
                 self._nodes[id(result)] = self._graph.call_function(
-                    _ops.baddbmm.default, tuple(map(self._argument, (bias, left, right)))
+                    torch.baddbmm, tuple(map(self._argument, (bias, left, right)))
                 )
                 return True
         return False

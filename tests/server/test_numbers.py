@@ -12,7 +12,8 @@ from overcommit.runtime import payload
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.front_end_messages import Route
 from overcommit.server import codec, inference
-from overcommit.server.plans import SHORT_NUMBERS_MIN, RoutePlans
+from overcommit.server.answer_plans import SHORT_NUMBERS_MIN
+from overcommit.server.plans import RoutePlans
 
 BITS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40)
 

@@ -15,7 +15,10 @@ from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.front_end_messages import Route
 from overcommit.server import inference
+from overcommit.server.answer_plans import Selection
+from overcommit.server.classification import Classes
 from overcommit.server.heads import Target
+from overcommit.server.inference import Prepared
 from overcommit.server.limits import TEMPLATES_MAX
 from overcommit.server.plans import InputPlan, Plans, RoutePlans
 
@@ -102,16 +105,22 @@ def test_who_is_asked_again_remembers_only_what_is_true_of_his_plans() -> None:
         assert inference.prepare_again(target, short, None)[0] is target.prepared
 
 
+def answer_block(values: list[float]) -> memoryview:
+    places, length = payload.plan([(0, "FP32", 4 * len(values), (1, len(values)))])
+    block = memoryview(bytearray(length))
+    payload.encode(block, places)
+    at = places[0].offset
+    block[at : at + 4 * len(values)] = np.array(values, np.float32).tobytes()
+    return block
+
+
 def test_versions_of_one_shape_share_an_answers_layout_and_each_signs_its_own() -> None:
     spec = TensorSpec(name="y", datatype="FP32", shape=(-1, 2))
     both = [
         Route(slot=slot, name=name, version=version, state="ready", inputs=(), outputs=(spec,))
         for slot, name, version in ((1, "m", "1"), (2, 'a"b', "2"))
     ]
-    places, length = payload.plan([(0, "FP32", 8, (1, 2))])
-    block = memoryview(bytearray(length))
-    payload.encode(block, places)
-    block[places[0].offset : places[0].offset + 8] = np.array([1, 2], np.float32).tobytes()
+    block = answer_block([1.0, 2.0])
     plans = Plans()
     layouts = []
     for one in both:
@@ -124,6 +133,34 @@ def test_versions_of_one_shape_share_an_answers_layout_and_each_signs_its_own() 
         }
         layouts.append(mine.outputs(block, None, False))
     assert layouts[0] is layouts[1]
+
+
+def test_versions_of_one_shape_share_what_is_asked_of_their_answers_but_not_classes() -> None:
+    spec = TensorSpec(name="y", datatype="FP32", shape=(-1, 2))
+    block = answer_block([1.0, 2.0])
+    plans = Plans()
+    both = [
+        plans.of(
+            Route(slot=n, name=f"m{n}", version="1", state="ready", inputs=(), outputs=(spec,))
+        )
+        for n in (1, 2)
+    ]
+    asked = InputPlan((), b"", 0, 0, ())
+    for want in (None, False, True):
+        one, other = (Prepared(each, asked, None, (("y", want),), False) for each in both)
+        assert one.selection is other.selection
+        assert both[0].outputs(block, one.selection, False) is both[1].outputs(
+            block, other.selection, False
+        )
+        for prepared in (one, other):
+            whole = b"".join(inference.respond(prepared, block).pieces)
+            assert prepared.route.name.encode() in whole
+    classes: Selection = (("y", (Classes(1), None)),)
+    labelled = [Prepared(each, asked, None, classes, False) for each in both]
+    for prepared in labelled:
+        inference.respond(prepared, block)
+    assert labelled[0].answers is not labelled[1].answers
+    assert not any(selection == classes for _, selection, _ in both[0].shape.outputs)
 
 
 @pytest.mark.parametrize(
