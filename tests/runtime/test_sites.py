@@ -115,6 +115,7 @@ def test_status_and_metrics_tell_devices_apart(server: Server) -> None:
 
 
 def test_a_worker_that_dies_costs_the_other_device_nothing(server: Server, want: Want) -> None:
+    check_all(server, want, rounds=1)
     before = server.status()["totals"]["bytes_read"]
     stays, killed = worker_of(server, 0), worker_of(server, 1)
     os.kill(killed, signal.SIGKILL)
