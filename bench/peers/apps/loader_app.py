@@ -6,6 +6,7 @@ page cache; `warm`: it is.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,18 +17,21 @@ import torch
 PAGE = 4096
 
 
+@contextlib.contextmanager
 def torch_load(path, *, mmap):
     """A state dict written by torch.save."""
-    return list(torch.load(path, mmap=mmap, weights_only=True).values()), None
+    yield torch.load(path, mmap=mmap, weights_only=True).values()
 
 
+@contextlib.contextmanager
 def safetensors_load(path):
     """What most programs do: maps the file, and makes tensors of it."""
     from safetensors.torch import load_file
 
-    return list(load_file(path).values()), None
+    yield load_file(path).values()
 
 
+@contextlib.contextmanager
 def fastsafetensors_load(path):
     """Without GPUDirect, which needs a GPU."""
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
@@ -35,16 +39,19 @@ def fastsafetensors_load(path):
     loader = SafeTensorsFileLoader(SingleGroup(), torch.device("cpu"), nogds=True)
     loader.add_filenames({0: [path]})
     files = loader.copy_files_to_device()
-    return [files.get_tensor(name) for name in loader.get_keys()], (files, loader)
+    yield (files.get_tensor(name) for name in loader.get_keys())
+    files.close()
+    loader.close()
 
 
+@contextlib.contextmanager
 def runai_load(path):
-    """Tensors come as they are read."""
+    """Tensors come as they are read, each until the next."""
     from runai_model_streamer import SafetensorsStreamer
 
-    streamer = SafetensorsStreamer()
-    streamer.stream_file(path)
-    return [tensor for _, tensor in streamer.get_tensors()], streamer
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_file(path)
+        yield (tensor for _, tensor in streamer.get_tensors())
 
 
 LOADERS = {
@@ -79,11 +86,11 @@ def main():
     for _ in range(int(repeats)):
         (drop if state == "cold" else keep)(path)
         began = time.perf_counter()
-        tensors, owner = load(path)
-        touched = sum(int(t.reshape(-1).view(torch.uint8)[::PAGE].sum()) for t in tensors)
-        seconds.append(time.perf_counter() - began)
+        with load(path) as tensors:
+            touched = sum(int(t.reshape(-1).view(torch.uint8)[::PAGE].sum()) for t in tensors)
+            seconds.append(time.perf_counter() - began)
         assert touched > 0
-        del tensors, owner
+        del tensors  # what is mapped does not leave the page cache
     print(json.dumps(seconds))
 
 
