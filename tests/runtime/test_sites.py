@@ -73,11 +73,11 @@ def check(server: Server, want: Want, name: str) -> None:
 
 
 def check_all(server: Server, want: Want, rounds: int = 2) -> None:
+    """Ask each model so often, one request after the other: two that wait long would be a queue."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for done in [
-            pool.submit(check, server, want, name) for name in want for _ in range(rounds)
-        ]:
-            done.result()
+        for _ in range(rounds):
+            for done in [pool.submit(check, server, want, name) for name in want]:
+                done.result()
 
 
 def devices(server: Server) -> list[Any]:
