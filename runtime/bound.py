@@ -167,8 +167,7 @@ class Versions:
 
     def get(self, slot: int) -> Version | None:
         """The version in this slot; None when nobody has told us of one."""
-        known = self.by_slot
-        return known[slot] if slot < len(known) else None
+        return self.by_slot.find(slot)
 
     def of(self, slots: Sequence[int]) -> list[Version]:
         """The versions in these slots, which must be known."""

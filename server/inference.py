@@ -22,7 +22,7 @@ from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import Ask
 from overcommit.server import binary, codec, sequences
-from overcommit.server.answer_plans import Outputs, Part, Selection, Want
+from overcommit.server.answer_plans import OutputPlan, Outputs, Part, Selection, Want
 from overcommit.server.classification import Classes
 from overcommit.server.plans import InputPlan, Key, RoutePlans, Shape
 from overcommit.server.regions import window_of
@@ -67,6 +67,14 @@ class Prepared:
         put(self, "shape", plans.shape)
         put(self, "answer_head", plans.answer_head)
         put(self, "limit_ns", min((each for each in limits_ns if each), default=0))
+
+    def plan_of(self, view: memoryview) -> OutputPlan:
+        """Return the plan of an answer in this block.  Raises ProtocolError when it is none.
+
+        The version's own plans are looked at only where the shape does not know it.
+        """
+        how = (self.answers, view, self.selection, self.all_binary)
+        return self.shape.find(*how) or self.plans.write(*how)
 
 
 @dataclass(slots=True)
@@ -331,10 +339,7 @@ def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
 # --- answers ------------------------------------------------------------------------------------
 def respond(prepared: Prepared, view: memoryview) -> Answer:
     """Encode the answer that lies in an egress block.  Raises ProtocolError, BadRequest."""
-    selection = prepared.selection
-    plan = prepared.shape.find(prepared.answers, view, selection, prepared.all_binary)
-    if plan is None:
-        plan = prepared.plans.outputs(view, selection, prepared.all_binary)
+    plan = prepared.plan_of(view)
     pieces: list[bytes] = [prepared.answer_head]
     blobs: list[bytes] = []
     for part in plan.parts:

@@ -207,16 +207,17 @@ class RoutePlans:
             same.clear()
         return same.setdefault(selection, selection), self.shape.outputs
 
-    def outputs(self, view: memoryview, selection: Selection, all_binary: bool) -> OutputPlan:
-        """Return the plan of an answer.  Raises ProtocolError when the block is not one."""
-        shape = self.shape
-        selection, known = self.select(selection)
-        if (plan := shape.find(known, view, selection, all_binary)) is not None:
-            return plan
+    def write(
+        self, known: Outputs, view: memoryview, selection: Selection, all_binary: bool
+    ) -> OutputPlan:
+        """Make the plan of an answer, and keep it among these, which `select` gave.
+
+        Raises ProtocolError when the block is not an answer.
+        """
         places = payload.decode(view)
         words = payload.WORD_BYTES * (2 + sum(5 + len(place.shape) for place in places))
         plan = write_plan(self.route.outputs, places, selection, all_binary, self.classes)
-        shape.header_words = words
+        self.shape.header_words = words
         if len(known) >= PLANS_MAX:
             known.clear()
         known[bytes(view[:words]), selection, all_binary] = plan

@@ -167,7 +167,7 @@ def respond(prepared: Prepared, shared: SharedData, view: memoryview) -> bytes |
 
     Raises ProtocolError, NotFound, BadRequest.
     """
-    plan = prepared.plans.outputs(view, prepared.selection, prepared.all_binary)
+    plan = prepared.plan_of(view)
     nbytes = sum(part.end - part.start for part in plan.parts)
     if nbytes > shared.answer.nbytes or not all(
         part.is_binary and part.window is None and part.classes is None for part in plan.parts

@@ -165,6 +165,10 @@ class Server:
             assert self.process.poll() is None, "the server ended:\n" + "\n".join(self.log[-80:])
             time.sleep(0.02)
 
+    def wait_for_log(self, text: str) -> None:
+        """Wait for a line with this text: another thread reads them."""
+        self.wait_until(lambda: any(text in line for line in self.log))
+
     def request(
         self,
         method: str,

@@ -100,27 +100,24 @@ class MixedProgram:
 
         Slow; may run in another thread than `Trace.run`.  Raises MixingError.
         """
-        return [Trace(self, size, self._staging, shapes) for size in self._sizes]
+        return [Trace(self, size, shapes) for size in self._sizes]
 
     # --- for Trace ------------------------------------------------------------------------------
-    def weights(self, size: int, staging: torch.Tensor) -> dict[str, torch.Tensor]:
+    def weights(self, size: int) -> dict[str, torch.Tensor]:
         """Make one view of the staging buffer for each tensor: `[size, *shape]`."""
-        return dict(self._weights(size, staging))
-
-    def _weights(self, size: int, staging: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         made: dict[str, torch.Tensor] = {}
         for entry in self._entries:
             if entry.alias_of is not None:
                 made[entry.name] = made[entry.alias_of]
                 continue
-            made[entry.name] = self._view(entry, size, staging)
-        return list(made.items())
+            made[entry.name] = self._view(entry, size)
+        return made
 
-    def _view(self, entry: TensorEntry, size: int, staging: torch.Tensor) -> torch.Tensor:
+    def _view(self, entry: TensorEntry, size: int) -> torch.Tensor:
         dtype: torch.dtype = getattr(torch, entry.dtype)
         if not math.prod(entry.shape):
             return torch.empty((size, *entry.shape), dtype=dtype)
-        whole = staging.view(dtype)
+        whole = self._staging.view(dtype)
         step = self._stride // dtype.itemsize
         return whole.as_strided(
             (size, *entry.shape), (step, *entry.stride), entry.offset // dtype.itemsize
@@ -144,9 +141,7 @@ class MixedProgram:
 class Trace:
     """A program recorded for `size` requests of one shape."""
 
-    def __init__(
-        self, program: MixedProgram, size: int, staging: torch.Tensor, shapes: Shapes
-    ) -> None:
+    def __init__(self, program: MixedProgram, size: int, shapes: Shapes) -> None:
         self.size = size
         self._program = program
         self._inputs = {
@@ -154,7 +149,7 @@ class Trace:
             for name, (datatype, shape) in shapes.items()
         }
         self._arrays = {name: to_array(tensor) for name, tensor in self._inputs.items()}
-        weights = program.weights(size, staging)
+        weights = program.weights(size)
         self.names, self._module = _record(program.call, weights, self._inputs)
         self._arguments = tuple(self._inputs.values())
 

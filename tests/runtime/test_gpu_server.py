@@ -113,10 +113,8 @@ def test_right_answers_while_models_push_each_other_out(server: Server, want: Wa
         # Who is asked alone has batches of one shape, and a graph of it after GRAPH_AFTER of them.
         for _ in range(GRAPH_AFTER + 1):
             check(server, want, next(iter(want)))
-        server.wait_until(lambda: any("fake backend: captured" in line for line in server.log))
-    server.wait_until(
-        lambda: any("DEVICE is made: 5 chunks of GPU memory" in line for line in server.log)
-    )
+        server.wait_for_log("fake backend: captured")
+    server.wait_for_log("DEVICE is made: 5 chunks of GPU memory")
 
 
 def test_status_and_metrics_tell_what_nvml_says(server: Server) -> None:
@@ -196,9 +194,7 @@ def test_device_gives_memory_back_when_the_gpu_runs_short(server: Server, want: 
     for kind in ("mover", "worker"):
         kill_all(server, kind)
     check_all(server, want, rounds=1)
-    server.wait_until(
-        lambda: any("DEVICE has 2 chunks, 4.0 MiB, from now on" in line for line in server.log)
-    )
+    server.wait_for_log("DEVICE has 2 chunks, 4.0 MiB, from now on")
 
 
 def test_device_takes_the_memory_again_when_it_is_free(server: Server, want: Want) -> None:
@@ -214,9 +210,7 @@ def test_device_takes_the_memory_again_when_it_is_free(server: Server, want: Wan
     server.wait_until(lambda: have_chunks(server, 5))
     assert server.pids("worker") == workers, "who had the chunks before has the new ones too"
     check_all(server, want, rounds=1)
-    server.wait_until(
-        lambda: any("DEVICE has 5 chunks, 10.0 MiB, from now on" in line for line in server.log)
-    )
+    server.wait_for_log("DEVICE has 5 chunks, 10.0 MiB, from now on")
     for kind in ("mover", "worker"):
         kill_all(server, kind)
     check_all(server, want, rounds=1)

@@ -231,7 +231,7 @@ def test_right_answers_through_evictions_and_a_mover_that_dies(
     check_all(3)
     status = server.status()
     assert status["totals"]["evictions_device"] > 0
-    server.wait_until(lambda: any("DEVICE is made: one allocation" in line for line in server.log))
+    server.wait_for_log("DEVICE is made: one allocation")
     read = status["totals"]["bytes_read"]
     worker, mover = server.pids("worker")[0], server.pids("mover")[0]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

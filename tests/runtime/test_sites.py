@@ -132,11 +132,11 @@ def test_versions_of_a_device_that_is_lost_are_served_by_the_other(
     server.wait_until(lambda: devices(server)[1]["lost"])
     first, second = devices(server)
     assert (first["versions"], second["versions"]) == (MODELS, 0)
-    server.wait_until(lambda: any("device 1 is lost" in line for line in server.log))
+    server.wait_for_log("device 1 is lost")
     assert 'overcommit_device_lost{device="1"} 1.0' in server.get("/metrics").body.decode()
     (pulled / "1").unlink()
     server.wait_until(lambda: not devices(server)[1]["lost"])
-    server.wait_until(lambda: any("device 1 is back" in line for line in server.log))
+    server.wait_for_log("device 1 is back")
     check_all(server, want, rounds=1)
 
 

@@ -162,8 +162,6 @@ def test_thrashing_is_reported_and_the_server_stays_ready(server: Server) -> Non
     assert found["active"]
     assert found["working_set_bytes"] > found["memory_bytes"]
     assert found["stay_ms"] > 0
-    server.wait_until(
-        lambda: any("thrashing: the models in use need" in line for line in server.log)
-    )
+    server.wait_for_log("thrashing: the models in use need")
     # It ends by itself when nobody asks any more.
     server.wait_until(lambda: "thrashing" not in server.get("/v2/health/ready").json())

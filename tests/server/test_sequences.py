@@ -377,7 +377,7 @@ def test_shares_of_versions_with_sequences_are_refused_or_said_to_mean_nothing(
     server: Server,
 ) -> None:
     text = "the rollout's weights of version 1 mean nothing"
-    server.wait_until(lambda: any(f"model 'apart': {text}" in line for line in server.log))
+    server.wait_for_log(f"model 'apart': {text}")
     said = server.post("/v2/overcommit/models/counter/rollout", {"weights": {"1": 10}})
     assert said.status == 400
     assert text in said.json()["error"]
