@@ -55,8 +55,7 @@ PIN_BYTES: Final = (
 COPIES_IN_FLIGHT: Final = 4  # to the GPU; a copy that is under way cannot be overtaken
 PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
-DEVICE_SHARE: Final = 0.40  # of what is available, when no flag says otherwise (CPU only)
-HOST_SHARE: Final = 0.25
+DEVICE_SHARE: Final = 0.65  # of what is available, when no flag says otherwise (CPU only)
 
 # --- prefetch -----------------------------------------------------------------------------------
 PREFETCH_BYTES_PER_S: Final = 256 * MIB  # on average; the disk's and the copy's share for guesses

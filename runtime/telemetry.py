@@ -17,7 +17,6 @@ from typing import Final
 from overcommit.runtime.config import (
     DEVICE_SHARE,
     GIB,
-    HOST_SHARE,
     KIB,
     MEMORY_RESERVE_BYTES,
     MIB,
@@ -162,10 +161,10 @@ def budgets(
     """Decide the size of both tiers for one of `count` devices.
 
     DEVICE is each device's own, `--device-memory` too; HOST is cut into equal shares.
-    Without a `gpu` DEVICE is host memory, so both come from the same memory; with one it is what is
-    free there, less what workers and models need beside weights.  A size from a flag is taken as it is
-    or refused; what is left open gets its share of what is available after a reserve and the front
-    ends' payload memory.
+    Without a `gpu` DEVICE is host memory: both would come from the same memory, so it gets all of it,
+    and HOST nothing that no flag gives it.  With one DEVICE is what is free there, less what workers and
+    models need beside weights.  A size from a flag is taken as it is or refused; what is left open gets
+    its share of what is available after a reserve and the front ends' payload memory.
 
     Raises ConfigurationError when it does not fit.
     """
@@ -181,8 +180,7 @@ def budgets(
     elif device is None:
         device = min(int(spare * DEVICE_SHARE), max(0, spare - (host or 0))) // count
     if host is None:
-        share = HOST_SHARE if gpu is None else CUDA_HOST_SHARE
-        host = max(0, min(int(spare * share), spare - device * count)) // count
+        host = 0 if gpu is None else int(spare * CUDA_HOST_SHARE) // count
         host = host if host >= SMALL_CHUNK_BYTES else 0
     else:
         host //= count

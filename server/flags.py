@@ -51,7 +51,7 @@ DeviceMemory = Annotated[
 ]
 HostMemory = Annotated[
     str | None,
-    Option(metavar="BYTES", help="For models between device and disk; 0: no such tier (a share)."),
+    Option(metavar="BYTES", help="For models between GPU and disk; 0: no such tier (a share; without a GPU: 0)."),
 ]
 CacheDir = Annotated[
     str | None,

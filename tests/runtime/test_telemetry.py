@@ -74,11 +74,22 @@ def test_the_real_machine_can_be_read() -> None:
 
 
 # --- budgets ------------------------------------------------------------------------------------
-def test_without_flags_both_tiers_get_their_share_after_the_reserve(tmp_path: Path) -> None:
+def test_without_flags_a_device_of_host_memory_gets_all_that_models_may_have(
+    tmp_path: Path,
+) -> None:
     telemetry = Telemetry(machine(tmp_path))
-    budget = budgets(Settings(), telemetry)
     spare = 16 * GIB - MEMORY_RESERVE_BYTES - 2 * PAYLOAD_BYTES
-    assert budget == Budgets(int(spare * 0.40), int(spare * 0.25))
+    assert budgets(Settings(), telemetry) == Budgets(int(spare * 0.65), 0)
+    assert budgets(Settings(), telemetry, count=2) == Budgets(int(spare * 0.65) // 2, 0)
+
+
+def test_a_host_tier_beside_a_device_of_host_memory_is_one_that_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    telemetry = Telemetry(machine(tmp_path))
+    assert budgets(Settings(device_memory_bytes=1 * GIB), telemetry) == Budgets(GIB, 0)
+    asked = Settings(device_memory_bytes=1 * GIB, host_memory_bytes=4 * GIB)
+    assert budgets(asked, telemetry) == Budgets(GIB, 4 * GIB)
 
 
 def test_flags_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -86,12 +97,9 @@ def test_flags_are_taken_as_they_are(tmp_path: Path) -> None:
     assert budgets(settings, Telemetry(machine(tmp_path))) == Budgets(15 * GIB, 0)
 
 
-def test_a_tier_without_a_flag_makes_room_for_the_other(tmp_path: Path) -> None:
-    telemetry = Telemetry(machine(tmp_path))
-    big_device = budgets(Settings(device_memory_bytes=14 * GIB), telemetry)
-    assert big_device.host_bytes == 16 * GIB - 14 * GIB - MEMORY_RESERVE_BYTES - 2 * PAYLOAD_BYTES
-    big_host = budgets(Settings(host_memory_bytes=14 * GIB), telemetry)
-    assert big_host.device_bytes == big_device.host_bytes
+def test_a_device_without_a_flag_makes_room_for_a_host_tier(tmp_path: Path) -> None:
+    big_host = budgets(Settings(host_memory_bytes=14 * GIB), Telemetry(machine(tmp_path)))
+    assert big_host.device_bytes == 16 * GIB - 14 * GIB - MEMORY_RESERVE_BYTES - 2 * PAYLOAD_BYTES
 
 
 @pytest.mark.parametrize(
