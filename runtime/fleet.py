@@ -322,7 +322,8 @@ class Fleet:
         ending = child.process.close()
         child.seat.on_dead(now_ns)
         del self.children[id(child.seat)]
-        expected = (self.is_closing or self.is_draining) and not child.process.kill_asked
+        # At the end all are killed, also who has left already; of who had not it is said (`kill`).
+        expected = self.is_closing or (self.is_draining and not child.process.kill_asked)
         log.log(
             logging.INFO if expected else logging.WARNING,
             *("%s %d ended: %s", child.seat.kind, child.seat.index, ending),

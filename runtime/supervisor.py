@@ -353,6 +353,8 @@ class Supervisor:
             while dying.get_map() and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
                 for key, _ in dying.select(left_ns / 1e9):
                     dying.unregister(key.fileobj)
+            for key in list(dying.get_map().values()):
+                fleet.kill(key.data, f"did not stop in {STOP_TIMEOUT_S:g} s", time.monotonic_ns())
 
     def _age_s(self) -> str:
         return f"{(time.monotonic_ns() - self._started_ns) / 1e9:.2f}"

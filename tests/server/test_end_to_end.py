@@ -310,3 +310,24 @@ def test_a_second_server_on_the_same_port_is_refused(
     other = Server(bert_repository, cache=image_cache, flags=flags)
     assert other.process.wait(60) == 2
     assert any("another --port" in line for line in other.log)
+
+
+def test_a_clean_end_warns_of_nobody(tmp_path: Path) -> None:
+    empty = tmp_path / "repository"
+    empty.mkdir()
+    with Server(empty, cache=tmp_path / "cache") as server:
+        assert server.stop() == 0
+        ends = [line for line in server.log if " ended: " in line]
+        assert {line.split()[4] for line in ends} == {"front_end", "mover", "worker"}
+        assert all(" INFO " in line for line in ends), ends
+
+
+def test_who_does_not_stop_when_told_is_killed_and_named(tmp_path: Path) -> None:
+    empty = tmp_path / "repository"
+    empty.mkdir()
+    with Server(empty, cache=tmp_path / "cache") as server:
+        (mover,) = server.pids("mover")
+        os.kill(mover, signal.SIGSTOP)
+        assert server.stop() == 0
+        assert any("mover" in line and "did not stop in" in line for line in server.log)
+        assert not is_alive(mover)
