@@ -1,7 +1,7 @@
 """One connection: whose turn it is, what is refused, how long things may take.
 
 Invariants
- 1. Responses leave in the order of the requests, one each.
+ 1. Responses leave in the order of the requests, one each; refusals too, and the last one closes.
  2. A connection that is slow to send a request, or to read its answer, is closed: `check_times`,
     once a second, so that a request costs no timer.
 
@@ -68,9 +68,20 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):
             cycle.waits_for_turn = False
-            cycle.try_begin()
+            if cycle.refusal is not None:
+                self._write_refusal(cycle, cycle.refusal)
+            else:
+                cycle.try_begin()
         else:
             super()._start_asgi_task(cycle, app)
+
+    def _enqueue(self, exchange: Exchange) -> None:
+        existing = self.cycle
+        self.cycle = exchange  # type: ignore[assignment]
+        if existing is not None and not existing.response_complete:
+            exchange.waits_for_turn = True
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
 
     def on_exchange_done(self, exchange: Exchange, response: list[bytes]) -> None:
         """Write a response; go on with the connection, or close it."""
@@ -105,22 +116,19 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(cycle, app)
 
     def _refuse(self, error: OvercommitError, exchange: Exchange | None = None) -> None:
-        """Answer before the request is read, and close; what still comes is thrown away."""
+        """Answer when its turn comes, before it is read, and close; what still comes is thrown away."""
+        self._is_refused = True
         if exchange is None:
             exchange = Exchange(self, "", None)
-            existing = self.cycle
-            self.cycle = exchange  # type: ignore[assignment]
-            if existing is not None and not existing.response_complete:
-                # Its turn never comes in time for a good error; the earlier answers matter more.
-                self._is_refused = True
-                exchange.response_complete = True
-                self.flow.pause_reading()
-                existing.keep_alive = False
-                return
-        self._is_refused = True
+            self._enqueue(exchange)
+        exchange.drop_body()
+        exchange.refusal = error
+        if not exchange.waits_for_turn:
+            self._write_refusal(exchange, error)
+
+    def _write_refusal(self, exchange: Exchange, error: OvercommitError) -> None:
         exchange.keep_alive = False
         exchange.response_complete = True
-        exchange.drop_body()
         body = error_body(error.message)
         head = (
             f"{STATUS_LINES[error.http_status]}\r\ncontent-type: application/json\r\n"
@@ -152,6 +160,8 @@ class Connection(HttpToolsProtocol):
         """Close a connection that has been idle, or slow, for too long."""
         if self._write_since_s and now_s - self._write_since_s > WRITE_TIMEOUT_S:
             self.transport.abort()
+        elif self.flow.read_paused and not self._is_between:
+            self._since_s = now_s  # it is we who do not read
         elif self._since_s and now_s - self._since_s > self._limit_s and not self._is_refused:
             if self._is_between:
                 self.transport.close()

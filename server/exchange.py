@@ -90,6 +90,7 @@ class Exchange:
     keep_alive = True
 
     waits_for_turn = False
+    refusal: OvercommitError | None = None  # its answer, when its turn comes
     target: Target | None = None  # whom it asks, if its request line was seen before
     asks: str | None = None  # for a version, by a header
     encoding = b""  # of the body
@@ -302,6 +303,6 @@ class Exchange:
         if self.response_complete or self.disconnected:
             return
         self.response_complete = True
-        if self.body:
+        if self.body or self.held_bytes:
             self.drop_body()
         self.protocol.on_exchange_done(self, response)

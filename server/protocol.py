@@ -13,6 +13,7 @@ Three ways in, by what the client sends:
 Invariants
  1. What is refused for its size is refused before it is read; nothing is buffered over a limit.
  2. Whichever way a request comes in, the bytes decide alone what it means.
+ 3. An offer to speak another protocol (`Upgrade`) is not taken up: the request means what it would without.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.errors import (
     BadRequest,
     HeadersTooLarge,
+    NotOffered,
     OvercommitError,
     Overloaded,
     PayloadTooLarge,
@@ -55,7 +57,10 @@ from overcommit.server.routing import CANARY, STABLE
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
 
-_HOT: Final = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer(?:\?.*)?")
+# A target may be a whole URL (RFC 9112, 3.2.2).
+_HOT: Final = re.compile(
+    rb"(?:[hH][tT][tT][pP][sS]?://[^/?]*)?/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer(?:\?.*)?"
+)
 # Ids by which clients find their requests again; what could end a line does not come back.
 _ECHOED: Final = frozenset((b"x-request-id", b"seldon-puid"))
 _PLAIN: Final = re.compile(rb"[\x20-\x7e]{1,%d}" % ID_CHARS_MAX)
@@ -70,6 +75,7 @@ class HotProtocol(Connection):
         self._head_bytes = 0
         self._raw_head = b""  # of the request that is parsed, if all of it came in one piece
         self._bulk: BulkReceiver | None = None
+        self._has_offer = False  # the request that is read: it will be read again, without
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._bulk = None
@@ -91,14 +97,28 @@ class HotProtocol(Connection):
             self.transport.resume_reading()
 
     def _feed(self, data: bytes) -> None:
-        if self.parser is None:  # the connection was lost meanwhile
+        while self.parser is not None:  # else the connection was lost meanwhile
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                if self._has_offer:
+                    data = self._head_without_offer() + data[offer.args[0] :]
+                    continue
+            except httptools.HttpParserError as error:
+                self.send_400_response(str(error) or "not HTTP")
             return
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # an offer that we need not take up; the request itself has been read
-        except httptools.HttpParserError as error:
-            self.send_400_response(str(error) or "not HTTP")
+
+    def _head_without_offer(self) -> bytes:
+        """Write the head anew: the parser takes a request with an offer to end with its head."""
+        parser, self.parser = self.parser, httptools.HttpRequestParser(self)
+        assert parser is not None
+        self._has_offer = False
+        line = b"%b %b HTTP/%b\r\n" % (
+            *(parser.get_method(), self.url),
+            parser.get_http_version().encode(),
+        )
+        fields = [b"%b: %b\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"".join((line, *fields, b"\r\n"))
 
     def _try_known(self, data: bytes) -> bytes | None:
         """Take requests whose head was seen before; return what the parser must look at."""
@@ -171,6 +191,11 @@ class HotProtocol(Connection):
             )
             return
         assert self.parser is not None
+        if self.parser.should_upgrade():
+            self._has_offer = self.parser.get_method() != b"CONNECT"
+            if not self._has_offer:
+                self._refuse(BadRequest("CONNECT is not served: this is no proxy"))
+            return
         found = _HOT.fullmatch(self.url) if self.parser.get_method() == b"POST" else None
         if found is None:
             self._go_cold()
@@ -179,10 +204,16 @@ class HotProtocol(Connection):
 
     def _go_cold(self) -> None:
         url, headers, expects = self.url, self.headers, self.expect_100_continue
-        length = next((value for name, value in headers if name == b"content-length"), b"0")
+        fields = dict(headers)
+        length = fields.get(b"content-length", b"0")
         limit = self.front.settings.body_bytes_max
         if not length.isdigit() or int(length) > limit:
             self._refuse(PayloadTooLarge(f"the body is over {limit} bytes, which is the limit"))
+            return
+        try:
+            _check_coding(fields.get(b"transfer-encoding", b"chunked"))
+        except NotOffered as error:
+            self._refuse(error)
             return
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
@@ -222,14 +253,6 @@ class HotProtocol(Connection):
         if self.expect_100_continue and not exchange.waits_for_turn:
             self.transport.write(_CONTINUE)
 
-    def _enqueue(self, exchange: Exchange) -> None:
-        existing = self.cycle
-        self.cycle = exchange  # type: ignore[assignment]
-        if existing is not None and not existing.response_complete:
-            exchange.waits_for_turn = True
-            self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
-
     def _read_headers(self, exchange: Exchange) -> None:
         limit = self.front.settings.body_bytes_max
         for name, value in self.headers:
@@ -254,6 +277,8 @@ class HotProtocol(Connection):
                     raise BadRequest("Content-Encoding must be gzip, deflate or identity")
             elif name == b"accept-encoding":
                 exchange.accepts = compression.choose(value)
+            elif name == b"transfer-encoding":
+                _check_coding(value)
             elif name in _ECHOED and _PLAIN.fullmatch(value):
                 exchange.echo += b"%b: %b\r\n" % (name, value)
 
@@ -307,6 +332,8 @@ class HotProtocol(Connection):
                 )
 
     def on_message_complete(self) -> None:
+        if self._has_offer:
+            return
         cycle: Any = self.cycle
         self._is_between = True
         self._since_s = 0.0
@@ -354,6 +381,13 @@ class HotProtocol(Connection):
         self.transport.resume_reading()
         cycle: Any = self.cycle
         cycle.end_bulk()
+
+
+def _check_coding(value: bytes) -> None:
+    """Raise NotOffered unless a body's transfer coding is one that the parser takes off."""
+    if value.strip().lower() != b"chunked":
+        coding = value[:ID_CHARS_MAX].decode("latin-1")
+        raise NotOffered(f"Transfer-Encoding is '{coding}': only 'chunked' is understood")
 
 
 def protocol_class(front: FrontEnd) -> type[asyncio.Protocol]:

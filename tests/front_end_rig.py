@@ -7,6 +7,7 @@ whose model is y = 2x would do, in the order of the submissions or in any other.
 from __future__ import annotations
 
 import asyncio
+import json
 import mmap
 import os
 from collections.abc import Callable
@@ -44,6 +45,44 @@ ROUTE = Route(
     outputs=(_spec("y"),),
     max_batch_size=64,
 )
+
+
+HEAD = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: h\r\n"
+
+
+def body(*values: float, id: str | None = None) -> bytes:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(values)], "data": values}
+    return json.dumps({"inputs": [tensor], **({} if id is None else {"id": id})}).encode()
+
+
+def request(content: bytes, *headers: bytes) -> bytes:
+    lines = b"".join(line + b"\r\n" for line in headers)
+    return HEAD + lines + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+def answers(written: bytes) -> list[tuple[int, Any]]:
+    """Cut what was written into (status, body)."""
+    found: list[tuple[int, Any]] = []
+    while written:
+        head, _, rest = written.partition(b"\r\n\r\n")
+        lines = head.lower().split(b"\r\n")
+        fields = dict(line.split(b": ") for line in lines[1:])
+        length = int(fields[b"content-length"])
+        content, written = rest[:length], rest[length:]
+        size = fields.get(b"inference-header-content-length")
+        found.append(
+            (
+                int(lines[0].split()[1]),
+                json.loads(content) if size is None else content[int(size) :],
+            )
+        )
+    return found
+
+
+def numbers(answer: tuple[int, Any]) -> list[float]:
+    assert answer[0] == 200, answer
+    data: list[float] = answer[1]["outputs"][0]["data"]
+    return data
 
 
 class Peer:

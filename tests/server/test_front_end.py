@@ -10,7 +10,19 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from front_end_rig import ARENA_BYTES, ROUTE, Client, Peer, Rig, in_loop
+from front_end_rig import (
+    ARENA_BYTES,
+    HEAD,
+    ROUTE,
+    Client,
+    Peer,
+    Rig,
+    answers,
+    body,
+    in_loop,
+    numbers,
+    request,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,18 +42,6 @@ from overcommit.server.regions import Regions
 from overcommit.server.routing import CANARY
 from overcommit.server.shared_body import MEDIA_TYPE
 
-HEAD = b"POST /v2/models/m/infer HTTP/1.1\r\nHost: h\r\n"
-
-
-def body(*values: float, id: str | None = None) -> bytes:
-    tensor = {"name": "x", "datatype": "FP32", "shape": [1, len(values)], "data": values}
-    return json.dumps({"inputs": [tensor], **({} if id is None else {"id": id})}).encode()
-
-
-def request(content: bytes, *headers: bytes) -> bytes:
-    lines = b"".join(line + b"\r\n" for line in headers)
-    return HEAD + lines + b"Content-Length: %d\r\n\r\n" % len(content) + content
-
 
 def binary_request(values: np.ndarray[Any, Any], *headers: bytes) -> bytes:
     tensor = {
@@ -53,31 +53,6 @@ def binary_request(values: np.ndarray[Any, Any], *headers: bytes) -> bytes:
     text = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     length = b"Inference-Header-Content-Length: %d" % len(text)
     return request(text + values.tobytes(), length, *headers)
-
-
-def answers(written: bytes) -> list[tuple[int, Any]]:
-    """Cut what was written into (status, body)."""
-    found: list[tuple[int, Any]] = []
-    while written:
-        head, _, rest = written.partition(b"\r\n\r\n")
-        lines = head.lower().split(b"\r\n")
-        fields = dict(line.split(b": ") for line in lines[1:])
-        length = int(fields[b"content-length"])
-        content, written = rest[:length], rest[length:]
-        size = fields.get(b"inference-header-content-length")
-        found.append(
-            (
-                int(lines[0].split()[1]),
-                json.loads(content) if size is None else content[int(size) :],
-            )
-        )
-    return found
-
-
-def numbers(answer: tuple[int, Any]) -> list[float]:
-    assert answer[0] == 200, answer
-    data: list[float] = answer[1]["outputs"][0]["data"]
-    return data
 
 
 def ask(client: Client, peer: Peer, *requests: bytes) -> None:
