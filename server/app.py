@@ -13,6 +13,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
@@ -20,7 +21,8 @@ from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.front_end_messages import Route
 from overcommit.server import app_extensions, embeddings, load_overrides, openapi
 from overcommit.server.app_extensions import EXTENSIONS, LEASED_REGIONS
-from overcommit.server.bodies import error_response, field, json_response, read_object
+from overcommit.server.bodies import error_response, field, json_response, read_body, read_object
+from overcommit.server.body_budget import BodyBudget
 from overcommit.server.exchange import retry_headers
 from overcommit.server.limits import ADMIN_PAGE_MAX
 from overcommit.server.openapi import answers
@@ -59,6 +61,10 @@ def _add_error_handlers(app: FastAPI) -> None:
             )
         message = f"{request.method} {path}: {error.detail}"
         return error_response(error.status_code, message, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response()  # to nobody: without it, a log would show where the app waited
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -205,7 +211,7 @@ def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
     @app.post("/v1/embeddings", tags=["embeddings"])
     async def embed(request: Request) -> Response:
         try:
-            body = await texts.answer(await request.body())
+            body = await texts.answer(await read_body(request))
         except OvercommitError as error:
             headers = dict(retry_headers(error.retry_after_s))
             text = embeddings.error_body(error)
@@ -224,6 +230,7 @@ def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
 def make_app(front: FrontEnd) -> FastAPI:
     """Build the app of one front end."""
     app = FastAPI(title="overcommit", version=overcommit.__version__, redoc_url=None)
+    app.add_middleware(BodyBudget, front=front)
     _add_error_handlers(app)
     _add_health(app, front)
     app_extensions.add_descriptions(app, front)  # before models: one may be named "stats"

@@ -169,9 +169,11 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()  # a body is received in place
             else:
                 current: Any = self.cycle
-                is_its = current is not None and current.more_body and not current.response_complete
-                if is_its and not isinstance(current, Exchange):
-                    self.transport.abort()  # the app waits for a body that does not come
-                    return
                 error = RequestTimeout(f"the request was not complete within {self._limit_s:g} s")
-                self._refuse(error, current if is_its else None)
+                if current is None or not current.more_body:
+                    self._refuse(error)
+                elif current.response_complete or not isinstance(current, Exchange):
+                    # It has its answer, or the app waits for a body that does not come.
+                    self.transport.abort()
+                else:
+                    self._refuse(error, current)

@@ -70,7 +70,7 @@ class _Answer(msgspec.Struct):
 _DECODER: Final = msgspec.json.Decoder(EmbeddingsRequest)
 
 
-def decode(body: bytes) -> EmbeddingsRequest:
+def decode(body: bytes | bytearray) -> EmbeddingsRequest:
     """Read a request.  Raises BadRequest."""
     try:
         request = _DECODER.decode(body)
@@ -115,7 +115,7 @@ class Embeddings:
         self._front = front
         self._models: dict[int, tuple[Route, asyncio.Task[TextModel]]] = {}
 
-    async def answer(self, body: bytes) -> bytes:
+    async def answer(self, body: bytes | bytearray) -> bytes:
         """Answer one request.  Raises OvercommitError."""
         request = decode(body)
         inputs = inputs_of(request)

@@ -287,10 +287,7 @@ class HotProtocol(Connection):
         if self._is_refused:
             return
         if not isinstance(cycle, Exchange):
-            if not cycle.response_complete and len(cycle.body) > self.front.settings.body_bytes_max:
-                self.transport.close()
-                return
-            super().on_body(body)
+            super().on_body(body)  # the app counts what it takes of it: `body_budget`
         elif self._bulk is not None:
             self._bulk.take(memoryview(body))
         elif not cycle.response_complete:
@@ -341,6 +338,7 @@ class HotProtocol(Connection):
             return
         if not isinstance(cycle, Exchange):
             super().on_message_complete()
+            cycle.more_body = False  # of one that was answered before, too
         elif self._bulk is not None:
             self._bulk = None
             cycle.end_bulk()
