@@ -78,9 +78,9 @@ class GrpcServer:
                 connection.leave(now=True)
 
     # --- calls ----------------------------------------------------------------------------------
-    def read_head(self, headers: Sequence[hpack.Header]) -> CallHead:
-        """Read the headers of a call."""
-        return grpc_wire.read_head(headers)
+    def read_head(self, headers: Sequence[hpack.Header] | None) -> CallHead:
+        """Read the headers of a call; None: they are too long."""
+        return grpc_wire.TOO_LONG if headers is None else grpc_wire.read_head(headers)
 
     def open(self, connection: Connection, number: int, head: CallHead) -> Call:
         """Make a call of its headers; one that cannot be is refused already."""

@@ -10,14 +10,18 @@ import gzip
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 from urllib.parse import quote
 
 from overcommit.runtime.errors import OvercommitError
 from overcommit.server import binary, hpack
-from overcommit.server.limits import GRPC_MESSAGE_CHARS_MAX, GRPC_TIMEOUT_S_MAX
+from overcommit.server.limits import (
+    GRPC_MESSAGE_CHARS_MAX,
+    GRPC_TIMEOUT_S_MAX,
+    H2_HEADERS_BYTES_MAX,
+)
 from overcommit.server.routing import CANARY, STABLE
 
 PREFIX_BYTES: Final = 5  # of a message: whether it is compressed, and its length
@@ -116,6 +120,18 @@ def read_head(headers: Sequence[hpack.Header]) -> CallHead:
         version=_CANARY.get(known.get(b"x-overcommit-canary", b"").strip().lower()),
         fault=fault,
     )
+
+
+def _too_long() -> CallHead:
+    text = (
+        f"the call's metadata is over {H2_HEADERS_BYTES_MAX} bytes, which is the limit, counting "
+        f"{hpack.ENTRY_BYTES} for each entry beside its name and value; send less"
+    )
+    head = read_head([(b":method", b"POST"), (b"content-type", CONTENT_TYPE)])
+    return replace(head, fault=CallFailed(Status.RESOURCE_EXHAUSTED, text))
+
+
+TOO_LONG: Final = _too_long()  # what is known of a call whose headers were dropped
 
 
 # --- messages -----------------------------------------------------------------------------------

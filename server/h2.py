@@ -121,3 +121,10 @@ def read_word(payload: bytes) -> int:
         raise ConnectionBroken(Code.FRAME_SIZE_ERROR, "a frame of four bytes has another length")
     (value,) = _WORD.unpack(payload)
     return int(value) & STREAM_MAX
+
+
+def without_padding(payload: bytes) -> bytes:
+    """Take the padding off a frame's payload."""
+    if not payload or payload[0] >= len(payload):
+        raise ConnectionBroken(Code.PROTOCOL_ERROR, "padding is longer than its frame")
+    return payload[1 : len(payload) - payload[0]]

@@ -5,8 +5,9 @@ It knows nothing of gRPC: whoever takes calls gives it a `Stream` for each heade
 Invariants
  1. A stream that is in `streams` hears what its client sends, in order, until it is gone.
  2. A client that sends beyond our windows, over the limits, or nothing but work, loses its
-    connection, and is told why in GOAWAY.
- 3. Incomplete frames that are kept are shorter than H2_HEADERS_BYTES_MAX; data is never kept here.
+    connection, and is told why in GOAWAY.  Headers that are too long are their call's fault alone.
+ 3. Of frames that are not whole, headers alone are kept if they are long, and within the budget that
+    bodies count against; data is never kept here.
 
 Called by the event loop.
 """
@@ -16,17 +17,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from overcommit.server import h2, hpack
 from overcommit.server.h2 import Code, ConnectionBroken
+from overcommit.server.h2_headers import Heads, Unfinished
 from overcommit.server.h2_output import Output
-from overcommit.server.h2_stream import Stream
+from overcommit.server.h2_stream import Calls, Stream
 from overcommit.server.limits import (
     H2_FRAME_BYTES_MAX,
     H2_HEADERS_BYTES_MAX,
-    H2_HEADS_MAX,
     H2_IDLE_FRAMES_MAX,
     H2_IDLE_S,
     H2_PING_TIMEOUT_S,
@@ -38,11 +38,10 @@ from overcommit.server.limits import (
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
-    from overcommit.server.grpc_wire import CallHead
 
 log = logging.getLogger("overcommit.grpc")
 
-_PADDED_BYTES_MAX: Final = h2.FRAME_BYTES
+_SHORT_BYTES: Final = h2.FRAME_BYTES  # a frame of more is not kept, or is counted until it is whole
 _CONNECTION_WINDOW: Final = 1 << 30  # the streams' windows are the ones that hold
 _WINDOW_STEP: Final = _CONNECTION_WINDOW // 2
 _GREETING: Final = h2.settings(
@@ -57,18 +56,6 @@ _SETTINGS_ACK: Final = h2.frame(h2.SETTINGS, h2.ACK, 0)
 _ARE_YOU_THERE: Final = h2.frame(h2.PING, 0, 0, b"are you?")
 
 
-class Calls(Protocol):
-    """Who takes calls."""
-
-    def read_head(self, headers: Sequence[hpack.Header]) -> CallHead:
-        """Read what a header block says; kept for as long as an equal block says the same."""
-        ...
-
-    def open(self, connection: Connection, number: int, head: CallHead) -> Stream:
-        """Make the stream of a call; it may have answered already."""
-        ...
-
-
 class Connection(Output):
     """See the module."""
 
@@ -80,20 +67,21 @@ class Connection(Output):
         self._calls = calls
         self._connections = connections
         self._is_full = is_full
-        self._decoder = hpack.Decoder()
-        self._heads: dict[bytes, CallHead] = {}
-        self._heads_of = 0  # the decoder's generation
-        self._rest = b""  # of a frame
+        self._heads = Heads(calls.read_head)
+        self._rest = bytearray()  # of a frame
+        self._rest_bytes = 0  # that the frame needs to be whole
         self._is_greeted = False  # the client's preface was there
         self._data_left = 0  # of a DATA frame that is under way ...
         self._data_stream: Stream | None = None  # ... for whom; None: nobody any more
         self._data_ends = False
-        self._block: list[bytes] | None = None  # header block under way
+        self._unfinished = Unfinished(front)  # header block
+        self._is_block_open = False
         self._block_stream = 0
         self._block_ends = False
         self._last_stream = 0
         self._received = 0  # since the client's window was topped up
         self._heard_s = front.clock_s
+        self._begun_s = front.clock_s  # the greeting, or a frame or header block that is not whole
         self._asked_s = 0.0  # when we asked whether the client is there
         self._idle_frames = 0
 
@@ -110,6 +98,7 @@ class Connection(Output):
         self._transport = None
         self._out.clear()
         self._blocked.clear()
+        self._unfinished.take()
         streams, self.streams = self.streams, {}
         for stream in streams.values():
             stream.is_gone = True
@@ -135,17 +124,26 @@ class Connection(Output):
     def data_received(self, data: bytes) -> None:
         self._heard_s, self._asked_s = self.front.clock_s, 0.0
         if self._rest:
-            data = self._rest + data
-            self._rest = b""
+            self._rest += data
+            if len(self._rest) < self._rest_bytes:
+                return
+            data, self._rest = bytes(self._rest), bytearray()
+            if self._rest_bytes > _SHORT_BYTES:
+                self._unfinished.let_go(self._rest_bytes)
+            self._rest_bytes = 0
         self._is_reading = True
         try:
-            self._rest = self._take(data)
+            rest = self._take(data)
         except ConnectionBroken as error:
             self._break(error)
             return
         except hpack.CompressionError as error:
             self._break(ConnectionBroken(Code.COMPRESSION_ERROR, str(error)))
             return
+        if rest:
+            self._rest += rest
+            if not self._is_block_open:
+                self._begun_s = self._heard_s
         self._is_reading = False
         if self._out:
             self._flush()
@@ -173,16 +171,17 @@ class Connection(Output):
             stop = start + length
             if length > H2_FRAME_BYTES_MAX:
                 raise ConnectionBroken(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-            if self._block is not None and kind != h2.CONTINUATION:
+            if self._is_block_open and kind != h2.CONTINUATION:
                 raise ConnectionBroken(Code.PROTOCOL_ERROR, "a header block is not continued")
             if kind == h2.DATA:
                 if flags & h2.PADDED:
-                    if length > _PADDED_BYTES_MAX:
+                    if length > _SHORT_BYTES:
                         raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, "a large frame is padded")
                     if stop > end:
+                        self._wait_for(stop - at)
                         break
                     self._begin_data(number, length)
-                    payload = _without_padding(data[start:stop])
+                    payload = h2.without_padding(data[start:stop])
                     self._deliver(payload, bool(flags & h2.END_STREAM))
                 else:
                     self._begin_data(number, length)
@@ -192,13 +191,20 @@ class Connection(Output):
                         break
                     self._deliver(data[start:stop], bool(flags & h2.END_STREAM))
             elif stop > end:
-                if length > H2_HEADERS_BYTES_MAX:
+                if length > _SHORT_BYTES and kind not in (h2.HEADERS, h2.CONTINUATION):
                     raise ConnectionBroken(Code.ENHANCE_YOUR_CALM, f"a frame of {length} bytes")
+                self._wait_for(stop - at)
                 break
             else:
                 self._on_frame(kind, flags, number & h2.STREAM_MAX, data[start:stop])
             at = stop
         return data[at:]
+
+    def _wait_for(self, nbytes: int) -> None:
+        """Look at what is there again when the frame is whole."""
+        self._rest_bytes = nbytes
+        if nbytes > _SHORT_BYTES:
+            self._unfinished.hold(nbytes)
 
     def _begin_data(self, number: int, length: int) -> None:
         """A DATA frame: count it against the windows."""
@@ -308,7 +314,7 @@ class Connection(Output):
     # --- headers --------------------------------------------------------------------------------
     def _on_headers(self, flags: int, number: int, payload: bytes) -> None:
         if flags & h2.PADDED:
-            payload = _without_padding(payload)
+            payload = h2.without_padding(payload)
         if flags & h2.HAS_PRIORITY:
             payload = payload[5:]
         if number & 1 == 0:
@@ -317,33 +323,21 @@ class Connection(Output):
         if flags & h2.END_HEADERS:
             self._on_block(payload)
         else:
-            self._block = [payload]
+            self._is_block_open = True
+            self._begun_s = self._heard_s
+            self._unfinished.add(payload)
 
     def _on_continuation(self, flags: int, number: int, payload: bytes) -> None:
-        block = self._block
-        if block is None or number != self._block_stream:
+        if not self._is_block_open or number != self._block_stream:
             raise ConnectionBroken(Code.PROTOCOL_ERROR, "CONTINUATION of no header block")
         self._count_idle()
-        block.append(payload)
-        if sum(map(len, block)) > H2_HEADERS_BYTES_MAX:
-            raise ConnectionBroken(
-                Code.ENHANCE_YOUR_CALM, f"a header block is over {H2_HEADERS_BYTES_MAX} bytes"
-            )
+        self._unfinished.add(payload)
         if flags & h2.END_HEADERS:
-            self._block = None
-            self._on_block(b"".join(block))
+            self._is_block_open = False
+            self._on_block(self._unfinished.take())
 
     def _on_block(self, block: bytes) -> None:
-        # Even a block that nobody wants must be read: it may change the table.
-        head = self._heads.get(block)
-        if head is None:
-            head = self._calls.read_head(self._decoder.decode(block))
-            if self._heads_of != self._decoder.generation or len(self._heads) >= H2_HEADS_MAX:
-                self._heads_of = self._decoder.generation
-                self._heads.clear()
-                # A block that changes the table means something else the next time.
-            else:
-                self._heads[block] = head
+        head = self._heads[block]
         number = self._block_stream
         stream = self.streams.get(number)
         if stream is not None:  # trailers
@@ -378,8 +372,8 @@ class Connection(Output):
         if self._write_since_s:
             if now_s - self._write_since_s > WRITE_TIMEOUT_S:
                 transport.abort()
-        elif not self._is_greeted or self._block is not None or self._rest:
-            if silent_s > HEAD_TIMEOUT_S:
+        elif not self._is_greeted or self._is_block_open or self._rest:
+            if now_s - self._begun_s > HEAD_TIMEOUT_S:
                 transport.abort()
         elif self._asked_s:
             if now_s - self._asked_s > H2_PING_TIMEOUT_S:
@@ -391,9 +385,3 @@ class Connection(Output):
         for stream in list(itertools.islice(self.streams.values(), H2_STREAMS_MAX)):
             if not stream.is_ended:
                 stream.check_time(now_s)
-
-
-def _without_padding(payload: bytes) -> bytes:
-    if not payload or payload[0] >= len(payload):
-        raise ConnectionBroken(Code.PROTOCOL_ERROR, "padding is longer than its frame")
-    return payload[1 : len(payload) - payload[0]]

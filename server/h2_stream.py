@@ -14,11 +14,14 @@ Called by the connection.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from overcommit.server.limits import BODY_TIMEOUT_S, H2_WINDOW_BYTES
 
 if TYPE_CHECKING:
+    from overcommit.server import hpack
+    from overcommit.server.grpc_wire import CallHead
     from overcommit.server.h2_connection import Connection
 
 
@@ -64,6 +67,21 @@ class Stream:
 
     def on_sent(self) -> None:
         """What waited for a window is sent."""
+
+
+class Calls(Protocol):
+    """Who takes calls."""
+
+    def read_head(self, headers: Sequence[hpack.Header] | None) -> CallHead:
+        """Read what a header block says; kept for as long as an equal block says the same.
+
+        None: they were too long, and their call is to be refused.
+        """
+        ...
+
+    def open(self, connection: Connection, number: int, head: CallHead) -> Stream:
+        """Make the stream of a call; it may have answered already."""
+        ...
 
 
 def is_late(stream: Stream, now_s: float) -> bool:

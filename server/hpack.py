@@ -5,9 +5,11 @@ headers each time, as literals that are made once, so nothing has to be kept in 
 
 Invariants
  1. The table holds at most `TABLE_BYTES` by the RFC's count, whatever the client asks for.
- 2. A block decodes to at most HEADERS_BYTES_MAX of names and values, or is refused: a few bytes may
-    name a long entry again and again.
- 3. `generation` changes with the table: as long as it does not, equal blocks mean the same.
+ 2. Of a list over H2_HEADERS_BYTES_MAX nothing is kept but what it does to the table: its call can
+    be refused alone (RFC 9113, 10.5.1).
+ 3. A block that decodes to over H2_BLOCK_BYTES_MAX is refused: a few bytes may name a long entry again
+    and again.
+ 4. `generation` changes with the table: as long as it does not, equal blocks mean the same.
 
 Pure; raises `CompressionError`, after which the connection is lost (RFC 9113, 4.3).
 Called by the HTTP/2 connection.
@@ -19,10 +21,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from overcommit.server.limits import H2_HEADERS_BYTES_MAX
+from overcommit.server.limits import H2_BLOCK_BYTES_MAX, H2_HEADERS_BYTES_MAX
 
 TABLE_BYTES: Final = 4096  # SETTINGS_HEADER_TABLE_SIZE, left as it is by default
 ENTRY_BYTES: Final = 32  # that an entry counts beside its name and value
+_CODE_BITS_MAX: Final = 30  # of one byte, packed
 
 Header = tuple[bytes, bytes]
 
@@ -168,8 +171,11 @@ class Decoder:
         self._limit = TABLE_BYTES
         self.generation = 0
 
-    def decode(self, block: bytes) -> list[Header]:
-        """Return the headers of a block.  Raises CompressionError."""
+    def decode(self, block: bytes) -> list[Header] | None:
+        """Return the headers of a block; None: they are over H2_HEADERS_BYTES_MAX.
+
+        Raises CompressionError.
+        """
         headers: list[Header] = []
         total = at = 0
         end = len(block)
@@ -179,7 +185,7 @@ class Decoder:
                 index, at = _read_integer(block, at, 7)
                 header = self._entry(index)
             elif byte & 0xE0 == 0x20:
-                if headers:
+                if total:
                     raise CompressionError("the table's size changes inside a block")
                 size, at = _read_integer(block, at, 5)
                 self._resize(size)
@@ -196,10 +202,11 @@ class Decoder:
                 if keeps:
                     self._add(header)
             total += len(header[0]) + len(header[1]) + ENTRY_BYTES
-            if total > H2_HEADERS_BYTES_MAX:
-                raise CompressionError(f"the headers are over {H2_HEADERS_BYTES_MAX} bytes")
-            headers.append(header)
-        return headers
+            if total <= H2_HEADERS_BYTES_MAX:
+                headers.append(header)
+            elif total > H2_BLOCK_BYTES_MAX:
+                raise CompressionError(f"the headers are over {H2_BLOCK_BYTES_MAX} bytes")
+        return headers if total <= H2_HEADERS_BYTES_MAX else None
 
     def _entry(self, index: int) -> Header:
         if 0 < index <= len(STATIC):
@@ -253,4 +260,10 @@ def _read_string(block: bytes, at: int) -> tuple[bytes, int]:
     if at + length > len(block):
         raise CompressionError("a block ends inside a string")
     data = block[at : at + length]
-    return (decode_huffman(data) if is_packed else data), at + length
+    if is_packed and length <= H2_HEADERS_BYTES_MAX:
+        data = decode_huffman(data)
+    return data, at + length
+
+
+# A longer string is too long, packed or not, and empties the table: it need not be unpacked.
+assert H2_HEADERS_BYTES_MAX * 8 // _CODE_BITS_MAX > TABLE_BYTES

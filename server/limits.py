@@ -44,7 +44,8 @@ OVERRIDE_FILES_MAX: Final = 1024  # that come with one load
 H2_STREAMS_MAX: Final = 1024  # calls of one connection at a time
 H2_FRAME_BYTES_MAX: Final = 1 * MIB  # that we take; a client cuts its messages into such pieces
 H2_WINDOW_BYTES: Final = 8 * MIB  # that a call may send before we have looked at it
-H2_HEADERS_BYTES_MAX: Final = 16 * KIB  # of one call, as they are counted uncompressed
+H2_HEADERS_BYTES_MAX: Final = 16 * KIB  # of one call, as they are counted uncompressed ...
+H2_BLOCK_BYTES_MAX: Final = 512 * KIB  # ... a call with more is refused; over this, its connection
 H2_HEADS_MAX: Final = 256  # remembered header blocks of one connection
 # Frames of a connection that ask for work and bring nothing (pings, settings, resets, empty data): so
 # many in a row, or more resets than answers by so many, and the connection is closed.

@@ -41,6 +41,12 @@ class Client:
                 raise
             return None
 
+    def refusal(self, token: str) -> grpc.StatusCode:
+        call = self.channel.unary_unary(SERVICE + "ModelInfer")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", timeout=WATCHDOG_S, metadata=(("authorization", token),))
+        return caught.value.code()
+
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
@@ -75,6 +81,9 @@ def test_front_ends_share_the_port_die_and_drain(repository: Path, tmp_path: Pat
         waiting = threading.Thread(target=ask)
         waiting.start()
         server.wait_until(lambda: sum(f["in_flight"] for f in server.status()["front_ends"]))
+        # A call that is refused before it is one leaves others of its connection alone.
+        assert clients[0].refusal("v" * 17_000) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert clients[0].refusal("v" * 300_000) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert server.stop() == 0
         waiting.join(WATCHDOG_S)
         assert answers == [[0.5]]

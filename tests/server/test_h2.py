@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from overcommit.server import h2
 from overcommit.server.h2 import Code
 from overcommit.server.limits import (
+    BODIES_BYTES_MAX,
     BODY_TIMEOUT_S,
+    H2_BLOCK_BYTES_MAX,
     H2_HEADERS_BYTES_MAX,
     H2_IDLE_FRAMES_MAX,
     H2_IDLE_S,
@@ -90,6 +92,76 @@ def test_headers_may_be_continued_and_padded() -> None:
         peer.answer_all()
         await client.settle()
         assert values(client.answer(1)[1][0]) == [2.0]
+
+    run(test)
+
+
+def block_frames(block: bytes, step: int) -> bytes:
+    """Stream 3's header block in frames of so many bytes."""
+    pieces = [block[at : at + step] for at in range(0, len(block), step)]
+    kinds = [h2.HEADERS] + [h2.CONTINUATION] * (len(pieces) - 1)
+    flags = [0] * (len(pieces) - 1) + [h2.END_HEADERS]
+    return b"".join(map(frame, kinds, flags, [3] * len(pieces), pieces))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "step"), [(17_000, 1 << 20), (300_000, 1 << 20), (300_000, 16_384)]
+)
+def test_headers_that_are_too_long_cost_their_own_call_alone(nbytes: int, step: int) -> None:
+    async def test(client: H2Client, peer: Peer) -> None:
+        before = client.call(request([1.0]))
+        block = client.headers(authorization="v" * nbytes) + b"\x40\x01a\x01b"
+        data = block_frames(block, step)
+        for at in range(0, len(data), 10_000):
+            client.send(data[at : at + 10_000])
+        client.data(3, framed(request([2.0])), end=True)
+        # The table is as the client thinks.
+        client.send(h2.frame(h2.HEADERS, h2.END_HEADERS, 5, client.headers() + b"\xbe"))
+        client.data(5, framed(request([3.0])), end=True)
+        peer.answer_all()
+        await client.settle()
+        assert client.status(3) == 8
+        message = client.answer(3)[2]["grpc-message"]
+        assert f"over {H2_HEADERS_BYTES_MAX} bytes" in message
+        assert values(client.answer(before)[1][0]) == [2.0]
+        assert values(client.answer(5)[1][0]) == [6.0]
+        assert not client.transport.is_closed
+        assert not client.rig.bodies_bytes
+
+    run(test)
+
+
+def test_long_headers_count_against_the_budget_of_bodies() -> None:
+    def test(client: H2Client, peer: Peer) -> None:
+        data = block_frames(client.headers(authorization="v" * 100_000), 1 << 20)
+        client.send(data[:50_000])
+        assert client.rig.bodies_bytes == len(data)
+        client.rig.bodies_bytes = BODIES_BYTES_MAX
+        client.send(data[50_000:-1])
+        other = H2Client(client.rig)
+        other.send(data[:50_000])
+        assert goaway(other) is Code.ENHANCE_YOUR_CALM
+        other.lose()
+        assert client.rig.bodies_bytes == BODIES_BYTES_MAX
+        client.rig.bodies_bytes = len(data)
+        client.lose()
+        assert not client.rig.bodies_bytes
+
+    run(test)
+
+
+def test_headers_that_do_not_come_to_an_end_are_not_waited_for() -> None:
+    def test(client: H2Client, peer: Peer) -> None:
+        start_s = client.rig.clock_s
+        data = block_frames(client.headers(authorization="v" * 100_000), 1 << 20)
+        client.send(data[:50_000])
+        client.rig.clock_s = start_s + HEAD_TIMEOUT_S
+        client.send(data[50_000:60_000])
+        client.connection.check_times(start_s + HEAD_TIMEOUT_S)
+        assert not client.transport.is_closed
+        client.connection.check_times(start_s + HEAD_TIMEOUT_S + 1)
+        assert client.transport.is_closed
+        client.lose()
 
     run(test)
 
@@ -236,7 +308,12 @@ BROKEN = {
     ),
     "endless headers": (
         frame(h2.HEADERS, 0, 1, HEAD)
-        + frame(h2.CONTINUATION, 0, 1, b"x" * 1000) * (H2_HEADERS_BYTES_MAX // 1000 + 1),
+        + frame(h2.CONTINUATION, 0, 1, b"x" * 16_000) * (H2_BLOCK_BYTES_MAX // 16_000 + 1),
+        Code.ENHANCE_YOUR_CALM,
+        True,
+    ),
+    "endless headers in one frame": (
+        frame(h2.HEADERS, 4, 1, HEAD + b"x" * H2_BLOCK_BYTES_MAX)[:50_000],
         Code.ENHANCE_YOUR_CALM,
         True,
     ),

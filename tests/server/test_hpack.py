@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from overcommit.server import hpack
 from overcommit.server.hpack import CompressionError, Decoder
+from overcommit.server.limits import H2_HEADERS_BYTES_MAX
 
 HEADERS = st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=300)), max_size=8)
 
 
-def decode(decoder: Decoder, text: str) -> list[tuple[bytes, bytes]]:
+def decode(decoder: Decoder, text: str) -> list[tuple[bytes, bytes]] | None:
     return decoder.decode(bytes.fromhex(text))
 
 
@@ -86,6 +87,25 @@ def test_a_few_bytes_cannot_name_a_long_header_again_and_again() -> None:
     decoder.decode(b"\x40\x01a\x7f\x81\x0f" + b"x" * 2048)
     with pytest.raises(CompressionError, match="over"):
         decoder.decode(b"\xbe" * 1000)
+
+
+def test_of_a_list_that_is_too_long_the_table_keeps_what_it_should() -> None:
+    decoder = Decoder()
+    long = hpack.encode([(b"long", b"x" * H2_HEADERS_BYTES_MAX)])
+    assert decoder.decode(long + b"\x40\x01a\x01b") is None
+    assert decoder.decode(b"\xbe") == [(b"a", b"b")]
+    assert decoder.decode(b"\x40" + long[1:]) is None  # longer than the table: empties it
+    with pytest.raises(CompressionError, match="not there"):
+        decoder.decode(b"\xbe")
+
+
+def test_a_packed_string_that_is_too_long_empties_the_table() -> None:
+    decoder = Decoder()
+    decoder.decode(b"\x40\x01a\x01b")
+    packed = b"\xff\x82\x7f" + b"\0" * (H2_HEADERS_BYTES_MAX + 1)  # a "0" is packed as five zeros
+    assert decoder.decode(b"\x40\x01c" + packed) is None
+    with pytest.raises(CompressionError, match="not there"):
+        decoder.decode(b"\xbe")
 
 
 def test_the_generation_tells_when_equal_blocks_mean_the_same() -> None:
