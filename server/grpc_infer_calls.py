@@ -60,7 +60,7 @@ class InferCall(Unary):
 class StreamCall(Call):
     """ModelStreamInfer: answers in the order of the requests."""
 
-    __slots__ = ("_later", "_turns")
+    __slots__ = ("_has_all", "_later", "_turns")
 
     def __init__(
         self, connection: Connection, number: int, service: Service, head: CallHead
@@ -68,6 +68,7 @@ class StreamCall(Call):
         super().__init__(connection, number, service, head)
         self._turns: deque[Inference] = deque()  # submitted, not answered
         self._later: deque[Data] = deque()  # not looked at yet
+        self._has_all = False  # messages: not while the last bytes are still cut into some
 
     def on_message(self, message: Data, is_last: bool) -> None:
         """Begin, or wait until there are fewer under way."""
@@ -94,6 +95,7 @@ class StreamCall(Call):
 
     def on_end(self) -> None:
         """The client sends no more; its answers come all the same."""
+        self._has_all = True
         self._end_if_done()
 
     def on_sent(self) -> None:
@@ -133,7 +135,7 @@ class StreamCall(Call):
             self.top_up()
 
     def _end_if_done(self) -> None:
-        if self.is_ended and not self._turns and not self._later and not self.is_gone:
+        if self._has_all and not self._turns and not self._later and not self.is_gone:
             self.release()
             self.connection.send(
                 self, grpc_wire.BEGIN[self.head.answers_in], (), grpc_wire.TRAILERS_OK

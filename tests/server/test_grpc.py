@@ -263,6 +263,20 @@ def test_a_stream_is_answered_in_the_order_of_its_requests() -> None:
     run(test)
 
 
+def test_messages_that_come_with_the_end_of_a_stream_are_all_answered() -> None:
+    async def test(client: H2Client, peer: Peer) -> None:
+        number = client.open(STREAM)
+        refused = framed(request([0.0], name="z", id="first"))
+        client.data(number, refused + framed(request([1.0], id="second")) + refused, end=True)
+        peer.answer_all()
+        await client.settle()
+        found = [each.infer_response.id for each in answers_of(client, number)]
+        assert found == ["first", "second", "first"]
+        assert client.status(number) == 0
+
+    run(test)
+
+
 def test_a_stream_that_asks_for_it_ends_with_its_first_error() -> None:
     async def test(client: H2Client, peer: Peer) -> None:
         number = client.open(STREAM, triton_grpc_error="true")
