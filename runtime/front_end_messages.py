@@ -72,6 +72,13 @@ class Rehearsed(Message, frozen=True):
     retry: bool = False
 
 
+class LinkBroken(Message, frozen=True):
+    """Front end: this worker incarnation broke the rules of its ring; it gets no more requests."""
+
+    seat: int
+    epoch: int
+
+
 class Routes(Message, frozen=True):
     """Changes of the routing table; long tables come as several messages, the last is `complete`."""
 
@@ -198,6 +205,7 @@ FrontEndMessage = (
     Pressure
     | Rehearse
     | Rehearsed
+    | LinkBroken
     | Routes
     | Homes
     | Admin

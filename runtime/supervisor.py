@@ -36,7 +36,7 @@ from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.config import BATCH_TIMEOUT_S, STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
 from overcommit.runtime.fleet import Child
-from overcommit.runtime.front_end_messages import Admin, Counters, Rehearsed
+from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen
 from overcommit.runtime.messages import ArenaMade, Chunks, ChunksTaken, Drain, Ready, Stop
@@ -244,6 +244,10 @@ class Supervisor:
             self.administration.on_counters(child, message)
         elif isinstance(message, Rehearsed):
             self.catalogue.rehearsals.on_rehearsed(child, message, now_ns)
+        elif isinstance(message, LinkBroken):
+            worker = house.fleet.worker(message.seat)
+            if worker is not None and worker.epoch == message.epoch:
+                house.fleet.kill(worker, "broke the rules of its ring", now_ns)
         elif isinstance(message, Attaches):
             house.site_of(child).activations.on_attaches(child, message)
         elif isinstance(message, BindFailed):

@@ -79,11 +79,13 @@ class Dispatch:
         self._held: dict[int, Pending] = {}
         self.requests = self.errors = self.late = self.retried = 0
         self.tallies = Tallies()
+        # Somebody may end a worker that lied: it was not only to us that it could.
+        self.on_broken: Callable[[int], None] = lambda key: None
 
     # --- links ----------------------------------------------------------------------------------
     def rings(self) -> list[_shm.CompletionRing]:
         """Completion rings to arm."""
-        return [link.completions for link in self.links.values()]
+        return [link.completions for link in self.links.values() if not link.is_broken]
 
     def link_up(self, message: LinkUp, fds: dict[str, int]) -> None:
         """A worker is there: use it, and send it what was held."""
@@ -113,7 +115,8 @@ class Dispatch:
         link = self.links.get(key)
         if link is None:
             return
-        self._drain_link(link)  # what it answered before it died is good
+        if not link.is_broken:
+            self._drain_or_break(link)  # what it answered before it died is good
         del self.links[key]
         self._router.remove(key)
         self._avoid.discard(key)
@@ -304,16 +307,19 @@ class Dispatch:
     def drain(self) -> None:
         """Take every completion that is there."""
         for link in list(self.links.values()):
-            if link.is_broken:
-                continue
-            try:
-                self._drain_link(link)
-            except (_shm.RingCorrupt, ProtocolError):
-                # Never go on with a ring that lied once.  What is lent there stays lent until the
-                # supervisor has reaped the worker.
-                log.exception("a worker broke the rules of its ring; it gets no more requests")
-                link.is_broken = True
-                self._avoid.add(link.key)
+            if not link.is_broken:
+                self._drain_or_break(link)
+
+    def _drain_or_break(self, link: WorkerLink) -> None:
+        try:
+            self._drain_link(link)
+        except (_shm.RingCorrupt, ProtocolError):
+            # Never go on with a ring that lied once.  What is lent there stays lent until the
+            # supervisor has reaped the worker.
+            log.exception("a worker broke the rules of its ring; it gets no more requests")
+            link.is_broken = True
+            self._avoid.add(link.key)
+            self.on_broken(link.key)
 
     def _drain_link(self, link: WorkerLink) -> None:
         while completions := link.completions.pop(256):
@@ -340,6 +346,8 @@ class Dispatch:
             raise ProtocolError(f"a worker answered {length} bytes into {pending.out_capacity}")
         view = self.parcels.answer(pending, length)
         if status == _shm.OK:
+            if self.parcels.hints:
+                self.parcels.learn(pending, length)
             self.tallies.count(
                 route.slot,
                 now_ns - pending.began_ns,
@@ -351,6 +359,9 @@ class Dispatch:
             reply, pending.reply = pending.reply, None
             try:
                 reply.succeed(view)
+            except Exception:  # the request boundary: others wait for their completions
+                log.exception("an answer of model '%s' could not be given on", route.name)
+                reply.fail(OvercommitError("internal error; see the server's log"))
             finally:
                 self._release(pending)
         elif (

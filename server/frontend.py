@@ -36,6 +36,7 @@ from overcommit.runtime.front_end_messages import (
     AdminReply,
     Counters,
     Homes,
+    LinkBroken,
     Pressure,
     RegionsChanged,
     Rehearse,
@@ -66,6 +67,7 @@ from overcommit.server.protocol import HotProtocol, protocol_class
 from overcommit.server.regions import Regions
 from overcommit.server.rehearsing import rehearse
 from overcommit.server.routing import RouteTable, check_usable
+from overcommit.server.worker_link import incarnation_of
 
 if TYPE_CHECKING:
     import ssl
@@ -108,6 +110,7 @@ class FrontEnd:
             *(start.seat, start.epoch, self._ingress, egress, call_soon),
             seats=start.settings.workers,
         )
+        self.dispatch.on_broken = self._tell_of_broken
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
         self._ask_id = 0
@@ -260,6 +263,10 @@ class FrontEnd:
             future.set_result((message.status, b"".join(parts)))
 
     # --- the rings ------------------------------------------------------------------------------
+    def _tell_of_broken(self, key: int) -> None:
+        seat, epoch = incarnation_of(key)
+        self._control.send(LinkBroken(seat=seat, epoch=epoch))
+
     def on_bell(self) -> None:
         """Take completions until every ring is empty and armed; give others a turn in between."""
         with contextlib.suppress(BlockingIOError):

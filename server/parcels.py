@@ -23,7 +23,7 @@ from overcommit.runtime.blocks import BlockArena
 from overcommit.runtime.config import BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, NEVER_NS
 from overcommit.runtime.errors import OvercommitError, Overloaded, PayloadTooLarge
 from overcommit.runtime.front_end_messages import Route
-from overcommit.server.limits import IDLE_BLOCKS_MAX
+from overcommit.server.limits import HINT_FADES, HINT_SHARE, IDLE_BLOCKS_MAX
 from overcommit.server.plans import InputPlan
 from overcommit.server.worker_link import WorkerLink
 
@@ -67,7 +67,7 @@ class Parcels:
         self._in_view, self._out_view = memoryview(ingress), memoryview(egress)
         self.ingress, self.egress = BlockArena(len(self._in_view)), BlockArena(len(self._out_view))
         self._idle: list[Pending] = []
-        self._hints: dict[int, int] = {}  # slot -> bytes that an answer of it needed
+        self.hints: dict[int, int] = {}  # slot -> bytes that an answer of it may need, by its last ones
 
     def open(
         self, request_id: int, route: Route, plan: InputPlan, reply: Reply, now_ns: int
@@ -77,8 +77,8 @@ class Parcels:
         Raises PayloadTooLarge, and Overloaded when memory is full.
         """
         nbytes, guess = plan.nbytes, plan.out_bytes
-        if self._hints:
-            guess = max(guess, self._hints.get(route.slot, 0))
+        if self.hints:
+            guess = max(guess, self._expected(route.slot))
         if self._idle and nbytes <= BLOCK_BYTES_MIN and guess <= BLOCK_BYTES_MIN:
             pending = self._idle.pop()
             pending.request_id, pending.route, pending.in_length = request_id, route, nbytes
@@ -150,7 +150,7 @@ class Parcels:
     def try_regrow(self, pending: Pending, nbytes: int) -> bool:
         """Exchange the egress block for one of this size; False when memory is full."""
         pending.regrown += 1
-        self._hints[pending.route.slot] = nbytes
+        self.hints[pending.route.slot] = nbytes
         block = self.egress.try_reserve(nbytes)
         if block is None:
             return False
@@ -158,6 +158,23 @@ class Parcels:
         pending.out_offset, pending.out_capacity = block
         pending.is_small = False
         return True
+
+    def _expected(self, slot: int) -> int:
+        """Return what an answer may need by the last ones: a guess that takes no other's room."""
+        hint = self.hints.get(slot, 0)
+        total = len(self._out_view)
+        return hint if self.egress.used_bytes + hint <= HINT_SHARE * total else 0
+
+    def learn(self, pending: Pending, length: int) -> None:
+        """An answer had so many bytes: what the next ones are expected to need fades towards that."""
+        slot = pending.route.slot
+        hint = self.hints.get(slot)
+        if hint is not None and length < hint:
+            hint -= (hint - length) // HINT_FADES
+            if hint <= BLOCK_BYTES_MIN:
+                del self.hints[slot]
+            else:
+                self.hints[slot] = hint
 
     def close(self, pending: Pending) -> None:
         """The request is over, and nobody else can write to its blocks any more."""

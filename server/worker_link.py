@@ -18,6 +18,11 @@ def link_key(seat: int, epoch: int) -> int:
     return seat << 16 | epoch
 
 
+def incarnation_of(key: int) -> tuple[int, int]:
+    """Return the seat and the epoch of who has this name."""
+    return key >> 16, key & 0xFFFF
+
+
 @dataclass(slots=True, eq=False)
 class WorkerLink:
     """The rings, and how many requests are lent there.  Owns the worker's doorbell."""

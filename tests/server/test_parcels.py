@@ -69,6 +69,29 @@ def test_a_pair_with_a_larger_answer_is_not_kept_and_its_version_asks_for_more(
     assert opened(parcels, 2, plan()).out_capacity >= 5000
 
 
+def test_what_a_long_answer_taught_fades_with_short_ones(parcels: Parcels) -> None:
+    pending = opened(parcels, 1, plan())
+    assert parcels.try_regrow(pending, 32 * BLOCK_BYTES_MIN)
+    parcels.close(pending)
+    asked = []
+    while parcels.hints:
+        pending = opened(parcels, 2, plan())
+        asked.append(pending.out_capacity)
+        parcels.learn(pending, 100)
+        parcels.close(pending)
+    assert asked[0] == 32 * BLOCK_BYTES_MIN
+    assert asked == sorted(asked, reverse=True)
+    assert opened(parcels, 3, plan()).out_capacity == BLOCK_BYTES_MIN
+
+
+def test_what_an_answer_may_need_refuses_nobody(parcels: Parcels) -> None:
+    pending = opened(parcels, 1, plan())
+    assert parcels.try_regrow(pending, ARENA_BYTES // 2)
+    parcels.close(pending)
+    capacities = [opened(parcels, number, plan()).out_capacity for number in range(33)]
+    assert capacities == [ARENA_BYTES // 2] + [BLOCK_BYTES_MIN] * 32
+
+
 def test_idle_pairs_are_given_back_before_memory_is_called_full(parcels: Parcels) -> None:
     pairs = [opened(parcels, number, plan()) for number in range(64)]
     with pytest.raises(Overloaded, match="--payload-memory"):
