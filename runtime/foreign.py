@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from overcommit.runtime import engines, trials
+from overcommit.runtime import engines, probes, trials
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.engines import store
 from overcommit.runtime.errors import (
@@ -66,7 +66,7 @@ class Candidate:
 class Foreign:
     """A source as its own library sees it."""
 
-    known: trials.Known
+    known: probes.Known
     run: trials.Run
     # Where the library itself answers in more than one way, each of them counts as right.
     others: tuple[trials.Run, ...]
@@ -148,14 +148,14 @@ def _check_inputs(where: str, given: Sequence[TensorSpec], known: Sequence[Tenso
             )
 
 
-def _guesses(inputs: Sequence[TensorSpec]) -> Iterator[trials.Arrays]:
+def _guesses(inputs: Sequence[TensorSpec]) -> Iterator[probes.Arrays]:
     """One axis after the other gets another size, while the others are 1; or all of them at once."""
-    names = [name for spec in inputs for name in trials.axis_names(spec) if name is not None]
+    names = [name for spec in inputs for name in probes.axis_names(spec) if name is not None]
     axes = list(dict.fromkeys(names))
     for size in _SIZES:
         for long in (*axes, None):
             sizes = {axis: size if long in (axis, None) else 1 for axis in axes}
-            yield trials.trial_inputs(inputs, sizes, 1, vary=True)
+            yield probes.trial_inputs(inputs, sizes, 1, vary=True)
 
 
 def _header(job: Pack, source: Source, candidate: Candidate, config: ModelConfig) -> ImageHeader:
@@ -201,7 +201,7 @@ def _verify(
         raise ImageError(f"its output '{problem}' differs from that of the file itself")
 
 
-def _difference(config: ModelConfig, one: trials.Arrays, two: trials.Arrays) -> str | None:
+def _difference(config: ModelConfig, one: probes.Arrays, two: probes.Arrays) -> str | None:
     """Name the first output that differs."""
     for spec in config.outputs:
         if not trials.is_close(one[spec.name], two[spec.name], spec.datatype):

@@ -60,7 +60,7 @@ __all__ = [
     "write_image",
 ]
 
-PACKER_VERSION: Final = 3  # a packer that makes other images of the same files says so here
+PACKER_VERSION: Final = 4  # a packer that makes other images of the same files says so here
 _ENCODER = msgspec.msgpack.Encoder()
 
 

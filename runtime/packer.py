@@ -36,7 +36,7 @@ import msgspec
 import torch
 from torch import nn
 
-from overcommit.runtime import checkpoint, engines, foreign, reshape, sources, trials
+from overcommit.runtime import checkpoint, engines, foreign, probes, reshape, sources, trials
 from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.control import ControlSocket
@@ -84,7 +84,7 @@ class Prepared:
 
     module: nn.Module
     call: Callable[[Arguments], object]
-    known: trials.Known
+    known: probes.Known
     program: dict[str, str]
     key: Callable[[Sequence[TensorFacts]], str]
     save: Callable[[Path], Path | None] = lambda folder: None
@@ -116,7 +116,7 @@ def _prepare_hugging_face(job: Pack, source: sources.Source) -> Prepared:
     return Prepared(
         module=module,
         call=torch_module.Call(module),
-        known=trials.Known(inputs, hugging_face.sizes_of(inputs)),
+        known=probes.Known(inputs, hugging_face.sizes_of(inputs)),
         program=program,
         key=lambda facts: _key(program, facts),
     )
@@ -131,7 +131,7 @@ def _prepare_user(job: Pack, source: sources.Source) -> Prepared:
     return Prepared(
         module=module,
         call=torch_module.Call(module),
-        known=trials.Known(),
+        known=probes.Known(),
         program=program,
         key=lambda facts: _key(program, facts),
         save=lambda folder: store.save_once(folder / "model.py", lambda: content),
@@ -148,7 +148,7 @@ def _prepare_export(job: Pack, source: sources.Source) -> Prepared:
     return Prepared(
         module=module,
         call=torch_export.Call(module, exported.call_spec.in_spec, signature),
-        known=trials.Known(signature.specs, signature.sizes, limits),
+        known=probes.Known(signature.specs, signature.sizes, limits),
         program={"kind": "export", "modules": ",".join(modules)},
         key=lambda facts: torch_export.program_key(exported, facts),
         save=lambda folder: torch_export.save_program(folder, exported),

@@ -6,6 +6,9 @@ Then it is tried whether a row's answer depends on its neighbours, or on padding
 normalises over the batch, or pays no heed to its mask, would give answers that depend on who else
 asks, and nobody would see it.
 
+First axes that vary are taken for the batch, unless nothing batches: then they have nothing to do with
+each other but what the program says.  Where trials have shown that nothing batches, they are made anew.
+
 Invariants
  1. What the model's configuration says is kept; only what it does not say is inferred.
  2. A module that fails a trial run cannot be served: the error is raised, with the sizes tried.
@@ -18,7 +21,7 @@ Called by the packer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,37 +31,26 @@ import numpy as np
 from overcommit.runtime import sequence_terms
 from overcommit.runtime.config import TENSORS_MAX, Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import ModelError, RepositoryError
+from overcommit.runtime.probes import (
+    Array,
+    Arrays,
+    Known,
+    Sizes,
+    axis_names,
+    free_axes,
+    row_sizes,
+    settled,
+    trial_inputs,
+)
 
 log = logging.getLogger("overcommit.packer")
 
-Array = np.ndarray[Any, Any]
-Arrays = dict[str, Array]
 Run = Callable[[Arrays], tuple[Arrays, dict[str, str]]]  # outputs, and their V2 datatypes
-Sizes = tuple[Mapping[str, int], Mapping[str, int]]
 
-# One row comes first: it is the commonest request, and where models squeeze an axis away.
-SIZES: Final[Sizes] = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 11})
 # Other batch sizes take other paths through a BLAS; answers that really mix rows differ by far more.
 TOLERANCE: Final = {"FP16": 2e-2, "BF16": 5e-2}
 TOLERANCE_DEFAULT: Final = 1e-3
 WIDE_BELOW: Final = 128  # whole numbers of the second draw
-_NUMPY: Final = {
-    "BOOL": "bool",
-    "FP16": "float16",
-    "FP32": "float32",
-    "FP64": "float64",
-    "BF16": "uint16",
-    "BYTES": "object",
-}
-
-
-@dataclass(slots=True, frozen=True)
-class Known:
-    """What an engine knows about a module's inputs before it has run."""
-
-    inputs: tuple[TensorSpec, ...] = ()
-    sizes: Sizes = SIZES
-    batch_limits: tuple[int, int] = (1, 1 << 40)
 
 
 @dataclass(slots=True, frozen=True)
@@ -68,89 +60,6 @@ class Outcome:
     config: ModelConfig
     inputs: Arrays
     outputs: Arrays
-
-
-# --- inputs -------------------------------------------------------------------------------------
-def numpy_type(datatype: str) -> np.dtype[Any]:
-    """Host array type of a V2 datatype."""
-    return np.dtype(_NUMPY.get(datatype, datatype.lower()))
-
-
-def axis_names(spec: TensorSpec) -> tuple[str | None, ...]:
-    """Names of a spec's axes: given, or "batch" for a varying first axis and "<name>.<i>"."""
-    if spec.axes:
-        return spec.axes
-    names = (
-        None if size >= 0 else ("batch" if axis == 0 else f"{spec.name}.{axis}")
-        for axis, size in enumerate(spec.shape)
-    )
-    return tuple(names)
-
-
-def _settled(name: str, given: Sequence[TensorSpec], known: Known) -> tuple[TensorSpec, ...]:
-    """Take what the configuration says about inputs, with the axes that the engine knows."""
-    specs = tuple(given) or known.inputs
-    if not specs:
-        raise RepositoryError(
-            f"{name} does not say what it takes: add [[input]] tables to its model.toml"
-        )
-    by_name = {spec.name: spec for spec in known.inputs}
-    settled = []
-    for spec in specs:
-        engine = by_name.get(spec.name)
-        if not spec.axes and engine is not None and len(engine.shape) == len(spec.shape):
-            axes = zip(axis_names(engine), spec.shape, strict=True)
-            spec = msgspec.structs.replace(
-                spec, axes=tuple(axis if size < 0 else None for axis, size in axes)
-            )
-        settled.append(msgspec.structs.replace(spec, axes=axis_names(spec)))
-    return tuple(settled)
-
-
-def trial_inputs(
-    inputs: Sequence[TensorSpec],
-    sizes: Mapping[str, int],
-    trial: int,
-    *,
-    vary: bool = False,
-    below: int = 2,
-) -> Arrays:
-    """Make small inputs: ones, which are valid token ids and masks, or seeded values that differ.
-
-    Of the latter, whole numbers are below `below`.
-    """
-    rng = np.random.default_rng(trial)
-    arrays: Arrays = {}
-    for spec in inputs:
-        shape = tuple(
-            size if size >= 0 else sizes.get(name or "", 5 + 3 * trial + axis)
-            for axis, (size, name) in enumerate(zip(spec.shape, axis_names(spec), strict=True))
-        )
-        arrays[spec.name] = _values(spec, shape, rng if vary else None, below)
-    return arrays
-
-
-def _values(
-    spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator | None, below: int
-) -> Array:
-    kind = numpy_type(spec.datatype)
-    # A mask of ones is the one that every model takes.
-    if rng is None or spec.name.endswith("mask"):
-        fill: Any = b"text" if spec.datatype == "BYTES" else 1
-        if spec.datatype == "BF16":
-            fill = 0x3F80
-        return np.full(shape, fill, kind)
-    if spec.datatype == "BYTES":
-        texts = np.empty(shape, object)
-        texts.reshape(-1)[:] = [b"text %d" % i for i in range(texts.size)]
-        return texts
-    if spec.datatype == "BF16":
-        return (rng.random(shape, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    if kind.kind == "f":
-        return rng.random(shape).astype(kind)
-    if kind.kind == "b":
-        below = 2
-    return rng.integers(0, below, shape).astype(kind)  # below 2: ids that any vocabulary has
 
 
 # --- outputs ------------------------------------------------------------------------------------
@@ -282,9 +191,7 @@ def padding_is_harmless(
     for spec in outputs:
         cut = tuple(
             slice(size) if name in axes and axis else slice(None)
-            for axis, (size, name) in enumerate(
-                zip(one[spec.name].shape, axis_names(spec), strict=True)
-            )
+            for axis, (size, name) in enumerate(zip(one[spec.name].shape, spec.axes, strict=True))
         )
         if not is_close(one[spec.name], two[spec.name][cut], spec.datatype):
             return False
@@ -298,33 +205,50 @@ def complete(name: str, config: ModelConfig, known: Known, run: Run) -> Outcome:
     Raises ModelError when the module fails its runs, RepositoryError when the configuration does
     not fit it.
     """
-    inputs = _settled(name, config.inputs, known)
+    may_batch = bool(config.batching.max_batch_size) and known.batch_limits[0] == 1
+    outcome = _complete(name, config, known, run, may_batch=may_batch)
+    batching, inputs = outcome.config.batching, outcome.config.inputs
+    if may_batch and not batching.max_batch_size and _is_assumed(name, config, known, inputs):
+        return _complete(name, config, known, run, may_batch=False)
+    return outcome
+
+
+def _is_assumed(name: str, config: ModelConfig, known: Known, inputs: Sequence[TensorSpec]) -> bool:
+    """Whether several of these inputs have one first axis because it was taken for the batch."""
+    own = settled(name, config.inputs, known, batches=False)
+    pairs = [(one.axes[:1], two.axes[:1]) for one, two in zip(inputs, own, strict=True)]
+    return sum(one == ("batch",) != two for one, two in pairs) > 1
+
+
+def _complete(
+    name: str, config: ModelConfig, known: Known, run: Run, *, may_batch: bool
+) -> Outcome:
+    inputs = settled(name, config.inputs, known, batches=may_batch)
     sequence_terms.check_found(name, config, inputs)
     used = tuple(spec for spec in inputs if not spec.optional)
-    sizes = known.sizes
-    given = [trial_inputs(used, sizes[trial], trial) for trial in (0, 1)]
-    first = run(given[0])
-    batches = bool(config.batching.max_batch_size) and known.batch_limits[0] == 1
-    try:
-        second = run(given[1])
-    except ModelError as error:
+    free = free_axes(inputs, known)
+    first_sizes, seconds = row_sizes(free, known.sizes)
+    first_given = trial_inputs(used, first_sizes, 0)
+    first = run(first_given)
+    given, second, sizes, misfit = _run_more_rows(used, seconds, run)
+    batches = may_batch
+    if sizes is seconds[-1]:
         # One row works: then it may be that more than one does not.
-        sizes = (sizes[0], {**sizes[1], "batch": sizes[0].get("batch", 1)})
-        given[1] = trial_inputs(used, sizes[1], 1)
-        second = run(given[1])
-        log.info("%s takes one row at a time: %s", name, error.message)
+        log.info("%s takes one row at a time: %s", name, misfit)
         batches = False
-        inputs = tuple(_one_row(spec) for spec in inputs)
-    outputs = _chosen(name, config, describe_outputs(name, used, given, (first, second)))
+        inputs = tuple(_one_row(spec, ("batch", *free)) for spec in inputs)
+    found = describe_outputs(name, used, (first_given, given), (first, second))
+    outputs = _chosen(name, config, found)
     batches = batches and all(
         bool(spec.axes) and spec.axes[0] == "batch" for spec in (*inputs, *outputs)
     )
+    tried = (first_sizes, sizes)
     # What the rows of a model with state have to do with each other is said by its file.
     is_stateful = config.sequence is not None
-    if batches and not is_stateful and not rows_stand_alone(used, outputs, run, sizes):
+    if batches and not is_stateful and not rows_stand_alone(used, outputs, run, tried):
         log.warning("%s mixes the rows of a batch: it is served request by request", name)
         batches = False
-    if batches and ragged_axes(inputs) and not padding_is_harmless(used, outputs, run, sizes):
+    if batches and ragged_axes(inputs) and not padding_is_harmless(used, outputs, run, tried):
         log.warning("%s changes its answers with padding: only equal sizes share a batch", name)
         inputs = tuple(msgspec.structs.replace(spec, pad=None) for spec in inputs)
     return Outcome(
@@ -334,13 +258,31 @@ def complete(name: str, config: ModelConfig, known: Known, run: Run) -> Outcome:
             outputs=outputs,
             batching=_batching(config.batching, batches, known.batch_limits[1]),
         ),
-        given[1],
+        given,
         second[0],
     )
 
 
-def _one_row(spec: TensorSpec) -> TensorSpec:
-    if not spec.axes or spec.axes[0] != "batch":
+def _run_more_rows(
+    inputs: Sequence[TensorSpec], seconds: Sequence[Mapping[str, int]], run: Run
+) -> tuple[Arrays, tuple[Arrays, dict[str, str]], Mapping[str, int], str]:
+    """Run with the first of these sizes that the module takes: what was given, came, which, why not others.
+
+    Raises ModelError where it takes none of them.
+    """
+    misfit = ""
+    for sizes in seconds[:-1]:
+        given = trial_inputs(inputs, sizes, 1)
+        try:
+            return given, run(given), sizes, misfit
+        except ModelError as error:
+            misfit = error.message
+    given = trial_inputs(inputs, seconds[-1], 1)
+    return given, run(given), seconds[-1], misfit
+
+
+def _one_row(spec: TensorSpec, firsts: Collection[str]) -> TensorSpec:
+    if not spec.axes or spec.axes[0] not in firsts:
         return spec
     return msgspec.structs.replace(spec, shape=(1, *spec.shape[1:]), axes=(None, *spec.axes[1:]))
 

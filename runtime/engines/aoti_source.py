@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from overcommit.runtime import checkpoint, trials
+from overcommit.runtime import checkpoint, probes
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.engines import aoti, aoti_package, archive, manifest, torch_export
 from overcommit.runtime.engines.aoti_package import Manifest
@@ -92,7 +92,7 @@ def _foreign(
     """A source that can be run in one way; its tensors are called as the configuration says, else as here."""
     named = ModelConfig(inputs=job.config.inputs or described.inputs, outputs=job.config.outputs)
     return Foreign(
-        known=trials.Known(described.inputs, described.sizes, described.batch_limits),
+        known=probes.Known(described.inputs, described.sizes, described.batch_limits),
         run=BoundModule(call, named).run_typed,
         others=(),
         candidates=lambda: iter((candidate,)),

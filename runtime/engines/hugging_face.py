@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from overcommit.runtime import trials
+from overcommit.runtime import probes
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import ImageError, RepositoryError
 
@@ -189,11 +189,11 @@ def inputs_of(module: nn.Module) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def sizes_of(inputs: tuple[TensorSpec, ...]) -> trials.Sizes:
+def sizes_of(inputs: tuple[TensorSpec, ...]) -> probes.Sizes:
     """Choose sizes to try: a second of sound has thousands of samples, a text has a few tokens."""
     if any(spec.name == "input_values" and spec.shape == (-1, -1) for spec in inputs):
         return ({"batch": 1, "sequence": 3200}, {"batch": 3, "sequence": 4800})
-    return trials.SIZES
+    return probes.SIZES
 
 
 def _fixed(name: str, shape: tuple[int, ...]) -> TensorSpec:

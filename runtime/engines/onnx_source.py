@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from overcommit.runtime import trials
+from overcommit.runtime import probes
 from overcommit.runtime.config import KIB, ModelConfig, OnnxOptions, TensorSpec
 from overcommit.runtime.engines import onnx_graph
 from overcommit.runtime.engines.onnx_session import (
@@ -56,7 +56,7 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     # A model that takes logarithms of almost nothing answers as its convolutions happen to round.
     plain = open_session(str(path), options_for("none"))
     return Foreign(
-        known=trials.Known(inputs, _sizes(inputs)),
+        known=probes.Known(inputs, _sizes(inputs)),
         run=_Reference(session, inputs, outputs).run,
         others=(_Reference(plain, inputs, outputs).run,),
         outputs=outputs,
@@ -74,7 +74,7 @@ class _Reference:
         self._types = {spec.name: spec.datatype for spec in outputs}
         self._call = SessionCall(ModelConfig(inputs=tuple(inputs), outputs=tuple(outputs)))
 
-    def run(self, inputs: trials.Arrays) -> tuple[trials.Arrays, dict[str, str]]:
+    def run(self, inputs: probes.Arrays) -> tuple[probes.Arrays, dict[str, str]]:
         """Run one batch.  Raises ModelError."""
         try:
             answers = self._call(self._session, inputs)
@@ -109,7 +109,8 @@ def _inputs(given: Sequence[Any]) -> tuple[TensorSpec, ...]:
             if _fixed(size):
                 axes.append(None)
             elif axis == 0 and is_batch:
-                axes.append("batch")
+                # Where it has no name, the graph does not say that they are equal.
+                axes.append("batch" if _symbol(size) else None)
             else:
                 # A second use of the batch's name, or of none at all, is a name of its own.
                 name = _symbol(size) or f"{each.name}.{axis}"
@@ -157,7 +158,7 @@ def _symbol(size: object) -> str:
     return "" if text.startswith(_UNNAMED) else text
 
 
-def _sizes(inputs: Sequence[TensorSpec]) -> trials.Sizes:
+def _sizes(inputs: Sequence[TensorSpec]) -> probes.Sizes:
     """Choose two sizes for every axis that varies."""
     sizes: tuple[dict[str, int], dict[str, int]] = ({"batch": 1}, {"batch": 3})
     names = [name for spec in inputs for name in spec.axes if name not in (None, "batch")]

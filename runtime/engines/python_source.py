@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from overcommit.runtime import checkpoint, sources, trials
+from overcommit.runtime import checkpoint, probes, sources
 from overcommit.runtime.config import PythonOptions
 from overcommit.runtime.engines import manifest, python_model, user_code
 from overcommit.runtime.engines.manifest import dense_stride
@@ -101,7 +101,7 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
         yield Candidate("python", program, facts, data, key, save)
 
     return Foreign(
-        known=trials.Known(),
+        known=probes.Known(),
         run=lambda inputs: python_model.run_typed(hosted, inputs),
         others=(),
         candidates=candidates,

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
-from overcommit.runtime import trials
+from overcommit.runtime import probes
 from overcommit.runtime.engines import manifest, torchscript
 from overcommit.runtime.engines.bound_module import BoundModule
 from overcommit.runtime.engines.manifest import dense_stride
@@ -40,7 +40,7 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     bound = BoundModule(torchscript.Call(module, plain), plain)
     before = {name: t._version for name, (_, t) in torchscript.tensors_of(module).items()}
 
-    def run(inputs: trials.Arrays) -> tuple[trials.Arrays, dict[str, str]]:
+    def run(inputs: probes.Arrays) -> tuple[probes.Arrays, dict[str, str]]:
         result = bound.run_typed(inputs)
         for name, (_, tensor) in torchscript.tensors_of(module).items():
             if tensor._version != before[name]:
@@ -51,10 +51,10 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
         return result
 
     used = [spec for spec in job.config.inputs if not spec.optional]
-    given = trials.trial_inputs(used, trials.SIZES[0], 0, vary=True)
+    given = probes.trial_inputs(used, probes.SIZES[0], 0, vary=True)
     torchscript.refuse_state(where, module, run, given)
     return Foreign(
-        known=trials.Known(),
+        known=probes.Known(),
         run=run,
         others=(),
         candidates=lambda: _candidates(source.main),

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from overcommit.runtime import trials
+from overcommit.runtime import probes
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.engines import trees, user_code
 from overcommit.runtime.engines.dtypes import v2_of_numpy
@@ -35,7 +35,7 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     package = trees.library(source.engine)
     key = hashlib.blake2b(f"{source.engine} {package.__version__}".encode(), digest_size=16)
 
-    def run(inputs: trials.Arrays) -> tuple[trials.Arrays, dict[str, str]]:
+    def run(inputs: probes.Arrays) -> tuple[probes.Arrays, dict[str, str]]:
         outputs = trees.run(loaded, inputs, columns=job.config.adapts)
         return outputs, {name: v2_of_numpy(array) for name, array in outputs.items()}
 
@@ -56,4 +56,4 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     spec = TensorSpec(
         name=trees.INPUT, datatype="FP64" if is_exact else "FP32", shape=shape, axes=axes
     )
-    return Foreign(known=trials.Known((spec,)), run=run, others=(), candidates=candidates)
+    return Foreign(known=probes.Known((spec,)), run=run, others=(), candidates=candidates)

@@ -74,6 +74,26 @@ optimization { execution_accelerators { } }
 dynamic_batching { }
 """
 
+JOINED = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        given = [[pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in "ab"]
+                 for request in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", np.concatenate(each))])
+                for each in given]
+"""
+JOINED_CONFIG = """
+name: "joined"
+backend: "python"
+max_batch_size: 0
+input [{ name: "a" data_type: TYPE_FP32 dims: [ -1 ] }, { name: "b" data_type: TYPE_FP32 dims: [ -1 ] }]
+output [{ name: "y" data_type: TYPE_FP32 dims: [ -1 ] }]
+"""
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -83,6 +103,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     (root / "scaled" / "config.pbtxt").write_text(CONFIG)
     (root / "scaled" / "helper.py").write_text("MORE = 0.5\n")
     (root / "scaled" / "7" / "model.py").write_text(MODEL)
+    (root / "joined" / "1").mkdir(parents=True)
+    (root / "joined" / "config.pbtxt").write_text(JOINED_CONFIG)
+    (root / "joined" / "1" / "model.py").write_text(JOINED)
     flags = ("--allow-code", "--client-shared-memory")
     with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
         running.wait_until(
@@ -107,6 +130,20 @@ def test_a_model_of_the_python_backend_gets_what_triton_gives_it(server: Server)
             given.set_data_from_numpy(np.full((1, 2), value, np.float32))
             with pytest.raises(triton.InferenceServerException, match=text):
                 client.infer("scaled", [given])
+
+
+def test_dims_of_a_model_that_does_not_batch_are_independent(server: Server) -> None:
+    with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        for sizes in ((1, 2), (5, 1), (2, 2)):
+            values = [np.arange(size, dtype=np.float32) for size in sizes]
+            inputs = [
+                triton.InferInput(name, [size], "FP32")
+                for name, size in zip("ab", sizes, strict=True)
+            ]
+            for each, value in zip(inputs, values, strict=True):
+                each.set_data_from_numpy(value)
+            answer = client.infer("joined", inputs).as_numpy("y")
+            assert answer.tolist() == np.concatenate(values).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,24 @@ def test_weights_are_read_where_the_mapping_has_them(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("named", "axes"),
+    [("N", ("batch", None)), (None, ("a.0", None))],
+    ids=["named", "unnamed"],
+)
+def test_sizes_that_a_graph_gives_one_name_are_equal_though_nothing_batches(
+    tmp_path: Path, named: str | None, axes: tuple[str | None, ...]
+) -> None:
+    write(
+        tmp_path / "m",
+        [helper.make_node("Concat", ["a", "b"], ["y"], axis=0)],
+        {name: (FLOAT, [named, 2]) for name in "ab"},
+        {"y": (FLOAT, [None, 2])},
+    )
+    done = packed(tmp_path / "m", tmp_path / "cache", batching=Batching(max_batch_size=0))
+    assert done.config.inputs[0].axes == axes
+
+
 def test_the_graph_in_the_cache_holds_no_weights_and_serves_every_variant(tmp_path: Path) -> None:
     first = write_dense(tmp_path / "first")
     second = tmp_path / "second"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from overcommit.runtime import trials
+from overcommit.runtime import probes, trials
 from overcommit.runtime.config import Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import ModelError, RepositoryError
-from overcommit.runtime.trials import Array, Arrays, Known
+from overcommit.runtime.probes import Array, Arrays, Known
 
 NAMES = {"float32": "FP32", "int64": "INT64", "object": "BYTES", "float16": "FP16"}
 IDS = TensorSpec(name="ids", datatype="INT64", shape=(-1, -1), axes=("batch", "sequence"), pad=0)
@@ -104,6 +105,64 @@ def test_a_module_for_one_row_is_served_one_row_at_a_time() -> None:
     assert config.outputs[0].shape == (1, 4)
 
 
+A, B = (TensorSpec(name=name, datatype="FP32", shape=(-1,)) for name in "ab")
+ONE = Batching(max_batch_size=0)
+
+
+def joined(arrays: Arrays) -> dict[str, Array]:
+    return {"y": np.concatenate([arrays["a"], arrays["b"]]), "z": arrays["b"] + 1}
+
+
+def first_axes(config: ModelConfig) -> list[str | None]:
+    return [spec.axes[0] for spec in (*config.inputs, *config.outputs)]
+
+
+@pytest.mark.parametrize("batching", [ONE, Batching()], ids=["said", "found"])
+def test_first_axes_have_nothing_to_do_with_each_other_where_nothing_batches(
+    batching: Batching,
+) -> None:
+    config = found(joined, inputs=(A, B), batching=batching)
+    assert first_axes(config) == ["a.0", "b.0", None, "b.0"]
+    assert config.batching.max_batch_size == 0
+
+
+def test_first_axes_are_one_where_the_model_batches() -> None:
+    config = found(lambda a: {"y": a["a"] + a["b"]}, inputs=(A, B))
+    assert first_axes(config) == ["batch"] * 3
+    assert config.batching.max_batch_size > 0
+
+
+def test_first_axes_that_a_program_calls_by_one_name_are_one_though_nothing_batches() -> None:
+    a, b = (msgspec.structs.replace(spec, axes=("n",)) for spec in (A, B))
+    config = found(lambda each: {"y": each["a"] + each["b"]}, a, b, inputs=(A, B), batching=ONE)
+    assert first_axes(config) == ["n"] * 3
+
+
+def test_inputs_without_a_batch_are_tried_with_unlike_sizes_then_with_like_ones() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def tried(function: Callable[[Arrays], Array], batching: Batching = ONE) -> ModelConfig:
+        def note(arrays: Arrays) -> dict[str, Array]:
+            seen.append((len(arrays["a"]), len(arrays["b"])))
+            return {"y": function(arrays)}
+
+        seen.clear()
+        return found(note, inputs=(A, B), batching=batching)
+
+    tried(lambda each: np.concatenate([each["a"], each["b"]]))
+    assert seen == [(1, 1), (3, 4)]
+    assert first_axes(tried(lambda each: each["a"] + each["b"]))[:2] == ["a.0", "b.0"]
+    assert seen == [(1, 1), (3, 4), (3, 3)]
+
+    def one_row(arrays: Arrays) -> Array:
+        if len(arrays["a"]) != 1:
+            raise ValueError("one row")
+        return arrays["a"]
+
+    assert [spec.shape for spec in tried(one_row).inputs] == [(1,), (1,)]
+    assert seen == [(1, 1), (3, 4), (3, 3), (1, 1)]
+
+
 def test_a_module_that_drops_the_axis_of_one_row_is_refused() -> None:
     with pytest.raises(ModelError, match="must not drop the axis"):
         found(lambda a: {"y": a["x"].squeeze()}, X)
@@ -187,9 +246,9 @@ def test_optional_inputs_are_left_out_of_trials() -> None:
 def test_inputs_of_every_type_are_made(datatype: str) -> None:
     spec = TensorSpec(name="x", datatype=datatype, shape=(-1, 2), axes=("batch", None))
     for vary in (False, True):
-        array = trials.trial_inputs((spec,), {"batch": 3}, 0, vary=vary)["x"]
+        array = probes.trial_inputs((spec,), {"batch": 3}, 0, vary=vary)["x"]
         assert array.shape == (3, 2)
-        assert array.dtype == trials.numpy_type(datatype)
+        assert array.dtype == probes.numpy_type(datatype)
 
 
 def test_closeness_forgives_the_order_of_sums_and_nothing_else() -> None:
