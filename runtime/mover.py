@@ -160,8 +160,8 @@ class Mover:
         if taken is None:
             return False
         state, step = taken
-        if step.nbytes == state.load.nbytes:
-            self.publisher.announce(state.load)  # nobody else copies: they wake up meanwhile
+        if step.nbytes == state.load.nbytes and self.publisher.announce(state.load):
+            self.publisher.ring(state.load)  # nobody else copies: they wake up meanwhile
         self._do(taken)
         return True
 
@@ -205,11 +205,12 @@ class Mover:
             elif step.work is Work.READ:
                 self._may_copy.notify()
             self._wake_prefetch()
-            is_near = state.is_near_end
+            # Here, where who has the last step cannot end it; later it may have been published.
+            is_announced = state.is_near_end and self.publisher.announce(state.load)
         if is_over:
             self._end(state)
-        elif is_near:
-            self.publisher.announce(state.load)
+        elif is_announced:
+            self.publisher.ring(state.load)
 
     def _end(self, state: LoadState) -> None:
         done = state.close()

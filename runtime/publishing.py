@@ -13,7 +13,9 @@ Invariants
     only the supervisor.  So there is one writer at any time, and the messages hand it over.
  2. RESIDENT is written after the last byte, and before LoadDone.  A mover that dies in between has left
     the word behind: the supervisor finds it, and takes the load for ended.
- 3. A bell that is rung for nothing wakes a worker, and that is all: a seat's bell may be its former one's.
+ 3. A load is announced while a step of it is under way that cannot end meanwhile: the mover's lock is held
+    for that, or it is the caller's own.  So LOADING is never written over RESIDENT.
+ 4. A bell that is rung for nothing wakes a worker, and that is all: a seat's bell may be its former one's.
 
 Called by the mover, from any of its threads.
 """
@@ -44,12 +46,16 @@ class Publisher:
         if former is not None:
             os.close(former)
 
-    def announce(self, load: Load) -> None:
-        """All bytes but the last are there; on a machine that is busy with loads nobody is told."""
+    def announce(self, load: Load) -> bool:
+        """All bytes but the last are there; True: who sleeps is to be rung, which may take a while.
+
+        On a machine that is busy with loads nobody is told.
+        """
         is_busy = time.monotonic_ns() - self._published_ns < QUIET_NS
-        if load.publishes and self._table is not None and not is_busy:
-            self._table.set(load.slot, _shm.LOADING, load.publishes)
-            self.ring(load)
+        if not load.publishes or self._table is None or is_busy:
+            return False
+        self._table.set(load.slot, _shm.LOADING, load.publishes)
+        return True
 
     def publish(self, load: Load) -> None:
         """All bytes are there; who sleeps is to be rung after LoadDone was sent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import queue
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,11 +70,15 @@ class Bench:
         publisher = Publisher(self.table)
         publisher.on_bell(2, os.dup(self.bell))
         self.table.set(3, _shm.LOADING, 6)
+        self.make_mover(self.copier, publisher)
+
+    def make_mover(self, copier: Memcpy, publisher: Publisher) -> None:
+        """Any former one is closed."""
         self.mover = Mover(
             Base("device", self.device.address, 32 * MIB),
             Base("host", self.host.address, 32 * MIB),
             lambda message: self.said.put((message, self.table.get(3))),
-            self.copier,
+            copier,
             publisher,
         )
 
@@ -130,6 +135,43 @@ def test_a_load_of_one_step_is_announced_before_it_is_copied(bench: Bench) -> No
     bench.end_of(load_of(MIB))
     assert bench.copier.words == [(_shm.LOADING, 7)]
     assert os.eventfd_read(bench.bell) == 2, "announced, and there"
+
+
+class LastToEnd(Watching):
+    """Has the thread that begins a load end its piece when the load was announced."""
+
+    def __init__(self, table: _shm.ResidencyTable) -> None:
+        super().__init__(table)
+        self.is_announced = threading.Event()
+
+    def copy(self, sources: list[Span], targets: list[Span], urgency: Urgency) -> None:
+        super().copy(sources, targets, urgency)
+        if threading.current_thread() is threading.main_thread():
+            assert self.is_announced.wait(WATCHDOG_S)
+
+
+def test_who_has_the_last_step_cannot_end_it_while_another_announces_the_load(
+    bench: Bench,
+) -> None:
+    bench.mover.close()
+    could_end: list[bool] = []
+    copier = LastToEnd(bench.table)
+
+    class Table:
+        def set(self, slot: int, state: int, generation: int) -> None:
+            if state == _shm.LOADING:
+                # Where another could end the load now, this word would come after RESIDENT.
+                could_end.append(bench.mover._lock.acquire(blocking=False))
+                if could_end[-1]:
+                    bench.mover._lock.release()
+            bench.table.set(slot, state, generation)
+            copier.is_announced.set()
+
+    bench.make_mover(copier, Publisher(cast(_shm.ResidencyTable, Table())))
+    done, word = bench.end_of(load_of(24 * MIB))
+    assert done.ok
+    assert could_end == [False]
+    assert word == bench.table.get(3) == (_shm.RESIDENT, 7)
 
 
 def test_a_load_that_fails_publishes_nothing(bench: Bench, tmp_path: Path) -> None:
