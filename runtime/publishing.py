@@ -16,6 +16,7 @@ Invariants
  3. A load is announced while a step of it is under way that cannot end meanwhile: the mover's lock is held
     for that, or it is the caller's own.  So LOADING is never written over RESIDENT.
  4. A bell that is rung for nothing wakes a worker, and that is all: a seat's bell may be its former one's.
+ 5. A seat's bell keeps its descriptor, whichever worker's it is: nobody rings one that was closed.
 
 Called by the mover, from any of its threads.
 """
@@ -41,10 +42,11 @@ class Publisher:
 
     def on_bell(self, seat: int, bell: int) -> None:
         """Another worker may sit there from now on."""
-        former = self._bells.get(seat)
-        self._bells[seat] = bell
-        if former is not None:
-            os.close(former)
+        held = self._bells.setdefault(seat, bell)
+        if held != bell:
+            # At once: another thread may be about to ring it.
+            os.dup2(bell, held, inheritable=False)
+            os.close(bell)
 
     def announce(self, load: Load) -> bool:
         """All bytes but the last are there; True: who sleeps is to be rung, which may take a while.

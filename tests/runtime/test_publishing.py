@@ -195,6 +195,29 @@ def test_a_worker_that_took_a_seat_over_is_rung_in_its_place(bench: Bench) -> No
     os.close(successor)
 
 
+def test_a_bell_that_is_replaced_while_it_is_rung_rings_one_of_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publisher = Publisher()
+    former, successor = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+    publisher.on_bell(2, os.dup(former))
+    ring = os.eventfd_write
+
+    def ring_late(bell: int, value: int) -> None:
+        """Between the look at the bell and its system call another thread runs."""
+        publisher.on_bell(2, os.dup(successor))
+        ring(bell, value)
+
+    monkeypatch.setattr(os, "eventfd_write", ring_late)
+    publisher.ring(load_of(MIB))
+    assert os.eventfd_read(successor) == 1
+    assert not os.get_inheritable(publisher._bells[2])
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(former)
+    for bell in (former, successor, publisher._bells[2]):
+        os.close(bell)
+
+
 def test_a_rehearsal_moves_and_says_nothing(bench: Bench) -> None:
     assert not bench.mover.rehearse(), "nothing to rehearse yet"
     done, _ = bench.end_of(load_of(24 * MIB))
