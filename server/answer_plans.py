@@ -14,17 +14,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.payload import DATATYPES, TensorPlace
 from overcommit.server import codec
 from overcommit.server.classification import Classes
-from overcommit.server.regions import Window
 
 # How an output is wanted: binary or not (None: as the request says for all), its highest values alone,
-# both, or in the client's shared memory.
-Want = bool | Window | tuple[Classes, bool | None] | None
+# both, or in a region of the client's (`Prepared.held` has it: plans outlive requests).
+Want = bool | Literal["region"] | tuple[Classes, bool | None] | None
 Selection = tuple[tuple[str, Want], ...] | None  # outputs that are asked for; None: all
 Classify = Callable[[memoryview], list[bytes]]  # an output's bytes -> its classes
 
@@ -43,7 +43,7 @@ class Part:
     end: int
     is_binary: bool
     unpack: Callable[[memoryview, int], object] | None  # its numbers, for `codec.encode`
-    window: Window | None = None  # it goes into shared memory, and `prefix` is all of its JSON
+    to_region: bool = False  # it goes into shared memory, and `prefix` is all of its JSON
     classes: Classify | None = None  # these are wanted of its values
 
 
@@ -92,14 +92,9 @@ def write_plan(
         before += b'{"name":%b,"datatype":%b,"shape":%b' % (
             *(encode(name), encode(datatype), encode(shape)),
         )
-        window = own if isinstance(own, Window) else None
-        if window is not None:
-            parts.append(
-                Part(
-                    *(before, name, datatype, place.offset, place.offset + place.nbytes),
-                    *(False, None, window),
-                )
-            )
+        if own == "region":
+            end = place.offset + place.nbytes
+            parts.append(Part(before, name, datatype, place.offset, end, False, None, True))
             before = b"},"
             continue
         before += b","
@@ -112,7 +107,7 @@ def write_plan(
         end = place.offset + place.nbytes
         unpack = None if is_binary or classes is not None else _unpack(place)
         parts.append(
-            Part(before, name, datatype, place.offset, end, is_binary, unpack, None, classes)
+            Part(before, name, datatype, place.offset, end, is_binary, unpack, False, classes)
         )
         before = b"},"
     return OutputPlan(tuple(parts), b"}]" if parts else before + b"]")

@@ -55,24 +55,22 @@ class Run:
     ) -> None:
         """`deadline_ns`: when its client's patience ends, if the client has said so."""
         self._front = front
-        self._prepared = prepared
-        self._data: Sequence[Data] = data
         self._reply: Reply | None = reply
         self._began_ns = time.monotonic_ns()
         self._deadline_ns = min(deadline_ns, self._began_ns + front.timeout_ns(prepared))
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        # What it holds is the task's alone, and let go of when that ends.
+        self._task = asyncio.get_running_loop().create_task(self._run(prepared, data))
 
     def abandon(self) -> None:
         """The client is gone."""
         self._reply = None
         self._task.cancel()
 
-    async def _run(self) -> None:
-        front, prepared = self._front, self._prepared
-        deadline_ns = self._deadline_ns
+    async def _run(self, prepared: Prepared, data: Sequence[Data]) -> None:
+        front, deadline_ns = self._front, self._deadline_ns
         slot = prepared.route.slot
         try:
-            tensors = await _through(front, prepared, self._data, deadline_ns, 1)
+            tensors = await _through(front, prepared, data, deadline_ns, 1)
             block = _block_of(prepared, tensors)
         except OvercommitError as error:
             front.dispatch.tallies.count_failure(slot, self._began_ns)

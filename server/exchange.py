@@ -207,8 +207,8 @@ class Exchange:
     def end_bulk(self) -> None:
         """The last byte is in its place."""
         self.more_body = False
-        assert self.prepared is not None
         if self.pending is not None:  # else it was answered meanwhile
+            assert self.prepared is not None
             self._send(self.pending, self.prepared, time.monotonic_ns())
 
     def _send(self, pending: Pending, prepared: Prepared, now_ns: int) -> None:
@@ -220,6 +220,7 @@ class Exchange:
     def abandon(self) -> None:
         """The client is gone."""
         self.disconnected = True
+        self.prepared = None
         self.drop_body()
         if self.pending is not None:
             self.protocol.front.dispatch.abandon(self.pending)
@@ -303,6 +304,8 @@ class Exchange:
         if self.response_complete or self.disconnected:
             return
         self.response_complete = True
+        # The connection keeps its last exchange: that must not hold a region, nor its plans.
+        self.prepared = None
         if self.body or self.held_bytes:
             self.drop_body()
         self.protocol.on_exchange_done(self, response)

@@ -23,7 +23,6 @@ from overcommit.server.inference import Prepared
 from overcommit.server.limits import GRPC_ANSWERS_MAX
 from overcommit.server.plans import RoutePlans
 from overcommit.server.proto import messages
-from overcommit.server.regions import Window
 
 _RAW_OUTPUT: Final = b"\x32"
 
@@ -36,7 +35,7 @@ class _Part:
     start: int
     end: int
     name: str = ""
-    window: Window | None = None  # it goes into the client's shared memory
+    to_region: bool = False  # it goes into the client's shared memory
     classes: Callable[[memoryview], list[bytes]] | None = None  # these are wanted of its values
 
 
@@ -76,7 +75,7 @@ class Answers:
             pieces.append(_field(b"\x1a", len(text)) + text)
         for part in layout.parts:
             data = view[part.start : part.end]
-            if layout.is_plain or (part.window is None and part.classes is None):
+            if layout.is_plain or not (part.to_region or part.classes):
                 pieces += (part.before, bytes(data))
             else:
                 pieces += (part.before, *_deliver(prepared, part, data))
@@ -104,9 +103,9 @@ class Answers:
             if isinstance(want, tuple):
                 classes, shape = plans.classes(place, want[0].count)
                 datatype = "BYTES"
-                parts.append(_Part(b"", start, end, name, None, classes))
-            elif isinstance(want, Window):
-                parts.append(_Part(b"", start, end, name, want))
+                parts.append(_Part(b"", start, end, name, classes=classes))
+            elif want == "region":
+                parts.append(_Part(b"", start, end, name, to_region=True))
             else:
                 parts.append(_Part(_field(_RAW_OUTPUT, end - start), start, end))
             head.outputs.add(name=name, datatype=datatype, shape=shape)
@@ -118,7 +117,7 @@ class Answers:
             tuple(parts),
             before,
             max((part.end for part in parts), default=0),
-            all(part.window is None and part.classes is None for part in parts),
+            not any(part.to_region or part.classes for part in parts),
         )
         if len(self._layouts) >= GRPC_ANSWERS_MAX:
             self._layouts.clear()
@@ -130,8 +129,8 @@ class Answers:
 
 def _deliver(prepared: Prepared, part: _Part, data: memoryview) -> list[bytes]:
     """Put an output where it is wanted; return its field of the answer."""
-    if part.window is not None:
-        prepared.plans.regions.write(part.window, part.name, data)
+    if part.to_region:
+        prepared.deliver(part.name, data)
         return [_field(_RAW_OUTPUT, 0)]
     assert part.classes is not None
     try:

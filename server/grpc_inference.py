@@ -130,6 +130,7 @@ class Inference:
     def abandon(self) -> None:
         """Nobody wants the answer any more."""
         self.is_over = True
+        self._prepared = None
         pending, self._pending = self._pending, None
         if pending is not None:
             self._service.front.dispatch.abandon(pending)
@@ -139,12 +140,13 @@ class Inference:
     # --- of the dispatch ------------------------------------------------------------------------
     def succeed(self, view: memoryview) -> None:
         """Encode the answer, whose block is another's afterwards."""
-        self._pending = None
+        prepared = self._prepared
+        self._pending = self._prepared = None
         if self.is_over:
             return
-        assert self._prepared is not None
+        assert prepared is not None
         try:
-            pieces = self._service.answers.respond(self._prepared, view, self.id)
+            pieces = self._service.answers.respond(prepared, view, self.id)
         except OvercommitError as error:
             self.fail(error)
             return
@@ -156,7 +158,7 @@ class Inference:
 
     def fail(self, error: OvercommitError) -> None:
         """There will be no answer."""
-        self._pending = None
+        self._pending = self._prepared = None
         if not self.is_over:
             self.is_over = True
             self._owner.on_failure(self, failure_of(error))

@@ -124,8 +124,8 @@ class Requests:
 
 
 def _can_be_known(plans: RoutePlans, prepared: Prepared) -> bool:
-    if plans.route.sequence or prepared.is_adapted:
-        return False  # their heads have ids in them
+    if plans.route.sequence or prepared.is_adapted or prepared.held:
+        return False  # their heads have ids in them, or names of regions, whose meaning changes
     return all(spec.datatype != "BYTES" for spec in plans.route.inputs) and prepared.id is None
 
 

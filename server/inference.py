@@ -11,7 +11,7 @@ Pure; called by the exchange.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from overcommit.server import binary, codec, sequences
 from overcommit.server.answer_plans import OutputPlan, Outputs, Part, Selection, Want
 from overcommit.server.classification import Classes
 from overcommit.server.plans import InputPlan, Key, RoutePlans, Shape
-from overcommit.server.regions import window_of
+from overcommit.server.regions import Held, window_of
 
 if TYPE_CHECKING:
     from overcommit.server.heads import Target
@@ -50,6 +50,8 @@ class Prepared:
     sequence: Ask | None = None  # that it is of
     level: int = 0  # how urgent it is; 0: as its version says
     is_adapted: bool = False  # its bytes were others when it came
+    # Where outputs go, by name.  Whoever keeps a request for others keeps none that holds something.
+    held: Mapping[str, Held] | None = None
     route: Route = field(init=False)  # whom it asks
     shape: Shape = field(init=False)
     answers: Outputs = field(init=False)  # plans of answers to such requests
@@ -75,6 +77,11 @@ class Prepared:
         """
         how = (self.answers, view, self.selection, self.all_binary)
         return self.shape.find(*how) or self.plans.write(*how)
+
+    def deliver(self, output: str, data: memoryview) -> None:
+        """Copy an output into the region where the client wants it.  Raises BadRequest."""
+        assert self.held is not None
+        self.held[output].write(output, data)
 
 
 @dataclass(slots=True)
@@ -102,7 +109,11 @@ def prepare(
         if known is not None:
             return known, tensors
     prepared, data = _prepare_named(plans, body, None)
-    if prepared.id is None and prepared.timeout_us is None and not prepared.is_adapted:
+    if (
+        prepared.id is None
+        and prepared.timeout_us is None
+        and not (prepared.is_adapted or prepared.held)
+    ):
         if template is None:
             datatypes = [place.datatype for place in prepared.plan.places]
             plans.templates.learn(
@@ -250,7 +261,7 @@ def _prepare_decoded(
             except BadRequest as error:
                 raise BadRequest(f"input '{item.name}': {error.message}") from error
         elif (window := window_of(item.parameters)) is not None:
-            data.append(plans.regions.read(window))
+            data.append(plans.regions.hold(window).read())
         else:
             raise BadRequest(
                 f"input '{item.name}' has neither data nor binary_data_size nor "
@@ -301,12 +312,13 @@ def _finish(
     if request.parameters is None and request.outputs is None:
         return Prepared(plans, plan, request.id, None, False)
     selection: Selection = None
+    held: dict[str, Held] = {}
     if request.outputs:
         known = {spec.name for spec in plans.route.outputs}
         for output in request.outputs:
             if output.name not in known:
                 raise BadRequest(f"unknown output '{output.name}'; its outputs are {sorted(known)}")
-        selection = tuple([(each.name, _want(plans, each)) for each in request.outputs])
+        selection = tuple([(each.name, _want(plans, each, held)) for each in request.outputs])
     level = codec.whole(request.parameters, "priority") or 0
     return Prepared(
         plans,
@@ -317,11 +329,12 @@ def _finish(
         codec.whole(request.parameters, "timeout"),
         sequences.read_if_any(request.parameters) if plans.route.steps else ask,
         level if level <= plans.route.priority_levels else 0,
+        held=held or None,
     )
 
 
-def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
-    """Read how an output is wanted.  Raises BadRequest, NotFound, Forbidden."""
+def _want(plans: RoutePlans, output: codec.RequestOutput, held: dict[str, Held]) -> Want:
+    """Read how an output is wanted; hold where it goes.  Raises BadRequest, NotFound, Forbidden."""
     parameters = output.parameters
     if not parameters:
         return None
@@ -331,8 +344,8 @@ def _want(plans: RoutePlans, output: codec.RequestOutput) -> Want:
     if window is not None:
         if classes:
             raise BadRequest("Output can't set both 'shared_memory_region' and 'classification'")
-        plans.regions.reserve(window)
-        return window
+        held[output.name] = plans.regions.hold(window)
+        return "region"
     return (Classes(classes), own) if classes else own
 
 
@@ -348,8 +361,8 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
             pieces.append(codec.encode(part.unpack(view, part.start)))
             continue
         data = view[part.start : part.end]
-        if part.window is not None:
-            prepared.plans.regions.write(part.window, part.name, data)
+        if part.to_region:
+            prepared.deliver(part.name, data)
             continue
         if part.classes is not None:
             text, blob = _classes(prepared, part, data)

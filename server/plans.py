@@ -32,7 +32,7 @@ from overcommit.server import classification, codec
 from overcommit.server.answer_plans import Classify, OutputPlan, Outputs, Selection, write_plan
 from overcommit.server.classification import Labels
 from overcommit.server.limits import DIMENSION_MAX, PLANNED_ROUTES_MAX, PLANS_MAX
-from overcommit.server.regions import Regions, Window
+from overcommit.server.regions import Regions
 from overcommit.server.templates import Template, Templates
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RoutePlans:
         # What a template's requests have in common; the last one's beside the others.
         self._prepared: dict[Template, Prepared] = {}
         self.recent: tuple[Template | None, Prepared | None] = (None, None)
-        # Answers with classes, which have labels of the version, or in a client's own memory.
+        # Answers with classes, which have labels of the version.
         self._outputs: Outputs = {}
         self.answer_head = b'{"model_name":%b,"model_version":%b' % (
             *(codec.encode(route.name), codec.encode(route.version)),
@@ -200,7 +200,7 @@ class RoutePlans:
         """Return what stands for a selection from now on, and the plans of answers to it."""
         if selection is None:
             return None, self.shape.outputs
-        if any(isinstance(want, (Window, tuple)) for _, want in selection):
+        if any(isinstance(want, tuple) for _, want in selection):
             return selection, self._outputs
         same = self.shape.selections
         if len(same) >= PLANS_MAX:

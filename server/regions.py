@@ -5,6 +5,9 @@ tensor's bytes.  The supervisor keeps the list (`runtime/client_books.py`); each
 when it is used first.  Bytes are copied with pread and pwrite and the memory is never mapped: a client may
 shrink its file at any time, which would end a process that had mapped it (SIGBUS).
 
+A request names a region once, when it is checked, and holds what the name meant then until it is answered or
+abandoned.  So an answer cannot go into memory that was registered under the name meanwhile.
+
 A region may be leased (`leases.py`): its owner holds a lock on its file, and when the lock is gone so is the
 region.  `overcommit.Client` registers such ones.
 
@@ -12,17 +15,17 @@ Invariants
  1. Nothing outside of /dev/shm is opened, no symlink is followed, and only a regular file is taken.
  2. No byte outside of the registered region is read or written, and no file is made longer.
  3. Without `--client-shared-memory` nothing is registered and nothing is opened.
- 4. Before a region is used, what the supervisor has said is read: another front end may have been told
+ 4. Before a name is looked up, what the supervisor has said is read: another front end may have been told
     of it, or of its end, a moment ago.
  5. A leased region is forgotten only when nobody holds its lock.
+ 6. A region's file is closed when its name is gone and the last request that holds it has ended.
 
-Called by both protocols: `register`, `unregister` and `listed` by their methods, `read` and `write` by
-`inference` and the answers.
+Called by both protocols: `register`, `unregister` and `listed` by their methods, `hold` by what checks
+requests, `Held` by that and by the answers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -75,6 +78,64 @@ def window_of(parameters: Parameters | None) -> Window | None:
     return Window(name, whole(parameters, "shared_memory_offset") or 0, nbytes)
 
 
+class _File:
+    """An open file, closed with the last reference to it: that of its region's name, or a request's.
+
+    Counting these by hand would need a line in every way in which a request can end.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Held:
+    """A window of a region, for as long as somebody refers to it."""
+
+    window: Window
+    at: int  # where in the file it begins
+    _file: _File
+
+    def read(self) -> bytes:
+        """Copy a tensor out.  Raises BadRequest."""
+        data = os.pread(self._file.number, self.window.nbytes, self.at)
+        if len(data) != self.window.nbytes:
+            raise self._shorter()
+        return data
+
+    def read_into(self, space: list[memoryview]) -> None:
+        """Copy tensors that lie one behind the other to where they go.  Raises BadRequest."""
+        if os.preadv(self._file.number, space, self.at) != self.window.nbytes:
+            raise self._shorter()
+
+    def write(self, output: str, data: bytes | memoryview) -> None:
+        """Copy an output in.  Raises BadRequest."""
+        if len(data) > self.window.nbytes:
+            raise BadRequest(
+                f"shared memory size specified with the request for output '{output}' "
+                f"({self.window.nbytes} bytes) should be at least {len(data)} bytes to hold the results"
+            )
+        self.write_all([data], len(data))
+
+    def write_all(self, data: Sequence[bytes | memoryview], nbytes: int) -> None:
+        """Copy pieces of together `nbytes` in, one behind the other.  Raises BadRequest."""
+        assert nbytes <= self.window.nbytes
+        if os.fstat(self._file.number).st_size < self.at + nbytes:
+            raise self._shorter()
+        if os.pwritev(self._file.number, data, self.at) != nbytes:
+            raise BadRequest(f"shared memory region '{self.window.region}' takes no more bytes")
+
+    def _shorter(self) -> BadRequest:
+        return BadRequest(
+            f"shared memory region '{self.window.region}' has become shorter than it was registered"
+        )
+
+
 class Regions:
     """The regions that this front end has heard of, and the files that it has opened."""
 
@@ -83,15 +144,15 @@ class Regions:
         self.look: Callable[[], None] = lambda: None  # read what the supervisor has said
         self._folder = folder
         self._regions: dict[str, Region] = {}
-        self._files: dict[str, int] = {}
+        self._files: dict[str, _File] = {}
 
     def apply(self, message: RegionsChanged) -> None:
         """Take over what the supervisor says."""
         for region in message.upsert:
-            self._close(region.name)
+            self._files.pop(region.name, None)
             self._regions[region.name] = region
         for name in message.removed:
-            self._close(name)
+            self._files.pop(name, None)
             self._regions.pop(name, None)
 
     def listed(self, name: str = "") -> list[Region]:
@@ -113,10 +174,7 @@ class Regions:
                 f"the name of a shared memory region has 1 to {NAME_CHARS_MAX} characters"
             )
         file = self._open(region.key)
-        try:
-            size = os.fstat(file).st_size
-        finally:
-            os.close(file)
+        size = os.fstat(file.number).st_size
         offset, nbytes = region.offset, region.byte_size
         if not (0 <= offset <= _OFFSET_MAX and 0 < nbytes <= _OFFSET_MAX):
             raise BadRequest(
@@ -134,80 +192,29 @@ class Regions:
         Raises BadRequest.
         """
         file = self._open(region.key)
-        try:
-            if region.byte_size < leases.NONCE_BYTES or not leases.is_held(file):
-                raise BadRequest(
-                    f"shared memory region '{region.name}' cannot be leased: its owner must hold a "
-                    f"lock (F_OFD_SETLK) on '{region.key}' of at least {leases.NONCE_BYTES} bytes"
-                )
-            return leases.proof_of(os.pread(file, leases.NONCE_BYTES, region.offset))
-        finally:
-            os.close(file)
+        if region.byte_size < leases.NONCE_BYTES or not leases.is_held(file.number):
+            raise BadRequest(
+                f"shared memory region '{region.name}' cannot be leased: its owner must hold a "
+                f"lock (F_OFD_SETLK) on '{region.key}' of at least {leases.NONCE_BYTES} bytes"
+            )
+        return leases.proof_of(os.pread(file.number, leases.NONCE_BYTES, region.offset))
 
     def abandoned(self) -> list[str]:
         """Names of leased regions whose owner is gone; their files lose their names here."""
         found = []
         for region in [each for each in self._regions.values() if each.leased]:
-            file = self._files.get(region.name)
             try:
-                opened = self._open(region.key) if file is None else file
+                file = self._files.get(region.name) or self._open(region.key)
             except BadRequest:  # the owner removed it
                 found.append(region.name)
                 continue
-            try:
-                if not leases.is_held(opened):
-                    leases.remove(opened, region.key.removeprefix("/"), self._folder)
-                    found.append(region.name)
-            finally:
-                if file is None:
-                    os.close(opened)
+            if not leases.is_held(file.number):
+                leases.remove(file.number, region.key.removeprefix("/"), self._folder)
+                found.append(region.name)
         return found
 
-    # --- bytes ----------------------------------------------------------------------------------
-    def read(self, window: Window) -> bytes:
-        """Copy a tensor out.  Raises NotFound, BadRequest, Forbidden."""
-        file, at = self._place(window)
-        data = os.pread(file, window.nbytes, at)
-        if len(data) != window.nbytes:
-            raise BadRequest(
-                f"shared memory region '{window.region}' has become shorter than it was registered"
-            )
-        return data
-
-    def read_into(self, window: Window, space: list[memoryview]) -> None:
-        """Copy tensors that lie one behind the other to where they go.  Raises as `read`."""
-        file, at = self._place(window)
-        if os.preadv(file, space, at) != window.nbytes:
-            raise BadRequest(
-                f"shared memory region '{window.region}' has become shorter than it was registered"
-            )
-
-    def reserve(self, window: Window) -> None:
-        """See that an output may go there, before it is computed.  Raises as `read`."""
-        self._place(window)
-
-    def write(self, window: Window, output: str, data: bytes | memoryview) -> None:
-        """Copy an output in.  Raises as `read`."""
-        if len(data) > window.nbytes:
-            raise BadRequest(
-                f"shared memory size specified with the request for output '{output}' "
-                f"({window.nbytes} bytes) should be at least {len(data)} bytes to hold the results"
-            )
-        self.write_all(window, [data], len(data))
-
-    def write_all(self, window: Window, data: Sequence[bytes | memoryview], nbytes: int) -> None:
-        """Copy pieces of together `nbytes` in, one behind the other.  Raises as `read`."""
-        file, at = self._place(window)
-        if os.fstat(file).st_size < at + nbytes:
-            raise BadRequest(
-                f"shared memory region '{window.region}' has become shorter than it was registered"
-            )
-        if os.pwritev(file, data, at) != nbytes:
-            raise BadRequest(f"shared memory region '{window.region}' takes no more bytes")
-
-    # --- files ----------------------------------------------------------------------------------
-    def _place(self, window: Window) -> tuple[int, int]:
-        """Return the file, and where in it the window begins."""
+    def hold(self, window: Window) -> Held:
+        """Return what this window means now.  Raises NotFound, BadRequest, Forbidden, PayloadTooLarge."""
         if not self.is_allowed:
             raise Forbidden(_OFF)
         self.look()
@@ -227,9 +234,9 @@ class Regions:
         file = self._files.get(region.name)
         if file is None:
             file = self._files[region.name] = self._open(region.key)
-        return file, region.offset + window.offset
+        return Held(window, region.offset + window.offset, file)
 
-    def _open(self, key: str) -> int:
+    def _open(self, key: str) -> _File:
         name = key.removeprefix("/")
         if (
             not 0 < len(os.fsencode(name)) <= _KEY_BYTES_MAX
@@ -243,21 +250,14 @@ class Regions:
             )
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            file = os.open(f"{self._folder}/{name}", flags)
+            file = _File(os.open(f"{self._folder}/{name}", flags))
         except OSError as error:
             raise BadRequest(
                 f"Unable to open shared memory region: '{key}': {error.strerror}"
             ) from error
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            os.close(file)
+        if not stat.S_ISREG(os.fstat(file.number).st_mode):
             raise BadRequest(f"Unable to open shared memory region: '{key}' is no regular file")
         return file
-
-    def _close(self, name: str) -> None:
-        file = self._files.pop(name, None)
-        if file is not None:
-            with contextlib.suppress(OSError):
-                os.close(file)
 
 
 async def register(front: FrontEnd, region: Region) -> str:

@@ -15,7 +15,7 @@ request's block and outputs straight out of theirs.
 
 Invariants
  1. What a request means is decided by `prepare_head` and `prepare_decoded`, as for any other.
- 2. Nothing is written after the request was answered or abandoned.
+ 2. Nothing is written after the request was answered or abandoned; until then it holds its region.
 
 Called by the protocol (in) and by the dispatch (out).
 """
@@ -32,7 +32,7 @@ from overcommit.server import codec
 from overcommit.server.exchange import OK_JSON, Exchange
 from overcommit.server.inference import Data, Prepared, prepare_decoded, prepare_head
 from overcommit.server.plans import RoutePlans
-from overcommit.server.regions import Regions, Window, window_of
+from overcommit.server.regions import Held, Window, window_of
 
 if TYPE_CHECKING:
     from overcommit.server.connection import Connection
@@ -45,9 +45,8 @@ _ANSWER_BYTES: Final = "shared_memory_answer_byte_size"
 class SharedData(Sequence[Data]):
     """A request's tensors, still in the client's memory; read when they are looked at."""
 
-    regions: Regions
-    window: Window
-    answer: Window
+    tensors: Held
+    answer: Held
     sizes: tuple[int, ...]
     read: tuple[Data, ...] | None = None  # those that had to be looked at
 
@@ -64,7 +63,7 @@ class SharedData(Sequence[Data]):
     def __iter__(self) -> Iterator[Data]:
         if self.read is not None:
             return iter(self.read)
-        view, at = memoryview(self.regions.read(self.window)), 0
+        view, at = memoryview(self.tensors.read()), 0
         pieces = []
         for size in self.sizes:
             pieces.append(view[at : at + size])
@@ -91,17 +90,16 @@ def prepare(
         raise type(error)(f"model '{name}': {error.message}") from error
     if window is None:
         raise BadRequest(f"model '{name}': parameter 'shared_memory_region' is missing")
-    answer = Window(window.region, window.offset, answer_bytes or 0)
-    regions.reserve(window)
-    regions.reserve(answer)
+    tensors = regions.hold(window)
+    answer = regions.hold(Window(window.region, window.offset, answer_bytes or 0))
     prepared = prepare_head(plans, body, window.nbytes)
     if prepared is not None:
         sizes = tuple(place.nbytes for place in prepared.plan.places)
-        return prepared, SharedData(regions, window, answer, sizes)
-    tail = memoryview(regions.read(window))
+        return prepared, SharedData(tensors, answer, sizes)
+    tail = memoryview(tensors.read())
     prepared, data = prepare_decoded(plans, request, tail)
     sizes = tuple(map(len, data))
-    return prepared, SharedData(regions, window, answer, sizes, tuple(data))
+    return prepared, SharedData(tensors, answer, sizes, tuple(data))
 
 
 class SharedExchange(Exchange):
@@ -134,13 +132,22 @@ class SharedExchange(Exchange):
         now_ns = time.monotonic_ns()
         pending = dispatch.open(prepared.route, prepared.plan, self, now_ns)
         try:
-            data.regions.read_into(data.window, dispatch.parcels.space(pending, prepared.plan))
+            data.tensors.read_into(dispatch.parcels.space(pending, prepared.plan))
         except BaseException:
             dispatch.abandon(pending)
             raise
         self.pending = pending
         self.drop_body()
         self._send(pending, prepared, now_ns)
+
+    def abandon(self) -> None:
+        """The client is gone."""
+        self.shared = None
+        super().abandon()
+
+    def _finish(self, response: list[bytes]) -> None:
+        self.shared = None
+        super()._finish(response)
 
     def succeed(self, view: memoryview) -> None:
         """Write the model's answer: its tensors into the region, if they fit."""
@@ -165,17 +172,15 @@ class SharedExchange(Exchange):
 def respond(prepared: Prepared, shared: SharedData, view: memoryview) -> bytes | None:
     """Write outputs into the region and return the JSON; None when they cannot go there.
 
-    Raises ProtocolError, NotFound, BadRequest.
+    Raises ProtocolError, BadRequest.
     """
     plan = prepared.plan_of(view)
     nbytes = sum(part.end - part.start for part in plan.parts)
-    if nbytes > shared.answer.nbytes or not all(
-        part.is_binary and part.window is None and part.classes is None for part in plan.parts
+    if nbytes > shared.answer.window.nbytes or not all(
+        part.is_binary and part.classes is None for part in plan.parts
     ):
         return None
-    shared.regions.write_all(
-        shared.answer, [view[part.start : part.end] for part in plan.parts], nbytes
-    )
+    shared.answer.write_all([view[part.start : part.end] for part in plan.parts], nbytes)
     pieces = [prepared.answer_head, *(part.prefix for part in plan.parts), plan.tail]
     if prepared.id is not None:
         pieces += (b',"id":', codec.encode(prepared.id))

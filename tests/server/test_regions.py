@@ -42,11 +42,11 @@ def test_only_the_regions_own_bytes_are_read_and_written(
     window = Window("r", offset, nbytes)
     if offset + nbytes > size:
         with pytest.raises(BadRequest, match="Invalid offset"):
-            regions.read(window)
+            regions.hold(window).read()
     else:
-        assert regions.read(window) == content[start + offset : start + offset + nbytes]
+        assert regions.hold(window).read() == content[start + offset : start + offset + nbytes]
     try:
-        regions.write(window, "y", data)
+        regions.hold(window).write("y", data)
     except BadRequest:
         assert offset + nbytes > size or len(data) > nbytes
         assert (folder / "f").read_bytes() == content
@@ -69,8 +69,8 @@ def test_a_file_that_became_shorter_is_refused_and_not_made_longer(tmp_path: Pat
     regions = made(tmp_path, r=("f", 0, 64))
     os.truncate(tmp_path / "f", 10)
     for use in (
-        lambda: regions.read(Window("r", 0, 64)),
-        lambda: regions.write(Window("r", 32, 32), "y", bytes(32)),
+        lambda: regions.hold(Window("r", 0, 64)).read(),
+        lambda: regions.hold(Window("r", 32, 32)).write("y", bytes(32)),
     ):
         with pytest.raises(BadRequest, match="shorter"):
             use()
@@ -81,13 +81,13 @@ def test_a_name_that_was_registered_anew_means_the_new_file(tmp_path: Path) -> N
     (tmp_path / "a").write_bytes(b"a" * 8)
     (tmp_path / "b").write_bytes(b"b" * 8)
     regions = made(tmp_path, r=("a", 0, 8))
-    assert regions.read(Window("r", 0, 8)) == b"a" * 8
+    assert regions.hold(Window("r", 0, 8)).read() == b"a" * 8
     regions.apply(RegionsChanged(removed=("r",)))
     with pytest.raises(NotFound):
-        regions.read(Window("r", 0, 8))
+        regions.hold(Window("r", 0, 8)).read()
     region = Region(name="r", key="/b", offset=0, byte_size=8)
     regions.apply(RegionsChanged(upsert=(region,)))
-    assert regions.read(Window("r", 0, 8)) == b"b" * 8
+    assert regions.hold(Window("r", 0, 8)).read() == b"b" * 8
 
 
 def test_what_was_said_is_heard_before_a_region_is_used(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_was_said_is_heard_before_a_region_is_used(tmp_path: Path) -> None:
     regions = made(tmp_path)
     region = Region(name="r", key="a", offset=2, byte_size=4)
     regions.look = lambda: regions.apply(RegionsChanged(upsert=(region,)))
-    assert regions.read(Window("r", 1, 2)) == b"de"
+    assert regions.hold(Window("r", 1, 2)).read() == b"de"
     assert regions.listed("r") == [region]
 
 
@@ -106,8 +106,8 @@ def test_nothing_is_opened_unless_it_is_allowed(tmp_path: Path) -> None:
     regions.apply(RegionsChanged(upsert=(region,)))
     for use in (
         lambda: regions.check(region),
-        lambda: regions.read(Window("r", 0, 8)),
-        lambda: regions.write(Window("r", 0, 8), "y", b"x"),
+        lambda: regions.hold(Window("r", 0, 8)).read(),
+        lambda: regions.hold(Window("r", 0, 8)).write("y", b"x"),
     ):
         with pytest.raises(Forbidden, match="--client-shared-memory"):
             use()
