@@ -39,16 +39,17 @@ def split(body: bytes, json_bytes: int | None) -> tuple[bytes | memoryview, memo
 def split_bytes(view: memoryview) -> list[bytes]:
     """Return the elements of a BYTES tensor."""
     elements: list[bytes] = []
-    at, end = 0, len(view)
-    while at < end:
-        if at + LENGTH_BYTES > end:
-            raise BadRequest("BYTES data ends inside the length of an element")
-        (length,) = _LENGTH.unpack_from(view, at)
-        at += LENGTH_BYTES
-        if at + length > end:
-            raise BadRequest(f"BYTES data ends inside an element of {length} bytes")
-        elements.append(bytes(view[at : at + length]))
-        at += length
+    data, start, at, end = bytes(view), 0, 0, len(view)
+    unpack = _LENGTH.unpack_from
+    try:
+        while at < end:
+            start = at + LENGTH_BYTES
+            at = start + unpack(data, at)[0]
+            elements.append(data[start:at])
+    except struct.error as error:
+        raise BadRequest("BYTES data ends inside the length of an element") from error
+    if at > end:
+        raise BadRequest(f"BYTES data ends inside an element of {at - start} bytes")
     return elements
 
 
@@ -56,11 +57,12 @@ def count_bytes_elements(view: memoryview) -> int:
     """Count the elements of a BYTES tensor, checking every length."""
     count, at, end = 0, 0, len(view)
     unpack = _LENGTH.unpack_from
-    while at < end:
-        if at + LENGTH_BYTES > end:
-            raise BadRequest("BYTES data ends inside the length of an element")
-        at += LENGTH_BYTES + unpack(view, at)[0]
-        count += 1
+    try:
+        while at < end:
+            at += LENGTH_BYTES + unpack(view, at)[0]
+            count += 1
+    except struct.error as error:
+        raise BadRequest("BYTES data ends inside the length of an element") from error
     if at > end:
         raise BadRequest("BYTES data ends inside an element")
     return count

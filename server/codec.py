@@ -18,7 +18,9 @@ Pure; raises BadRequest without naming the model, which the caller does.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
+import math
 import re
 from array import array
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ import orjson
 
 from overcommit.runtime.config import RANK_MAX
 from overcommit.runtime.errors import BadRequest
+from overcommit.server import nesting
 from overcommit.server.binary import join_bytes, split_bytes
+from overcommit.server.limits import LISTS_MAX, PARAMETERS_BYTES_MAX
 
 Raw = msgspec.Raw
 Parameters = dict[str, Raw]
@@ -84,6 +88,20 @@ class InferRequest(msgspec.Struct, gc=False):
     parameters: Parameters | None = None
 
 
+class _ItemSizes(msgspec.Struct, gc=False):
+    """What is said beside the data of an input or output; nothing is decoded."""
+
+    parameters: Raw = Raw(b"")
+
+
+class _Sizes(_ItemSizes, gc=False):
+    """The same of a request."""
+
+    inputs: tuple[_ItemSizes, ...] = ()
+    outputs: tuple[_ItemSizes, ...] | None = None
+
+
+_SIZES: Final = msgspec.json.Decoder(_Sizes)
 _REQUEST: Final = msgspec.json.Decoder(InferRequest)
 _INT: Final = msgspec.json.Decoder(int)
 _BOOL: Final = msgspec.json.Decoder(bool)
@@ -94,6 +112,8 @@ encode = _ENCODER.encode
 def decode_request(data: bytes | memoryview) -> InferRequest:
     """Read the JSON part of a request.  Raises BadRequest."""
     try:
+        if len(data) > PARAMETERS_BYTES_MAX:
+            _check_parameters(data)
         return _REQUEST.decode(data)
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request does not fit the V2 inference protocol: {error}") from error
@@ -101,6 +121,17 @@ def decode_request(data: bytes | memoryview) -> InferRequest:
         raise BadRequest(f"the request is not JSON: {error}") from error
     except RecursionError as error:
         raise BadRequest("the request's JSON is nested too deeply") from error
+
+
+def _check_parameters(data: bytes | memoryview) -> None:
+    """Refuse parameters that would take long to read, before they are."""
+    sizes = _SIZES.decode(data)
+    items = (sizes, *sizes.inputs, *(sizes.outputs or ()))
+    count = sum([len(memoryview(each.parameters)) for each in items])
+    if count > PARAMETERS_BYTES_MAX:
+        raise BadRequest(
+            f"the parameters take {count} bytes of JSON, the limit is {PARAMETERS_BYTES_MAX}"
+        )
 
 
 def flag(parameters: Parameters | None, name: str) -> bool | None:
@@ -130,8 +161,8 @@ def whole(parameters: Parameters | None, name: str) -> int | None:
 def decode_data(raw: Raw, datatype: str, shape: tuple[int, ...]) -> bytes:
     """Turn a tensor's JSON data, flat or nested, into its bytes in row-major order.
 
-    Raises BadRequest when a value does not fit the datatype or the nesting does not fit the shape;
-    the number of elements is the caller's to check.
+    Raises BadRequest when a value does not fit the datatype or the nesting does not fit the shape; but
+    for BYTES, the number of elements is the caller's to check.
     """
     if datatype == "BF16":
         raise BadRequest(
@@ -142,7 +173,7 @@ def decode_data(raw: Raw, datatype: str, shape: tuple[int, ...]) -> bytes:
         if datatype in ("FP32", "FP64", "FP16"):
             return _pack_floats(_flat(raw, shape, float), datatype)
         if datatype == "BYTES":
-            return join_bytes([text.encode() for text in _flat(raw, shape, str)])
+            return _pack_texts(_flat(raw, shape, str), shape)
         if datatype == "BOOL":
             return _pack_bools(raw, shape)
         return _pack_integers(raw, datatype, shape)
@@ -172,7 +203,13 @@ def _flat(raw: Raw, shape: tuple[int, ...], element: type) -> list:  # type: ign
     # `[[]]` opens twice and holds nothing: its depth cannot tell it from a flat list.
     if depth > RANK_MAX or depth != len(shape):
         raise BadRequest(f"data is nested {depth} deep, the shape {list(shape)} needs {len(shape)}")
-    values: list[object] = [_decoder(element, depth).decode(view)]
+    text = bytes(raw)
+    if text.count(b"[") > LISTS_MAX:
+        return _flat_of_many(text, shape, element)
+    return _join_rows([_decoder(element, depth).decode(text)], shape)
+
+
+def _join_rows(values: list[object], shape: tuple[int, ...]) -> list:  # type: ignore[type-arg]
     for dimension in shape:
         lists: list[list[object]] = values  # type: ignore[assignment]
         if any(len(one) != dimension for one in lists):
@@ -181,11 +218,30 @@ def _flat(raw: Raw, shape: tuple[int, ...], element: type) -> list:  # type: ign
     return values
 
 
+def _flat_of_many(text: bytes, shape: tuple[int, ...], element: type) -> list:  # type: ignore[type-arg]
+    """`_flat` where there may be very many lists, each of which would cost more than a number."""
+    if element is not str:
+        return _decoder(element, 1).decode(nesting.flatten(text, shape))
+    # Texts may hold brackets.  The collector would look at all lists again and again as they come.
+    gc.disable()
+    try:
+        return _join_rows([_decoder(element, len(shape)).decode(text)], shape)
+    finally:
+        gc.enable()
+
+
 def _pack_floats(values: list[float], datatype: str) -> bytes:
     if datatype == "FP16":
         with np.errstate(over="ignore"):
             return np.asarray(values, dtype=np.float16).tobytes()
     return array(CODES[datatype], values).tobytes()
+
+
+def _pack_texts(values: list[str], shape: tuple[int, ...]) -> bytes:
+    wanted = math.prod(shape)
+    if len(values) != wanted:
+        raise BadRequest(f"{len(values)} elements, its shape {list(shape)} needs {wanted}")
+    return join_bytes(list(map(str.encode, values)))
 
 
 def _pack_integers(raw: Raw, datatype: str, shape: tuple[int, ...]) -> bytes:
@@ -253,6 +309,6 @@ def encode_data(view: memoryview, datatype: str) -> Sequence[object]:
         bits = np.frombuffer(view, np.uint16).astype(np.uint32) << 16
         return bits.view(np.float32).tolist()  # type: ignore[no-any-return]
     try:
-        return [element.decode() for element in split_bytes(view)]
+        return list(map(bytes.decode, split_bytes(view)))
     except UnicodeDecodeError as error:
         raise BadRequest("holds bytes that are not UTF-8; ask for it with binary_data") from error

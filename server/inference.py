@@ -260,6 +260,7 @@ def _prepare_decoded(
                 data.append(codec.decode_data(item.data, item.datatype, item.shape))
             except BadRequest as error:
                 raise BadRequest(f"input '{item.name}': {error.message}") from error
+            continue
         elif (window := window_of(item.parameters)) is not None:
             data.append(plans.regions.hold(window).read())
         else:
