@@ -21,9 +21,8 @@ from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import Ask
-from overcommit.server import binary, codec, sequences
-from overcommit.server.answer_plans import OutputPlan, Outputs, Part, Selection, Want
-from overcommit.server.classification import Classes
+from overcommit.server import binary, codec, raw_body, sequences, wants
+from overcommit.server.answer_plans import OutputPlan, Outputs, Part, Selection
 from overcommit.server.plans import InputPlan, Key, RoutePlans, Shape
 from overcommit.server.regions import Held, window_of
 
@@ -165,6 +164,8 @@ def _prepare_named(
     plans: RoutePlans, body: bytes, json_bytes: int | None
 ) -> tuple[Prepared, Sequence[Data]]:
     try:
+        if json_bytes == 0:
+            return _prepare_raw(plans, body)
         text, tail = binary.split(body, json_bytes)
         return _prepare(plans, text, tail)
     except OvercommitError as error:
@@ -177,7 +178,10 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
     None when they must be there to be checked.  Raises BadRequest that names the model.
     """
     try:
-        request = codec.decode_request(text)
+        is_raw = not len(text)
+        request = (
+            raw_body.request_of(plans.route, tail_bytes) if is_raw else codec.decode_request(text)
+        )
         if plans.ask_shape is not None or plans.route.adapts:
             return None
         if any(item.datatype == "BYTES" for item in request.inputs):
@@ -208,6 +212,13 @@ def _named(error: OvercommitError, route: Route) -> OvercommitError:
 
 def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> tuple[Prepared, Sequence[Data]]:
     return _prepare_decoded(plans, codec.decode_request(text), tail)
+
+
+def _prepare_raw(plans: RoutePlans, body: bytes) -> tuple[Prepared, Sequence[Data]]:
+    request = raw_body.request_of(plans.route, len(body))
+    if request.inputs[0].datatype == "BYTES":
+        body = binary.join_bytes([body])
+    return _prepare_decoded(plans, request, memoryview(body))
 
 
 def prepare_decoded(
@@ -315,11 +326,7 @@ def _finish(
     selection: Selection = None
     held: dict[str, Held] = {}
     if request.outputs:
-        known = {spec.name for spec in plans.route.outputs}
-        for output in request.outputs:
-            if output.name not in known:
-                raise BadRequest(f"unknown output '{output.name}'; its outputs are {sorted(known)}")
-        selection = tuple([(each.name, _want(plans, each, held)) for each in request.outputs])
+        selection, held = wants.read(plans, request.outputs)
     level = codec.whole(request.parameters, "priority") or 0
     return Prepared(
         plans,
@@ -332,22 +339,6 @@ def _finish(
         level if level <= plans.route.priority_levels else 0,
         held=held or None,
     )
-
-
-def _want(plans: RoutePlans, output: codec.RequestOutput, held: dict[str, Held]) -> Want:
-    """Read how an output is wanted; hold where it goes.  Raises BadRequest, NotFound, Forbidden."""
-    parameters = output.parameters
-    if not parameters:
-        return None
-    own = codec.flag(parameters, "binary_data")
-    window = window_of(parameters)
-    classes = codec.whole(parameters, "classification")
-    if window is not None:
-        if classes:
-            raise BadRequest("Output can't set both 'shared_memory_region' and 'classification'")
-        held[output.name] = plans.regions.hold(window)
-        return "region"
-    return (Classes(classes), own) if classes else own
 
 
 # --- answers ------------------------------------------------------------------------------------
