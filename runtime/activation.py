@@ -7,7 +7,8 @@ Invariants
  1. Every StartLoad goes to the mover once per mover incarnation; after a mover's death the loads in
     flight are sent again, to the same extents (nobody reads them before they are published).
  2. A worker gets VersionInfo before the first Placed or Coming of a version.  Coming, to those who
-    wait when a load starts, only says where Placed will be: losing it costs time alone.
+    wait when a load starts, only says where Placed will be: losing it costs time alone.  Both go to it in
+    the order in which they were true: what they say of sharing holds for all that it was told before.
  3. A load that its mover had published when it died has ended, and is not sent again.
  4. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
 

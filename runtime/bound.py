@@ -10,6 +10,7 @@ A version here:
     KNOWN -> PLACED -> BOUND              [place, then the program is loaded, then bind]
     KNOWN -> OPEN -> BOUND                [the program is loaded, then place, then bind]
     KNOWN, OPEN, BOUND -> the same        [prepare: mapped where it will be placed, and not read]
+    prepared -> as if placed              [arrive: it is resident there]
     BOUND, PLACED -> the same, unplaced   [the lease was refused; another generation will come]
     BOUND -> KNOWN                        [make_room]
     any -> FAILED -> KNOWN                [fail; after a pause that grows with every failure]
@@ -22,6 +23,10 @@ Invariants
  1. A program is bound once while its mapping lives: the address stays, wherever the chunks lie.
  2. Weights are touched only under a lease, binding included.
  3. A mapping is closed only after its model is let go of.
+ 4. What may be leased is mapped where it lies, in whole.  Only a message maps, in its turn (`place`,
+    `prepare`): who shared which chunks when it was sent was true then, and whoever is mapped here was told
+    of before, so it takes chunks only from versions that had left them.  Later it might take them from one
+    that shares them since; so `arrive`, which follows a word and no message, maps nothing.
 
 Called by the worker's loop.
 """
@@ -190,7 +195,7 @@ class Versions:
         if version is not None:
             self._release(version)
 
-    def place(self, placed: Placed | Coming) -> Version | None:
+    def place(self, placed: Placed) -> Version | None:
         """Map a version where it lies now; None when it is not known (any more).
 
         Raises OSError or ValueError when it cannot be mapped.
@@ -218,6 +223,21 @@ class Versions:
         self._map(version, coming)
         self._recent.setdefault(coming.slot, None)
         return True
+
+    def arrive(self, coming: Coming) -> Version | None:
+        """What was mapped ahead is resident there; None when it is not mapped any more.
+
+        Nobody can have taken a chunk of it: from Coming on it holds them, and who was told of them since
+        was told that they are shared.
+        """
+        version = self.get(coming.slot)
+        if version is None or version.mapping is None:
+            return None
+        if version.mapping.generation != coming.generation:
+            return None
+        version.generation = coming.generation
+        self.on_run(coming.slot)
+        return version
 
     def _map(self, version: Version, where: Placed | Coming) -> None:
         """Map a version, unless that was done ahead and nothing was mapped otherwise since."""

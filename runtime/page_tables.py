@@ -21,7 +21,8 @@ Invariants
  1. An address holds one unit at most; a unit is at several addresses only since it was shared.
  2. After `place` the whole range is mapped to the extents given, whichever way each unit took.
  3. After `place` for one alone no other range has these units: what a former version left mapped
-    would read another's weights.
+    would read another's weights.  It takes nothing from who has them still as long as places come in the
+    order in which they were given (`bound`).
 
 Called by `Mapping`; one for each arena that a process maps.
 """

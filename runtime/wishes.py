@@ -12,8 +12,9 @@ Invariants
  3. Jobs wait only for what can still come: when it fails or is forgotten they are answered.
  4. A job whose deadline is before the time at which its version is expected does not wait: it is
     answered, and the version still comes, for when it is asked again.
- 5. What is coming is placed when Placed says so, or when the state word is RESIDENT for the generation that
-    Coming told: no other load of the version has that one, so the bytes lie where they were to come.
+ 5. What is coming runs when Placed says so, or when the state word is RESIDENT for the generation that
+    Coming told: no other load of the version has that one, so the bytes lie where they were to come.  The
+    word maps nothing (`bound`): what is not mapped ahead any more waits for its Placed.
  6. The page says how many jobs wait for a version before the supervisor is asked for it.
 
 Called by the worker's loop.
@@ -90,7 +91,6 @@ class Wishes:
         self.unsaid: set[int] = set()  # slots that got jobs since the page was told
         # By slot: mapped ahead, not resident when looked at last.
         self.coming: dict[int, Coming] = {}
-        self._arrived: dict[int, int] = {}  # slot -> generation that is resident, before its Placed
 
     def want(self, slot: int, deadline_ns: int = NEVER_NS) -> None:
         """Jobs wait for this version: get its weights placed and its program loaded."""
@@ -178,11 +178,17 @@ class Wishes:
             log.warning("%s cannot be mapped ahead: %s", version.title, error)
 
     def take_arrived(self, now_ns: int) -> None:
-        """Place what is resident now of what was coming; its Placed says nothing new."""
+        """Run what was mapped ahead and is resident now; its Placed says nothing new."""
         for slot, coming in list(self.coming.items()):
             if self._table.get(slot) == (_shm.RESIDENT, coming.generation):
-                self._place(coming, now_ns)
-                self._arrived[slot] = coming.generation
+                del self.coming[slot]
+                version = self._versions.arrive(coming)
+                if version is not None:
+                    arrived_ns = time.monotonic_ns()
+                    asked_ns = self._asked.pop(slot, arrived_ns)
+                    self._end_wish(slot)
+                    self._attaching[slot] = (asked_ns, arrived_ns, arrived_ns)
+                    self._try_bind(version, now_ns)
 
     def watch(self, rings: Sequence[_shm.Ring], until_ns: int) -> bool:
         """Wait without sleep for what is about to arrive, or for a ring; False if neither came."""
@@ -196,17 +202,14 @@ class Wishes:
         return self._table.get(coming.slot) == (_shm.LOADING, coming.generation)
 
     def on_placed(self, placed: Placed, now_ns: int) -> None:
-        """A version is resident."""
-        if self._arrived.pop(placed.slot, None) != placed.generation:
-            self._place(placed, now_ns)
-
-    def _place(self, placed: Placed | Coming, now_ns: int) -> None:
-        """Map a version where it lies, and run it if its program is there."""
+        """A version is resident: map it where it lies, and run it if its program is there."""
+        version = self._versions.get(placed.slot)
+        if version is not None and version.generation == placed.generation:
+            return  # the word had said so
         self.coming.pop(placed.slot, None)
         placed_ns = time.monotonic_ns()
         asked_ns = self._asked.pop(placed.slot, placed_ns)
         self._end_wish(placed.slot)
-        version = self._versions.get(placed.slot)
         if version is None or version.failing(now_ns) is not None:
             return
         try:
@@ -258,7 +261,6 @@ class Wishes:
         self._asked.pop(slot, None)
         self._attaching.pop(slot, None)
         self.coming.pop(slot, None)
-        self._arrived.pop(slot, None)
         self._told.pop(slot, None)
         self._door.forget(slot)
         version = self._versions.get(slot)

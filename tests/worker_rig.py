@@ -135,6 +135,7 @@ class Rig:
         *,
         command: list[str] | None = None,
         pins: PayloadPins | None = None,
+        arena_bytes: int = ARENA_BYTES,
     ) -> None:
         """`pins`: of a GPU's worker, whose models are begun on the device that `places` chose."""
         self._pins = pins
@@ -144,12 +145,12 @@ class Rig:
             "doorbell": os.eventfd(0, bell),
             "supervisor_bell": os.eventfd(0, bell),
             "residency": create_memfd("residency", table_bytes),
-            "device": create_memfd("device", ARENA_BYTES),
+            "device": create_memfd("device", arena_bytes),
         }
         self.table = _shm.ResidencyTable(
             mmap.mmap(self.fds["residency"], table_bytes), 0, VERSIONS_MAX, True
         )
-        self.device = memoryview(mmap.mmap(self.fds["device"], ARENA_BYTES))
+        self.device = memoryview(mmap.mmap(self.fds["device"], arena_bytes))
         self.fronts: list[Front] = []
         self.epoch = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -173,7 +174,7 @@ class Rig:
             seat=0,
             epoch=self.epoch,
             settings=Settings(spin_ns=0),
-            device_bytes=ARENA_BYTES,
+            device_bytes=len(self.device),
             fds=tuple(self.fds),
         )
         if self._command is not None:

@@ -314,7 +314,7 @@ def test_what_was_coming_runs_as_soon_as_the_word_says_so_without_placed(
     os.eventfd_write(rig.fds["doorbell"], 1)
     rig.answered(front, request)
     np.testing.assert_array_equal(front.outputs(request)[0], 6 * X)
-    # Its Placed comes when it has been evicted, and asked for again: it is no answer to that.
+    # Its Placed comes when it has been evicted, and asked for again: if that was the answer, none follows.
     assert _shm.try_evict(rig.table, [rig.leases], 5, 1)
     rig.table.set(5, _shm.ABSENT, 1)
     rig.heard()
@@ -323,11 +323,30 @@ def test_what_was_coming_runs_as_soon_as_the_word_says_so_without_placed(
     assert rig.heard() == [Activate(slot=5)]
     rig.control.send(placed)
     rig.settle()
-    assert rig.heard() == []
+    assert rig.heard() == [Activate(slot=5)]
     assert request not in front.collect()
     rig.control.send(rig.publish(5, 2, 3.0, page=21))
     rig.answered(front, request)
     np.testing.assert_array_equal(front.outputs(request)[0], 3 * X)
+
+
+def test_the_placed_of_what_runs_already_maps_nothing(
+    rig: Rig, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = coming(rig, front)
+    placed = rig.publish(5, 1, 6.0, page=20)
+    os.eventfd_write(rig.fds["doorbell"], 1)
+    rig.answered(front, request)
+    # Others are mapped, so it would not do to ask whether anything has changed.
+    rig.serve(3)
+    rig.settle()
+    rig.heard()
+    mapped: list[object] = []
+    monkeypatch.setattr(Mapping, "map", lambda *told: mapped.append(told))
+    rig.control.send(placed)
+    rig.settle()
+    assert (mapped, rig.heard()) == ([], [])
+    rig.answered(front, front.submit(5, [X]))
 
 
 def test_a_try_that_failed_is_not_taken_for_the_one_that_follows(rig: Rig, front: Front) -> None:
