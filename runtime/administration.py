@@ -311,6 +311,7 @@ class Administration:
         return msgspec.json.encode(
             {
                 "processes": self.house.fleet.describe(),
+                "failures": house.boundary.failures(),
                 **self._tiers(),
                 "gpu": devices[0]["gpu"],
                 "devices": devices,

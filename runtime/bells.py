@@ -20,6 +20,11 @@ from overcommit.runtime.mover_messages import WorkerBell
 from overcommit.runtime.seats import Seat
 
 
+def make_bell() -> int:
+    """Make an eventfd that nobody waits for by chance: not inherited, and never blocking."""
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
 class Ringable(Protocol):
     """What of a child matters here."""
 
@@ -34,7 +39,7 @@ class MoverBells:
     """A bell for the mover of each site."""
 
     def __init__(self, sites: int) -> None:
-        self._fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(sites)]
+        self._fds = [make_bell() for _ in range(sites)]
 
     def fd(self, site: int) -> int:
         """Return the bell, to send it to the mover."""

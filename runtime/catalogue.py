@@ -282,13 +282,21 @@ class Catalogue:
     # --- time -----------------------------------------------------------------------------------
     def step(self, now_ns: int) -> None:
         """Pack, tell new front ends, let retired versions go."""
-        self.packing.step(now_ns)
-        self.rehearsals.step(now_ns)
+        run = self.house.boundary.run
+        run("packing", self.packing.step, now_ns)
+        run("rehearsals", self.rehearsals.step, now_ns)
         if self._is_serving:  # not before the first workers were forked: they would have to wait
-            self._programs.step()
+            run("the imports of programs", self._programs.step)
         if self._is_scanned:
-            self._announcer.tell_new(self.registry.entries(), self.rollout.told())
-            self._announcer.step(now_ns)
+            run("telling front ends of models", self._tell, now_ns)
+        run("letting versions go", self._retire, now_ns)
+
+    def _tell(self, now_ns: int) -> None:
+        self._announcer.tell_new(self.registry.entries(), self.rollout.told())
+        self._announcer.step(now_ns)
+
+    def _retire(self, now_ns: int) -> None:
+        """Let go of versions whose routes are gone and that nobody uses any more."""
         for slot, not_before_ns in list(self._retiring.items()):
             usage = self.house.usage(slot)
             if now_ns >= not_before_ns and not usage.waiting and not usage.leases:

@@ -62,6 +62,7 @@ class _Snapshot(Collector):
         if self._house.prefetching is not None:
             yield from _prefetching(self._house.prefetching)
         yield from self._processes()
+        yield from self._failures()
 
     def _requests(self) -> Iterator[Metric]:
         totals = self._totals
@@ -156,6 +157,16 @@ class _Snapshot(Collector):
             live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))
         yield deaths
         yield live
+
+    def _failures(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "overcommit_supervisor_failures",
+            "What failed in the supervisor, which went on without it",
+            labels=("what", "error"),
+        )
+        for failure in self._house.boundary.failures():
+            family.add_metric((failure.what, failure.error), failure.count)
+        yield family
 
 
 def _gpus(sites: Sequence[Site]) -> Iterator[Metric]:

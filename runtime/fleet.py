@@ -8,24 +8,30 @@ Invariants
  1. A seat is occupied by at most one process; its epoch grows with every incarnation.
  2. A link belongs to two incarnations.  It is announced when both are ready, and `LinkDown` is sent
     only when one of them is dead and reaped; it is never repaired or used again.
- 3. Every descriptor that is made for an incarnation is closed when the incarnation is reaped.
+ 3. Every descriptor that is made for an incarnation is closed when the incarnation is reaped, or when
+    its start fails.
+ 4. A start that fails is a death of its seat, and of nobody else.  Who is started and cannot be given all
+    that it needs, its links included, is killed.
 
 Called by the supervisor, from its one thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from overcommit.runtime import _shm
-from overcommit.runtime.bells import MoverBells, lend_doorbells
+from overcommit.runtime.bells import MoverBells, lend_doorbells, make_bell
+from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.chunk_feed import ChunkFeed
-from overcommit.runtime.config import VERSIONS_MAX, Settings
+from overcommit.runtime.config import FORK_SERVER_PAUSE_S, VERSIONS_MAX, Settings
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
@@ -34,6 +40,8 @@ from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat
 
 log = logging.getLogger("overcommit.fleet")
+
+_PAGE_BYTES: Final = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
 
 
 @dataclass(slots=True)
@@ -69,7 +77,8 @@ class Child:
 class Fleet:
     """All seats of a server: front ends, and for each site a mover and workers.
 
-    `on_gone(child)` is called after a child was reaped and its links were taken down,
+    `on_unborn(process, why)` is called when the fork server will not make what it was asked for,
+    `on_gone(child)` after a child was reaped and its links were taken down,
     `on_shrunk(site, count)` when a GPU turned out to have memory for so many chunks only,
     `on_arena_gone(site)` when DEVICE died with its mover, and nobody is left who used it.
     """
@@ -82,7 +91,10 @@ class Fleet:
         on_gone: Callable[[Child], None],
         on_shrunk: Callable[[int, int], None] = lambda site, count: None,
         on_arena_gone: Callable[[int], None] = lambda site: None,
+        on_unborn: Callable[[Process, str], None] = lambda process, why: None,
+        boundary: Boundary | None = None,
     ) -> None:
+        self.boundary = boundary or Boundary()
         self.settings = settings
         self.memories = memories  # by site
         self.seats: list[Seat] = [
@@ -99,7 +111,7 @@ class Fleet:
         self.port = settings.port
         self.grpc_port: int | None = None
         self.feeds = [None if m.vault is None else ChunkFeed(m.vault) for m in memories]
-        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.bell = make_bell()
         self.mover_bells = MoverBells(len(memories))
         self.is_closing = False
         self.is_draining = False
@@ -108,6 +120,8 @@ class Fleet:
         self._on_gone = on_gone
         self._on_shrunk = on_shrunk
         self._on_arena_gone = on_arena_gone
+        self._on_unborn = on_unborn
+        self._fork_server_at_ns = 0
 
     # --- looking --------------------------------------------------------------------------------
     def of_kind(
@@ -131,13 +145,9 @@ class Fleet:
         return tuple(child.leases for child in workers if child.leases is not None)
 
     # --- starting -------------------------------------------------------------------------------
-    def use_fork_server(self) -> None:
-        """Start the fork server, or start it again after its death."""
-        if self.settings.start_method == "forkserver":
-            self.fork_server = ForkServer(self._on_forked)
-
     def start_due(self, now_ns: int) -> None:
-        """Start every seat whose time has come."""
+        """Start every seat whose time has come, and the fork server before them."""
+        self.boundary.run("the start of the fork server", self._start_fork_server, now_ns)
         for site, memory in enumerate(self.memories):
             if memory.is_gone and not any(self.of_kind("worker", ready=False, site=site)):
                 memory.is_gone = False
@@ -148,41 +158,73 @@ class Fleet:
             if seat.kind != "front_end" and self.memories[seat.site].is_gone:
                 continue
             if id(seat) not in self.children and seat.can_start(now_ns):
-                self._start(seat, now_ns)
+                what = f"the start of a {seat.kind}"
+                if not self.boundary.run(what, self._start, seat, now_ns):
+                    seat.on_start_failed(now_ns)
+
+    def _start_fork_server(self, now_ns: int) -> None:
+        """Where there is to be one and is none, start it: at first, and after its death."""
+        is_due = self.fork_server is None and now_ns >= self._fork_server_at_ns
+        if is_due and self.settings.start_method == "forkserver":
+            self._fork_server_at_ns = now_ns + int(FORK_SERVER_PAUSE_S * 1e9)
+            self.fork_server = ForkServer(self._on_forked, self._on_unborn)
 
     def start_torch(self, kind: Kind) -> Process | None:
-        """Start a child that needs torch; None: the fork server is not ready yet."""
+        """Start a child that needs torch; None: the fork server is not ready yet.  Raises OSError."""
         server = self.fork_server
+        if server is None and self.settings.start_method == "forkserver":
+            return None
         if server is None or server.unfit is not None:
             return spawn(kind)
         # While torch is being imported there, a spawned child would not be sooner.
         return server.fork(kind) if server.is_ready else None
 
-    def _start(self, seat: Seat, now_ns: int) -> None:
-        process = self.start_torch(seat.kind) if seat.kind == "worker" else spawn(seat.kind)
-        if process is None:
-            return
-        seat.on_started(process.pid or 0, now_ns)
-        child = Child(seat, process, seat.epoch)
-        self.children[id(seat)] = child
-        self._equip(child)
+    def _start(self, seat: Seat, now_ns: int) -> bool:
+        """Start a process in a seat, if the fork server is ready for it.
 
-    def _equip(self, child: Child) -> None:
-        """Make what this incarnation owns and send Start."""
+        Raises OSError where there is no descriptor or process left; then nothing was started.
+        """
+        with contextlib.ExitStack() as undo:
+            fds: dict[str, int] = {}
+            for name, make in self._own(seat.kind).items():
+                fds[name] = make()
+                undo.callback(os.close, fds[name])
+            process = self.start_torch(seat.kind) if seat.kind == "worker" else spawn(seat.kind)
+            if process is None:
+                return True
+            undo.pop_all()
+        seat.on_started(process.pid or 0, now_ns)
+        child = self.children[id(seat)] = Child(seat, process, seat.epoch, fds)
+        self._must("the equipment of a", self._equip, child, now_ns)
+        return True
+
+    def _must(self, what: str, do: Callable[[Child], bool], child: Child, now_ns: int) -> None:
+        """Do what a child cannot serve without."""
+        if not self.boundary.run(f"{what} {child.seat.kind}", do, child):
+            self.kill(child, "has not got all that it needs", now_ns)
+
+    def _own(self, kind: Kind) -> dict[str, Callable[[], int]]:
+        """Say how to make the descriptors that an incarnation owns."""
+        size = self.settings.payload_bytes
+        if kind == "worker":
+            return {"doorbell": make_bell, "page": lambda: create_memfd("page", _PAGE_BYTES)}
+        if kind == "front_end":
+            return {
+                "doorbell": make_bell,
+                "ingress": lambda: create_memfd("ingress", size),
+                "egress": lambda: create_memfd("egress", size),
+            }
+        return {}
+
+    def _equip(self, child: Child) -> bool:
+        """Map what this incarnation owns and send Start."""
         seat, memory = child.seat, self.memories[child.seat.site]
-        send: dict[str, int] = {}
-        if seat.kind in ("worker", "front_end"):
-            child.fds["doorbell"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            send["doorbell"] = child.fds["doorbell"]
+        send: dict[str, int] = dict(child.fds)
         if seat.kind == "worker":
-            self._make_page(child)
+            self._map_page(child)
             send |= {"supervisor_bell": self.bell, "residency": memory.residency_fd}
-            send["page"] = child.fds["page"]
         elif seat.kind == "front_end":
-            for name in ("ingress", "egress"):
-                child.fds[name] = create_memfd(name, self.settings.payload_bytes)
             send |= {name: fds[seat.index] for name, fds in self.listen_fds.items()}
-            send |= {name: child.fds[name] for name in ("ingress", "egress")}
         elif seat.kind == "mover":
             send["bell"] = self.mover_bells.fd(seat.site)
             if memory.host_fd is not None:
@@ -214,12 +256,11 @@ class Fleet:
         if feed is not None and seat.kind in ("worker", "mover"):
             limit = held if seat.kind == "mover" else feed.vault.count
             feed.add(id(child), child.post, limit, is_mover=seat.kind == "mover")
+        return True
 
     @staticmethod
-    def _make_page(child: Child) -> None:
-        nbytes = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
-        child.fds["page"] = create_memfd("page", nbytes)
-        child.page = mmap.mmap(child.fds["page"], nbytes, prot=mmap.PROT_READ)
+    def _map_page(child: Child) -> None:
+        child.page = mmap.mmap(child.fds["page"], _PAGE_BYTES, prot=mmap.PROT_READ)
         child.status = _shm.StatusPage(child.page, 0, False)
         child.leases = _shm.LeasePage(child.page, _shm.STATUS_BYTES, VERSIONS_MAX, False)
 
@@ -272,6 +313,9 @@ class Fleet:
         child.seat.on_ready(now_ns)
         child.is_ready = True
         log.info("%s %d is ready (pid %d)", child.seat.kind, child.seat.index, pid)
+        self._must("the links of a", self._link_all, child, now_ns)
+
+    def _link_all(self, child: Child) -> bool:
         if child.seat.kind == "worker":
             for front in self.of_kind("front_end"):
                 self._link(front, child)
@@ -281,6 +325,7 @@ class Fleet:
         elif child.seat.kind == "front_end":
             for worker in self.of_kind("worker"):
                 self._link(child, worker)
+        return True
 
     def _link(self, front: Child, worker: Child) -> None:
         slots = self.settings.ring_slots
@@ -319,9 +364,24 @@ class Fleet:
 
     def reap(self, child: Child, now_ns: int) -> None:
         """Handle a death: release, tell the peers, let the seat decide when to start again."""
+        was_born = child.process.pid is not None
         ending = child.process.close()
-        child.seat.on_dead(now_ns)
+        if was_born:
+            child.seat.on_dead(now_ns)
+        else:
+            child.seat.on_start_failed(now_ns)
         del self.children[id(child.seat)]
+        try:
+            self._take_leave(child, ending, now_ns)
+        finally:
+            # The page is read in on_gone, for what the worker was doing; only then it goes.
+            child.status = child.leases = None
+            child.page = None
+            for fd in child.fds.values():
+                os.close(fd)
+            child.fds.clear()
+
+    def _take_leave(self, child: Child, ending: str, now_ns: int) -> None:
         # At the end all are killed, also who has left already; of who had not it is said (`kill`).
         expected = self.is_closing or (self.is_draining and not child.process.kill_asked)
         log.log(
@@ -338,12 +398,6 @@ class Fleet:
         if child.seat.kind == "mover":
             self._lose_arena(child, now_ns)
         self._on_gone(child)
-        # The page is read in on_gone, for what the worker was doing; only then it goes.
-        child.status = child.leases = None
-        child.page = None
-        for fd in child.fds.values():
-            os.close(fd)
-        child.fds.clear()
 
     def kill_overdue(self, now_ns: int, batch_timeout_ns: int) -> None:
         """Kill what does not get ready and what is stuck in a batch."""

@@ -8,7 +8,9 @@ Invariants
  1. One thread, before every fork.  The self-check after each preload tests it; if it fails the
     supervisor is told `Unfit` and starts children by spawn from then on.
  2. A child is not reaped before its pidfd has been sent: the pid cannot be reused until then.
- 3. The supervisor's death ends this process, and this process's death ends its children.
+ 3. A Fork is answered by Forked or, where the machine has no process or descriptor left, by Unforked;
+    then there is no child, and those that were forked before live on.
+ 4. The supervisor's death ends this process, and this process's death ends its children.
 
 The supervisor starts it by exec and talks to it as to any other child.
 """
@@ -24,7 +26,7 @@ from collections.abc import Callable
 from overcommit.runtime import preload
 from overcommit.runtime.child import run_child
 from overcommit.runtime.control import ControlSocket
-from overcommit.runtime.messages import Exited, Fork, Forked, Preload, Ready, Stop, Unfit
+from overcommit.runtime.messages import Exited, Fork, Forked, Preload, Ready, Stop, Unfit, Unforked
 
 log = logging.getLogger("overcommit.forkserver")
 
@@ -64,7 +66,12 @@ def _fork(
     control: ControlSocket, message: Fork, child_control: int, private: tuple[int, ...]
 ) -> None:
     parent = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        os.close(child_control)
+        control.send(Unforked(ticket=message.ticket, reason=str(error)))
+        return
     if pid == 0:
         # The child keeps nothing of the fork server's: a stray copy of the control socket would
         # hide the supervisor's death from it.
@@ -75,7 +82,13 @@ def _fork(
             os.close(fd)
         run_child(message.kind, child_control, parent)
     os.close(child_control)
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        control.send(Unforked(ticket=message.ticket, reason=str(error)))
+        return
     control.send(Forked(ticket=message.ticket, pid=pid, fds=("pidfd",)), (pidfd,))
     os.close(pidfd)
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import WORKERS_MAX, Settings
 from overcommit.runtime.device_choice import allow_descriptors, choose, with_packing
@@ -41,7 +42,9 @@ class House:
         on_forked: Callable[[Process], None],
         on_gone: Callable[[Child], None],
         wall_s: Callable[[], float] = local_s,
+        on_unborn: Callable[[Process, str], None] = lambda process, why: None,
     ) -> None:
+        self.boundary = Boundary()
         self.telemetry = Telemetry()
         gpus = choose(settings)
         self.settings = settings = with_packing(settings, gpus)
@@ -69,6 +72,8 @@ class House:
             *(settings, [memory.shared for memory in memories], on_forked, on_gone),
             lambda site, count: self.sites[site].on_shrunk(count),
             lambda site: self.sites[site].on_arena_gone(time.monotonic_ns()),
+            on_unborn,
+            self.boundary,
         )
         self.sites = [
             Site(
@@ -113,9 +118,14 @@ class House:
     def tick(self, now_ns: int) -> None:
         """Do what is due."""
         for site in self.sites:
-            site.tick(now_ns)
+            self.boundary.run("the tick of a site", site.tick, now_ns)
         if self.spreading is not None:
-            self.spreading.step(now_ns)
+            self.boundary.run("the spreading of models", self.spreading.step, now_ns)
+
+    def on_bell(self, now_ns: int) -> None:
+        """A worker dropped a lease while somebody waits for room."""
+        for site in self.sites:
+            self.boundary.run("the tick of a site", site.activations.tick, now_ns)
 
     # --- versions -------------------------------------------------------------------------------
     def add(self, entry: Entry, now_ns: int) -> None:

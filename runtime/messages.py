@@ -14,7 +14,7 @@ Who sends what, by the room that has it:
                              supervisor -> mover: MakeChunks
                              mover -> supervisor -> worker: ArenaMade
                              supervisor -> fork server: Fork, Preload, Stop
-                             fork server -> supervisor: Ready, Unfit, Forked, Exited
+                             fork server -> supervisor: Ready, Unfit, Forked, Unforked, Exited
     `worker_messages`        supervisor -> worker: VersionInfo, Placed, Coming, Expected,
                              ActivationFailed, Withdrawn, Forget
                              worker -> supervisor: Activate, BindFailed, Attaches
@@ -171,6 +171,13 @@ class Forked(Message, frozen=True):
     fds: tuple[str, ...] = ()
 
 
+class Unforked(Message, frozen=True):
+    """The child that was asked for does not exist: the machine has no process or descriptor for it."""
+
+    ticket: int
+    reason: str
+
+
 class Exited(Message, frozen=True):
     """A forked child was reaped; `status` is as from waitpid."""
 
@@ -204,6 +211,7 @@ ProcessMessage = (
     | ArenaMade
     | Fork
     | Forked
+    | Unforked
     | Exited
     | Preload
     | Unfit

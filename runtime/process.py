@@ -7,6 +7,7 @@ Invariants
  1. A child is dead when its pidfd says so, not when it is silent: until then what it could write to
     stays its own.
  2. Whatever was started is ended: `Process.close` is called once for each, on every path.
+ 3. A start that fails leaves nothing: no process, no descriptor, no child that is waited for.
 
 Called by the supervisor, from its one thread.
 """
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 from overcommit.runtime.config import REAP_TIMEOUT_S
 from overcommit.runtime.control import ControlSocket, socket_pair
-from overcommit.runtime.messages import Exited, Fork, Forked, Kind, Preload, Unfit
+from overcommit.runtime.messages import Exited, Fork, Forked, Kind, Preload, Unfit, Unforked
 
 log = logging.getLogger("overcommit.process")
 
@@ -52,7 +53,7 @@ class Process:
 
     def close(self) -> str:
         """Reap and release everything; return how it ended, in words."""
-        ending = "reaped by the fork server"
+        ending = "reaped by the fork server" if self.pid is not None else "it never began"
         if self.popen is not None:
             code = self.popen.wait()
             ending = f"signal {-code}" if code < 0 else f"exit status {code}"
@@ -72,11 +73,15 @@ def _is_dead(pidfd: int) -> bool:
 
 
 def spawn(kind: str) -> Process:
-    """Start a child by exec, in a fresh interpreter."""
+    """Start a child by exec, in a fresh interpreter.
+
+    Raises OSError where the machine has no process or descriptor left; then nothing is.
+    """
     ours, theirs = socket_pair()
+    process = Process(kind, ControlSocket(ours))
     try:
         # -P: the working directory must not get onto the child's import path.
-        popen = subprocess.Popen(
+        process.popen = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "overcommit.runtime.child"),
                 *(kind, str(theirs), str(os.getpid())),
@@ -84,36 +89,52 @@ def spawn(kind: str) -> Process:
             pass_fds=(theirs,),
             stdin=subprocess.DEVNULL,
         )
+        process.pid = process.popen.pid
+        process.pidfd = os.pidfd_open(process.pid)
+    except BaseException:
+        if process.popen is not None:
+            process.popen.kill()
+        process.close()
+        raise
     finally:
         os.close(theirs)
-    return Process(kind, ControlSocket(ours), popen.pid, os.pidfd_open(popen.pid), popen)
+    return process
 
 
 class ForkServer:
     """The supervisor's handle on the fork server.
 
-    `on_forked(process)` is called when a child of it has got its pidfd.
+    `on_forked(process)` is called when a child of it has got its pidfd, `on_unborn(process, why)` when
+    there will be none.
     """
 
-    def __init__(self, on_forked: Callable[[Process], None]) -> None:
+    def __init__(
+        self,
+        on_forked: Callable[[Process], None],
+        on_unborn: Callable[[Process, str], None],
+    ) -> None:
         self.process = spawn("fork_server")
         self.is_ready = False
         self.unfit: str | None = None
         self._on_forked = on_forked
+        self._on_unborn = on_unborn
         self._waiting: dict[int, Process] = {}
         self._ticket = 0
 
     def fork(self, kind: Kind) -> Process:
-        """Ask for a child; its pid and pidfd come later."""
+        """Ask for a child; its pid and pidfd come later.  Raises OSError as `spawn`."""
         ours, theirs = socket_pair()
+        child = Process(kind, ControlSocket(ours))
         try:
             self._ticket += 1
-            child = Process(kind, ControlSocket(ours))
-            self._waiting[self._ticket] = child
             message = Fork(kind=kind, ticket=self._ticket, fds=("control",))
             self.process.control.post(message, (theirs,))
+        except BaseException:
+            child.close()
+            raise
         finally:
             os.close(theirs)
+        self._waiting[self._ticket] = child
         return child
 
     def preload(self, modules: tuple[str, ...]) -> None:
@@ -128,6 +149,8 @@ class ForkServer:
             if child.kill_asked:
                 child.kill()
             self._on_forked(child)
+        elif isinstance(message, Unforked):
+            self._on_unborn(self._waiting.pop(message.ticket), message.reason)
         elif isinstance(message, Unfit):
             self.unfit = message.reason
             log.warning("the fork server is unfit (%s): workers are spawned", message.reason)
@@ -136,8 +159,8 @@ class ForkServer:
             if code:
                 log.warning("forked process %d ended with %d", message.pid, code)
 
-    def abandon(self) -> list[Process]:
-        """Return the children that were asked for and will never come; the server is dead."""
-        waiting = list(self._waiting.values())
-        self._waiting.clear()
-        return waiting
+    def abandon(self) -> None:
+        """The server is dead: the children that were asked for will never come."""
+        while self._waiting:
+            _, child = self._waiting.popitem()
+            self._on_unborn(child, "the fork server ended")

@@ -9,6 +9,8 @@ Invariants
     a row); RESTART_BUDGET deaths within RESTART_WINDOW_S break it for good.
  3. A process that was LIVE for more than LIVED_S has proved itself: its death counts as the first
     in a row.
+ 4. A start that fails before there is a process counts as a death, with the back-off; but it breaks no
+    seat: the machine lacks something, and that passes.
 
                   on_started          on_ready
         EMPTY ---------------> STARTING -------> LIVE
@@ -25,7 +27,7 @@ EMPTY      nobody; may be started from `start_at_ns()` on
 STARTING   a process exists (or is being forked, pid 0) and has not said Ready
 LIVE       it serves
 DYING      SIGKILL was sent; it may still write to whatever it has mapped
-REAPED     inside `on_dead` only: nothing of it is left, and the seat decides what comes next
+REAPED     inside `on_dead` and `on_start_failed` only: nothing is left, the seat decides what comes next
 BROKEN     the budget is spent; never started again
 
 EMPTY -> STARTING [on_started]
@@ -36,7 +38,11 @@ LIVE -> DYING [on_kill_sent]
 STARTING -> REAPED [on_dead]
 LIVE -> REAPED [on_dead]
 DYING -> REAPED [on_dead]
+EMPTY -> REAPED [on_start_failed]
+STARTING -> REAPED [on_start_failed], when the fork server could not make it
+DYING -> REAPED [on_start_failed], likewise
 REAPED -> EMPTY [on_dead]
+REAPED -> EMPTY [on_start_failed]
 REAPED -> BROKEN [on_dead]
 
 Called by the fleet, from the supervisor's one thread.
@@ -152,6 +158,16 @@ class Seat:
     def on_dead(self, now_ns: int) -> None:
         """The process was reaped: the next epoch begins, after a back-off."""
         assert self.state in _OCCUPIED, f"{self!r} has nobody who could die"
+        self._deaths_ns.append(now_ns)
+        self._settle(now_ns)
+
+    def on_start_failed(self, now_ns: int) -> None:
+        """There was never a process: as `on_dead`, but nobody was there who could be broken."""
+        assert self.state is not SeatState.LIVE, f"{self!r} was started"
+        assert self.state is not SeatState.BROKEN, f"{self!r} must not be started"
+        self._settle(now_ns)
+
+    def _settle(self, now_ns: int) -> None:
         self.state = SeatState.REAPED
         self.pid = 0
         lived_ns = 0 if self._ready_ns is None else now_ns - self._ready_ns
@@ -159,7 +175,6 @@ class Seat:
         self._ready_ns = None
         self._deaths_in_row = 1 if lived_ns > LIVED_S * 1e9 else self._deaths_in_row + 1
         self.deaths += 1
-        self._deaths_ns.append(now_ns)
         self.epoch = self.epoch % EPOCH_MAX + 1
         if self._is_budget_spent(now_ns):
             self.state = SeatState.BROKEN

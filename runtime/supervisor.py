@@ -6,8 +6,10 @@ blocks (`Supervisor.run`); the repository scan runs in a helper thread because i
 
 Invariants
  1. Everything that is started or made is ended or closed in `close`, on every path out.
- 2. An event is handled to its end before the next one is looked at.
- 3. SIGTERM or SIGINT: no new connections, every accepted request is answered, exit 0.  A second
+ 2. An event is handled to its end before the next one is looked at.  What fails, an event or a part of a
+    turn, ends there (`boundary`): the others go on, and it is tried again.
+ 3. Only what fails before the loop ends the server: settings that cannot be served.
+ 4. SIGTERM or SIGINT: no new connections, every accepted request is answered, exit 0.  A second
     signal ends at once.
 
 State machine
@@ -29,6 +31,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from overcommit.runtime.administration import Administration
 from overcommit.runtime.broken_seats import BrokenSeats
@@ -45,9 +49,13 @@ from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
 from overcommit.runtime.worker_messages import Activate, Attaches, BindFailed
 
+if TYPE_CHECKING:
+    from _typeshed import HasFileno
+
 log = logging.getLogger("overcommit")
 
-TICK_S = 0.5
+TICK_S: Final = 0.5
+BATCH_TIMEOUT_NS: Final = int(BATCH_TIMEOUT_S * 1e9)
 
 
 class Phase(enum.Enum):
@@ -67,7 +75,10 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._deadline_ns = 0
         self._started_ns = time.monotonic_ns()
-        self.house = House(settings, self._watch_forked, self._on_child_gone, wall_s)
+        self.house = House(
+            settings, self._watch_forked, self._on_child_gone, wall_s, self._on_unborn
+        )
+        self._run = self.house.boundary.run
         self._broken_seats = BrokenSeats(self.house.fleet)
         self.catalogue = Catalogue(self.house)
         self.administration = Administration(self.house, self.catalogue)
@@ -80,16 +91,16 @@ class Supervisor:
         try:
             self._listen()
             self._catch_signals()
-            self._selector.register(house.fleet.bell, selectors.EVENT_READ, self._on_bell)
-            self._selector.register(self.catalogue.watch.fd, selectors.EVENT_READ, self._on_scanned)
-            house.fleet.use_fork_server()
-            if house.fleet.fork_server is not None:
-                self._watch(house.fleet.fork_server.process, None)
+            self._register(house.fleet.bell, "the bell", self._on_bell)
+            self._register(self.catalogue.watch.fd, "the repository scan", self._on_scanned)
             self.catalogue.start()
             while self.phase is not Phase.STOPPED:
                 self._step()
-                for key, _ in self._selector.select(self._timeout_s()):
+                timeout_s = self._run("the time of the next turn", self._timeout_s)
+                for key, _ in self._selector.select(TICK_S if timeout_s is None else timeout_s):
                     key.data()
+                if pause_s := house.boundary.pause_s():
+                    time.sleep(pause_s)
         finally:
             self.close()
         return 0
@@ -122,7 +133,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(self._signals_write.fileno(), warn_on_full_buffer=False)
-        self._selector.register(self._signals, selectors.EVENT_READ, self._on_signal)
+        self._register(self._signals, "a signal", self._on_signal)
 
     # --- one turn -------------------------------------------------------------------------------
     def _timeout_s(self) -> float:
@@ -141,21 +152,23 @@ class Supervisor:
 
     def _step(self) -> None:
         now_ns = time.monotonic_ns()
-        house = self.house
-        house.fleet.start_due(now_ns)
+        house, administration, run = self.house, self.administration, self._run
+        run("the start of processes", house.fleet.start_due, now_ns)
+        if house.fleet.fork_server is not None:
+            run("listening to a process", self._watch, house.fleet.fork_server.process, None)
         for child in house.fleet.children.values():
-            self._watch(child.process, child)
+            run("listening to a process", self._watch, child.process, child)
         house.tick(now_ns)
         if house.prefetching is not None and self.phase is Phase.SERVING:
-            house.prefetching.step(now_ns)
-        house.fleet.kill_overdue(now_ns, int(BATCH_TIMEOUT_S * 1e9))
-        self.administration.books.tell_new()
-        self.administration.gathering.step(now_ns)
+            run("prefetching", house.prefetching.step, now_ns)
+        run("the end of hung processes", house.fleet.kill_overdue, now_ns, BATCH_TIMEOUT_NS)
+        run("telling front ends of clients", administration.books.tell_new)
+        run("gathering counts", administration.gathering.step, now_ns)
         self.catalogue.step(now_ns)
-        self.administration.loads.step(now_ns)
+        run("loads of clients", administration.loads.step, now_ns)
         if self.catalogue.packing.process is not None:
-            self._watch(self.catalogue.packing.process, None)
-        self._broken_seats.step()
+            run("listening to a process", self._watch, self.catalogue.packing.process, None)
+        run("telling front ends of seats", self._broken_seats.step)
         if self.phase is Phase.DRAINING:
             fronts = list(house.fleet.of_kind("front_end", ready=False))
             if not fronts or now_ns >= self._deadline_ns:
@@ -164,17 +177,19 @@ class Supervisor:
                 self.phase = Phase.STOPPED
 
     # --- events ---------------------------------------------------------------------------------
+    def _register(self, source: HasFileno | int, what: str, do: Callable[[], None]) -> None:
+        """Do this whenever there is something to read."""
+        self._selector.register(source, selectors.EVENT_READ, partial(self._run, what, do))
+
     def _watch(self, process: Process, child: Child | None) -> None:
         """Listen to a process's socket and death; safe to repeat."""
         known = self._selector.get_map()
         if process.control.fileno() not in known and not process.is_mute:
-            self._selector.register(
-                process.control, selectors.EVENT_READ, lambda: self._on_control(process, child)
-            )
+            what = f"listening to a {process.kind}"
+            self._register(process.control, what, partial(self._on_control, process, child))
         if process.pidfd is not None and process.pidfd not in known:
-            self._selector.register(
-                process.pidfd, selectors.EVENT_READ, lambda: self._on_death(process, child)
-            )
+            what = f"the end of a {process.kind}"
+            self._register(process.pidfd, what, partial(self._on_death, process, child))
         try:
             process.control.flush()
         except OSError:
@@ -212,10 +227,8 @@ class Supervisor:
             if received is None:
                 return
             message, fds = received
-            try:
-                self._on_message(process, child, message, fds)
-            except Exception:  # the supervisor loop's boundary: one bad event must not end it
-                log.exception("a %s from %s failed", type(message).__name__, process.kind)
+            what = f"a {type(message).__name__} from a {process.kind}"
+            self._run(what, self._on_message, process, child, message, fds)
 
     def _on_message(
         self, process: Process, child: Child | None, message: object, fds: dict[str, int]
@@ -289,12 +302,19 @@ class Supervisor:
             self.catalogue.packing.on_dead(process.close())
         elif house.fleet.fork_server is not None and process is house.fleet.fork_server.process:
             log.warning("the fork server ended: %s", process.close())
-            lost = house.fleet.fork_server.abandon()
-            for orphan in [c for c in house.fleet.children.values() if c.process in lost]:
-                self._unwatch(orphan.process)
-                house.fleet.reap(orphan, time.monotonic_ns())
-            house.fleet.use_fork_server()
-            self._watch(house.fleet.fork_server.process, None)
+            server, house.fleet.fork_server = house.fleet.fork_server, None
+            server.abandon()
+
+    def _on_unborn(self, process: Process, why: str) -> None:
+        """The fork server will not make what it was asked for."""
+        log.error("a %s could not be forked: %s", process.kind, why)
+        self._unwatch(process)
+        for child in list(self.house.fleet.children.values()):
+            if child.process is process:
+                self.house.fleet.reap(child, time.monotonic_ns())
+                return
+        if process is self.catalogue.packing.process:
+            self.catalogue.packing.on_dead(process.close())
 
     def _on_child_gone(self, child: Child) -> None:
         now_ns = time.monotonic_ns()
@@ -309,9 +329,7 @@ class Supervisor:
             os.eventfd_read(self.house.fleet.bell)
         except BlockingIOError:
             return
-        now_ns = time.monotonic_ns()
-        for site in self.house.sites:
-            site.activations.tick(now_ns)
+        self.house.on_bell(time.monotonic_ns())
 
     def _on_scanned(self) -> None:
         try:
@@ -325,7 +343,7 @@ class Supervisor:
         numbers = self._signals.recv(4096)
         if not any(number in (signal.SIGTERM, signal.SIGINT) for number in numbers):
             return
-        if self.phase is Phase.DRAINING:
+        if self.phase in (Phase.DRAINING, Phase.STOPPED):
             log.warning("second signal: stopping at once")
             self.phase = Phase.STOPPED
             return

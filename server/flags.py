@@ -51,7 +51,10 @@ DeviceMemory = Annotated[
 ]
 HostMemory = Annotated[
     str | None,
-    Option(metavar="BYTES", help="For models between GPU and disk; 0: no such tier (a share; without a GPU: 0)."),
+    Option(
+        metavar="BYTES",
+        help="For models between GPU and disk; 0: no such tier (a share; without a GPU: 0).",
+    ),
 ]
 CacheDir = Annotated[
     str | None,

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -214,6 +215,32 @@ def test_everything_is_killed_at_random_and_nothing_leaks(
     status = settled(server)
     assert status["device"]["used"] == used
     server.wait_until(lambda: fds() <= baseline)
+
+
+def test_a_supervisor_without_descriptors_for_a_start_lives_on_and_starts_when_it_has_some(
+    server: Server, want: dict[str, Any]
+) -> None:
+    load, supervisor = Load(server, want), server.process.pid
+    limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+    victims = [server.pids("front_end")[0], server.pids("worker")[0]]
+    with load.running():
+        load.go_on()
+        try:
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, limits[1]))
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            for kind in ("front_end", "worker"):
+                server.wait_for_log(f"failed: the start of a {kind}")
+        finally:
+            resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
+        server.wait_until(lambda: len(server.pids("front_end")) == 2)
+        server.wait_until(lambda: len(server.pids("worker")) == 2)
+        load.go_on()
+    assert load.wrong() == []
+    failures = server.status()["failures"]
+    assert {"the start of a front_end", "the start of a worker"} <= {
+        failure["what"] for failure in failures if "Too many open files" in failure["message"]
+    }
 
 
 def test_a_killed_fork_server_takes_its_workers_along_and_all_come_back(

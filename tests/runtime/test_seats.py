@@ -120,6 +120,18 @@ def test_as_many_deaths_over_a_longer_time_do_not() -> None:
     assert seat.deaths == 3 * RESTART_BUDGET
 
 
+def test_starts_that_fail_are_put_off_like_deaths_and_break_nothing() -> None:
+    seat = Seat("worker", 0)
+    for number in range(3 * RESTART_BUDGET):
+        now_ns = seat.start_at_ns()
+        assert now_ns is not None
+        seat.on_start_failed(now_ns)
+        step = min(number, len(RESTART_BACKOFF_S) - 1)
+        assert seat.start_at_ns() == now_ns + int(RESTART_BACKOFF_S[step] * SECOND)
+    assert seat.state is SeatState.EMPTY
+    assert seat.deaths == seat.failed_starts == 3 * RESTART_BUDGET
+
+
 def test_a_start_is_overdue_after_the_time_limit_and_until_it_is_killed() -> None:
     seat = _started()
     late_ns = int(START_TIMEOUT_S * SECOND) + 1
@@ -219,6 +231,10 @@ def _reap(seat: Seat) -> None:
     seat.on_dead(2)
 
 
+def _fail(seat: Seat) -> None:
+    seat.on_start_failed(2)
+
+
 # REAPED is passed through inside `on_dead`: an edge into it ends where the seat goes from there.
 EDGES: dict[str, tuple[Callable[[], Seat], str]] = {
     "EMPTY -> STARTING [on_started]": (_started, "epoch 1, STARTING, pid 100"),
@@ -236,6 +252,22 @@ EDGES: dict[str, tuple[Callable[[], Seat], str]] = {
     "LIVE -> REAPED [on_dead]": (lambda: _after(_live(), _reap), "epoch 2, EMPTY"),
     "DYING -> REAPED [on_dead]": (lambda: _after(_live(), _kill, _reap), "epoch 2, EMPTY"),
     "REAPED -> EMPTY [on_dead]": (lambda: _after(_live(), _reap), "epoch 2, EMPTY"),
+    "EMPTY -> REAPED [on_start_failed]": (
+        lambda: _after(Seat("worker", 2), _fail),
+        "epoch 2, EMPTY",
+    ),
+    "STARTING -> REAPED [on_start_failed]": (
+        lambda: _after(_started(), _fail),
+        "epoch 2, EMPTY",
+    ),
+    "DYING -> REAPED [on_start_failed]": (
+        lambda: _after(_started(), _kill, _fail),
+        "epoch 2, EMPTY",
+    ),
+    "REAPED -> EMPTY [on_start_failed]": (
+        lambda: _after(_started(), _fail),
+        "epoch 2, EMPTY",
+    ),
     "REAPED -> BROKEN [on_dead]": (_broken, f"epoch {RESTART_BUDGET + 1}, BROKEN"),
 }
 
