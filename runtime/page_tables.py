@@ -163,14 +163,17 @@ class PageTables:
         if any(self._unit_at.get(source + k) != at + k for k in range(0, nbytes, UNIT)):
             return False
         self.forget(target, nbytes)
-        self.forget(source, nbytes)
         try:
             _shm.move_fixed(source, target, nbytes)
         except OSError as error:
             # A kernel before 5.13 moves no shared memory like that, one before 6.17 only ranges
             # of one mapping.
             log.debug("page tables cannot be moved: %s", error)
+            if nbytes == UNIT:  # else each unit is tried by itself
+                self.forget(source, UNIT)
+                _shm.unmap_fixed(source, UNIT)
             return False
+        self.forget(source, nbytes)
         self.moved_bytes += nbytes
         return True
 
