@@ -5,9 +5,10 @@ Owns the versions that leave; the queue, the loads and the rooms of the tiers ar
 calls it at the end of each event that may free something or adds a wish.
 
 Invariants
- 1. Wishes are tried in the order of `wish_queue`, WISHES_TRIED_MAX at each event.  A later one may
-    overtake one that does not fit yet, but not one that has waited for STARVING_S: from then on all
-    that becomes free is for it.
+ 1. Wishes are tried in the order of `wish_queue`, at each event WISHES_TRIED_MAX that were never held
+    up, and as many that were (`displacement`) and may be tried again: so those that are held up take
+    nobody's turn, however many they are.  A later one may overtake one that does not fit yet, but not
+    one that has waited for STARVING_S: from then on all that becomes free is for it.
  2. A wish that leaves the queue here becomes loads, or all who wait get one Refuse or Withdraw.
  3. What waits for a lease or for room is hungry, and the port knows: then who gives a lease back
     rings, and residency is asked again after RETRY_NS if nobody does.
@@ -47,7 +48,7 @@ from overcommit.runtime.wish_queue import WishQueue
 
 RETRY_NS: Final = 5_000_000  # for room, if no bell comes first
 WISH_WAIT_S: Final = REQUEST_TIMEOUT_MS / 1000  # nobody's request waits longer
-WISHES_TRIED_MAX: Final = 8  # of the queue's head, at each event
+WISHES_TRIED_MAX: Final = 8  # at each event, and as many again of those that were held up
 
 
 class Pump:
@@ -88,15 +89,10 @@ class Pump:
             return [*self._demotion.step(now_ns)]
         actions = self._refuse_overdue(now_ns)
         smallest_failed: int | None = None
-        # A slot whose former version still leaves is nobody's fault: it holds up no one else.
-        turns = self._wishes.in_turn(now_ns)
-        free = (wish for wish in turns if wish.version.slot not in self.leaving)
-        for wish in list(itertools.islice(free, WISHES_TRIED_MAX)):
+        for wish in self._next_to_try(now_ns):
             if self._transfers.is_full:
                 break
             version = wish.version
-            if now_ns < wish.not_before_ns:
-                continue
             is_starving = now_ns - max(wish.asked_ns, wish.not_before_ns) > STARVING_NS
             if self._is_idle(wish, now_ns):
                 actions.append(self._withdraw(version))
@@ -122,6 +118,27 @@ class Pump:
                 smallest_failed = size if smallest_failed is None else min(size, smallest_failed)
         self.settle_hunger()
         return actions
+
+    def _next_to_try(self, now_ns: int) -> list[Wish]:
+        chosen: list[Wish] = []
+        if self._transfers.is_full:
+            return chosen
+        fresh = again = 0
+        for wish in self._wishes.in_turn(now_ns):
+            # A slot whose former version still leaves is nobody's fault: it holds up no one else.
+            if now_ns < wish.not_before_ns or wish.version.slot in self.leaving:
+                continue
+            if wish.held_until_ns:
+                # Likely it is held up again, which costs a look at its victims; others' turn is not lost.
+                if again == WISHES_TRIED_MAX:
+                    continue
+                again += 1
+            else:
+                fresh += 1
+            chosen.append(wish)
+            if fresh == WISHES_TRIED_MAX:
+                break
+        return chosen
 
     def _try_leave(self, version: Version) -> None:
         """DISK, HOST, LOADING, DEVICE -> (none), unless a load or a lease is in the way."""

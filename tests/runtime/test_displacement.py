@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from residency_world import MS, SECOND, World
 
-from overcommit.runtime.displacement import MANY, PATIENCE_S, SHARE, Demand, patience_s
+from overcommit.runtime.displacement import HELD_NS, MANY, PATIENCE_S, SHARE, Demand, patience_s
+from overcommit.runtime.pump import WISHES_TRIED_MAX
 from overcommit.runtime.residents import State
 
 GIANT: Final = 99
@@ -109,6 +110,36 @@ def test_others_are_not_held_up_with_it() -> None:
     world.want(50)
     assert world.state(50) is State.LOADING
     assert len(world.port.evicted) == 1
+
+
+@pytest.mark.parametrize("giants", [1, WISHES_TRIED_MAX, 3 * WISHES_TRIED_MAX, 100])
+def test_others_are_not_held_up_however_many_are(giants: int) -> None:
+    world = hot_world()
+    for giant in range(100, 100 + giants):
+        world.add(giant, 8)
+        world.want(giant)
+    world.add(50)
+    world.want(50)
+    assert world.state(50) is State.LOADING
+    assert len(world.port.evicted) == 1
+
+
+def test_those_that_are_held_up_are_looked_at_a_few_at_an_event_and_each_in_its_turn() -> None:
+    world = hot_world()
+    giants = range(100, 140)
+    for giant in giants:
+        world.add(giant, 8)
+        world.want(giant)
+    world.now_ns += HELD_NS
+    tried: set[int] = set()
+    for _ in range(len(giants) // WISHES_TRIED_MAX):
+        world.tick(1)
+        wishes = [world.residency._wishes.get(giant) for giant in giants]
+        held = {wish.version.slot for wish in wishes if wish and wish.not_before_ns > world.now_ns}
+        assert len(held - tried) == WISHES_TRIED_MAX
+        assert held >= tried
+        tried = held
+    assert tried == set(giants)
 
 
 def test_requests_for_it_are_told_when_its_turn_comes() -> None:
