@@ -1,16 +1,17 @@
-"""Whether a load may push out what is worth more than it.
+"""Whether a version may push out again what is worth more than it.
 
 Bytes are given by value per byte (`policy.py`), so the least precious leave first.  But a giant needs
 many of them at once: a model of 1 GB that one client asks for would empty DEVICE of fifty small ones
-that are asked all the time, and they it, in turn.  So a load that would evict MANY or more versions is
-weighed against them: what they would cost, in seconds of loading a second, if they had to come back
-for every request; against the same of its own.  Where they are worth TIMES its own and more it has to
-wait: SHARE times as long as the loads take, its own and theirs, at most PATIENCE_S.  So it takes a
-small part of the time, and it does come.
+that are asked all the time, and they it, in turn.  So a model of GIANT_SHARE of DEVICE and more, which
+would evict MANY or more versions, is weighed against them: what they would cost, in seconds of loading a second, if they had to come back
+for every request; against the same of its own.  Where they are worth TIMES its own and more it comes
+no oftener than once in SHARE times as long as the loads take, its own and theirs, or in PATIENCE_S.  So
+it takes a small part of the time, and it does come: at once, if it was not here lately.
 
 Invariants
- 1. A version of which fewer than MANY would have to leave is never held up.
- 2. Nobody is held up for longer than PATIENCE_S, nor one whose victims' demand is not known.
+ 1. A version that is no giant, or of which fewer than MANY would have to leave, is never held up, nor
+    one that came to DEVICE longer than PATIENCE_S ago, or never.
+ 2. Nobody is held up whose victims' demand is not known.
 
 Source: the admission test of GreedyDual caches (Einziger, Friedman, Manes, "TinyLFU", ACM ToS 2017) with
 time in place of frequency, so that a giant waits instead of being refused.  Pure; called by residency.
@@ -22,11 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from overcommit.runtime.admission import Forecast
+from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.residents import Version
 from overcommit.runtime.wish_queue import WishQueue
 
 HELD_NS: Final = 100_000_000  # between two tries of a wish that is held up
 MANY: Final = 4
+GIANT_SHARE: Final = 0.5  # of DEVICE; smaller ones have their turns by `wish_queue`
 TIMES: Final = 2.0
 SHARE: Final = 64.0  # others were disturbed for ten times what the loads take at least
 PATIENCE_S: Final = 10.0
@@ -63,7 +66,7 @@ Cost = Callable[[int], float]  # slot -> seconds that a load of it takes
 
 
 def patience_s(slot: int, victims: Sequence[int], demand: Demand, cost: Cost) -> float:
-    """Return how long a version has to wait before it may push these out; 0: it need not."""
+    """Return how long after it came to DEVICE a version may push these out; 0: at any time."""
     if len(victims) < MANY:
         return 0.0
     own_s = cost(slot)
@@ -77,20 +80,26 @@ def patience_s(slot: int, victims: Sequence[int], demand: Demand, cost: Cost) ->
 class Displacement:
     """Holds wishes up whose loads would push out what is worth more."""
 
-    def __init__(self, queue: WishQueue, forecast: Forecast, demand: Demand) -> None:
+    def __init__(
+        self, device: ChunkAllocator, queue: WishQueue, forecast: Forecast, demand: Demand
+    ) -> None:
+        self._device = device
         self._queue = queue
         self._forecast = forecast
         self._demand = demand
 
     def objects(self, version: Version, victims: list[Version], now_ns: int) -> bool:
-        """Whether the version has to wait before it may push these out; its wish says how long."""
+        """Whether the version has to wait before it pushes these out; its wish says how long."""
         wish = self._queue.get(version.slot)
-        if wish is None or len(victims) < MANY:
+        came_ns = version.published_ns
+        if wish is None or not came_ns or len(victims) < MANY:
+            return False
+        if version.nbytes < GIANT_SHARE * self._device.capacity_bytes:
             return False
         costs = {each.slot: self._cost_s(each) for each in (version, *victims)}
         slots = [victim.slot for victim in victims]
         wait_s = patience_s(version.slot, slots, self._demand, costs.__getitem__)
-        until_ns = wish.asked_ns + int(wait_s * 1e9)
+        until_ns = came_ns + int(wait_s * 1e9)
         if now_ns >= until_ns:
             return False
         # It is looked at again soon: those that are in its way may be asked less.

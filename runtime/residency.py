@@ -289,10 +289,9 @@ class Residency:
 
     def tick(self, now_ns: int) -> list[Action]:
         """Try again what waited for room, a lease or a back-off; let go what was idle for long."""
-        actions: list[Action] = []
         self._idle.expire(now_ns)
-        for slot in self._pins.take_due(now_ns):
-            actions += self.want(slot, NOBODY, now_ns)
+        due = self._pins.take_due(now_ns)
+        actions = [action for slot in due for action in self.want(slot, NOBODY, now_ns)]
         return actions + self._pump.run(now_ns)
 
     def clear_from(self, offset: int, now_ns: int) -> list[Action]:
@@ -341,8 +340,9 @@ class Residency:
         self._on_device.stay_ns = stay_ns
 
     def weigh_displacement(self, demand: Demand) -> None:
-        """From now on a load may have to wait before it pushes out what is asked for more."""
-        self._on_device.objects = Displacement(self._wishes, self.forecast, demand).objects
+        """From now on a giant may have to wait before it pushes out what is asked for more."""
+        parts = (self.device, self._wishes, self.forecast, demand)
+        self._on_device.objects = Displacement(*parts).objects
 
     # --- asking ---------------------------------------------------------------------------------
     def next_tick_ns(self) -> int | None:
