@@ -1,7 +1,8 @@
 """A thread for what is too slow for a worker's loop: reading headers, importing, recording.
 
 Invariants
- 1. Work is done in the order in which it was asked for, one piece at a time.
+ 1. Work is done in the order in which it was asked for, one piece at a time, by all helpers of a
+    process together: two threads that import parts of torch in another order find halves of them.
  2. The thread touches nothing but its two queues and the bell; what work raises is its result.
  3. The thread is started with the first piece of work.
  4. After `close` the bell is not rung: it may be another one's file by then.
@@ -14,10 +15,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")
+
+_turn: Final = threading.Lock()  # held by the helper that is at work
 
 
 class Helper(Generic[Key, Result]):
@@ -54,7 +57,9 @@ class Helper(Generic[Key, Result]):
         while True:
             key, work = self._wanted.get()
             try:
-                self._done.put((key, work()))
+                with _turn:
+                    result = work()
+                self._done.put((key, result))
             except Exception as error:  # foreign code runs here: what it raises is its result
                 self._done.put((key, error))
             with self._lock:

@@ -63,6 +63,9 @@ def load(path: Path | str, modules: Sequence[str] = ()) -> torch.export.Exported
     """Load an exported program that was inspected.  Thread safe."""
     for name in modules:
         importlib.import_module(name)
+    # A batch that runs meanwhile may import this one, which torch.export.load imports from within:
+    # who comes to a circle of imports by another way finds halves of its modules.
+    importlib.import_module("torch._dynamo")
     with _load_lock:
         return torch.export.load(path)
 

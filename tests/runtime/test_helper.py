@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
+
+import torch
+from torch import nn
 
 from overcommit.runtime.helper import Helper
 
@@ -40,3 +47,52 @@ def test_the_bell_is_left_alone_once_it_is_closed() -> None:
     helper.ask(2, lambda: last.set() is None)  # by then the first is over, its ring as well
     assert last.wait(WATCHDOG_S)
     assert rings == []
+
+
+def test_helpers_of_one_process_take_turns() -> None:
+    rung = threading.Semaphore(0)
+    one: Helper[int, bool] = Helper("one", rung.release)
+    two: Helper[int, bool] = Helper("two", rung.release)
+    began, may_end, overlapped = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> bool:
+        began.set()
+        return may_end.wait(WATCHDOG_S)
+
+    one.ask(1, work)
+    assert began.wait(WATCHDOG_S)
+    two.ask(1, lambda: overlapped.set() is None)
+    assert not rung.acquire(timeout=0.2)
+    assert not overlapped.is_set()
+    may_end.set()
+    for _ in range(2):
+        assert rung.acquire(timeout=WATCHDOG_S)
+    assert one.try_take() == two.try_take() == (1, True)
+
+
+def test_a_program_is_recorded_and_another_loaded_at_once(tmp_path: Path) -> None:
+    """Both import the same parts of torch; two threads that do so in another order find halves."""
+    program = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(nn.Linear(4, 3), (torch.ones(2, 4),)), program)
+    script = f"""
+        import threading
+        import torch
+        from torch import nn
+        from overcommit.runtime.engines import mixed, torch_export
+        from overcommit.runtime.helper import Helper
+        rung = threading.Semaphore(0)
+        recorder, loader = Helper("recorder", rung.release), Helper("loader", rung.release)
+        net = nn.Linear(4, 3)
+        weights = {{name: torch.zeros(4, *t.shape) for name, t in net.state_dict().items()}}
+        call = lambda w, i: {{"y": torch.func.functional_call(net, w, (i["x"],))}}
+        loader.ask(1, lambda: torch_export.load({str(program)!r}))
+        recorder.ask(1, lambda: mixed._record(call, weights, {{"x": torch.zeros(4, 1, 4)}}))
+        import torch._dynamo  # as a batch may
+        assert rung.acquire(timeout=100) and rung.acquire(timeout=100)
+        for helper in (recorder, loader):
+            (_, result) = helper.try_take()
+            assert not isinstance(result, Exception), repr(result)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
