@@ -68,6 +68,11 @@ class Foresight:
         self._priority = 0  # for which it was added up
         self._at_ns = -BACKLOG_NS
 
+    def batch_ns(self, slot: int) -> int:
+        """Return what the next batch of a lane, when it is full, takes; 0: unknown."""
+        turn = self._turns.find(slot)
+        return 0 if turn is None else int(turn.pace.of(turn.lane.limits.rows_max))
+
     def of(self, job: Job, now_ns: int) -> tuple[float, float] | None:
         """Return in how many ns a job would be done that joined its lane now, and what it costs.
 

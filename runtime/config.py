@@ -49,9 +49,7 @@ DECISION_SPIN_NS: Final = 800_000
 ARRIVAL_SPIN_NS: Final = 500_000
 COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who receives its message
 LOADS_IN_FLIGHT_MAX: Final = 4
-PIN_BYTES: Final = (
-    256 * MIB
-)  # registered by one call; from 512 MiB on the kernel compacts, under a lock
+PIN_BYTES: Final = 256 * MIB  # by one call; from 512 MiB on the kernel compacts, under a lock
 COPIES_IN_FLIGHT: Final = 4  # to the GPU; a copy that is under way cannot be overtaken
 PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
@@ -77,6 +75,7 @@ FRONT_ENDS_MAX: Final = 32
 WORKERS_MAX: Final = 64
 RING_SLOTS: Final = 1024
 POP_MAX: Final = 64
+POPS_MAX: Final = 32  # times in a row, of one ring: all that it holds
 LISTEN_BACKLOG: Final = 2048
 CONTROL_MESSAGE_BYTES_MAX: Final = 128 * KIB
 CONTROL_FDS_MAX: Final = 64
@@ -125,9 +124,7 @@ SEQUENCE_CANDIDATES: Final = 128
 SEQUENCE_CANDIDATES_MAX: Final = 65_536
 SEQUENCE_ID_BYTES_MAX: Final = 128  # of an id that is a text
 SEQUENCE_STATE_BYTES_MAX: Final = 1 * GIB  # kept for one version's sequences in one worker
-SEQUENCE_UNSENT_MAX: Final = (
-    64  # answers that wait for a larger block, of one version in one worker
-)
+SEQUENCE_UNSENT_MAX: Final = 64  # answers of a version that wait for larger blocks, in one worker
 SEQUENCE_REFUSAL_NS: Final = 50_000_000  # before its time is over, who got no slot is told so
 WARMUPS_MAX: Final = 64  # requests of one model, and ...
 WARMUP_RUNS_MAX: Final = 1000  # ... how often one of them runs
@@ -157,9 +154,7 @@ METRICS_MODELS: Final = 80  # versions with 11 metric series of their own: under
 METRICS_MODELS_MAX: Final = 10_000
 BOUND_MODELS_MAX: Final = 2048  # bound programs that a worker keeps
 HEAP_KEPT_BYTES_MAX: Final = 256 * MIB  # that a worker's batches have freed, for the next ones ...
-HEAP_BLOCK_BYTES_MAX: Final = (
-    32 * MIB
-)  # ... in blocks up to this long, the most that glibc takes ...
+HEAP_BLOCK_BYTES_MAX: Final = 32 * MIB  # ... in blocks up to this long, glibc's most ...
 HEAP_IDLE_NS: Final = 10_000_000_000  # ... until it has had no batch for so long
 # What the engines of one process copy out of the arena into memory of their own.
 PRIVATE_BYTES_MAX: Final = 512 * MIB
@@ -276,6 +271,12 @@ class Batching(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority_levels: int = 0  # requests have levels from 1, the most urgent, to this; 0: none has
     default_priority: int = 0  # of a request that does not say; 0: the last
     levels: tuple[QueueLevel, ...] = ()
+
+    @property
+    def waiting_max(self) -> int:
+        """Requests that may wait at a time, of all levels together."""
+        rest = max(1, self.priority_levels) - len(self.levels)
+        return sum(each.max_queue_size for each in self.levels) + rest * self.max_queue_size
 
 
 class WarmupInput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

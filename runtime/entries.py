@@ -149,6 +149,7 @@ def to_route(entry: Entry) -> Route:
         inputs=visible_inputs(config),
         outputs=visible_outputs(config),
         max_batch_size=config.batching.max_batch_size,
+        max_queue_size=config.batching.waiting_max,
         timeout_ms=config.timeout_ms,
         steps=config.steps,
         sequence=config.sequence is not None,

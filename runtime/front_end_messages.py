@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from overcommit.runtime.config import Step, TensorSpec
+from overcommit.runtime.config import QUEUE_SIZE_MAX, Step, TensorSpec
 from overcommit.runtime.messages import Message
 
 BATCH_UNIT: Final = 1_000_000
@@ -40,6 +40,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     max_batch_size: int = 0
+    max_queue_size: int = QUEUE_SIZE_MAX  # of all levels together
     timeout_ms: int | None = None
     steps: tuple[Step, ...] = ()  # an ensemble's
     sequence: bool = False  # its requests are of sequences

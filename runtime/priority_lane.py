@@ -29,12 +29,9 @@ class PriorityLane(Lane):
     __slots__ = ("_default", "_each", "_highest", "_policies", "_queues")
 
     def __init__(self, slot: int, limits: Limits, batching: Batching) -> None:
-        sizes = {each.level: each.max_queue_size for each in batching.levels}
-        rest = batching.priority_levels - len(sizes)
-        together = sum(sizes.values()) + rest * limits.jobs_max
         # A lane whose jobs have a time to wait is asked for each, whether it takes it.
         super().__init__(
-            slot, replace(limits, jobs_max=together, wait_ns=limits.wait_ns or NEVER_NS)
+            slot, replace(limits, jobs_max=batching.waiting_max, wait_ns=limits.wait_ns or NEVER_NS)
         )
         self._each = limits
         self._highest = batching.priority_levels

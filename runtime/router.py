@@ -112,7 +112,7 @@ class Router:
                 return None
         if home not in avoid and self._loads[home].of(slot) < short:
             return home
-        others = [worker for worker in self._among(slot) if worker not in avoid]
+        others = [worker for worker in self.among(slot) if worker not in avoid]
         if not others:
             return None
         # The home wins a tie: its weights are mapped and its program is bound.
@@ -143,7 +143,7 @@ class Router:
             return 0
         return load.requests if slot is None else load.of(slot)
 
-    def _among(self, slot: int) -> Collection[int]:
+    def among(self, slot: int) -> Collection[int]:
         """Return the workers that may get requests for a version."""
         sites = self._sites.get(slot)
         if sites is None:
@@ -151,7 +151,7 @@ class Router:
         return [worker for worker, load in self._loads.items() if load.site in sites]
 
     def _find_home(self, slot: int) -> int | None:
-        among = self._among(slot)
+        among = self.among(slot)
         if (sites := self._sites.get(slot)) is not None:
             # At the first site, or at the next one that has a worker at the moment.
             first = min((sites.index(self._loads[worker].site) for worker in among), default=0)

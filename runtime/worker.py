@@ -36,7 +36,7 @@ from overcommit.runtime import _shm
 from overcommit.runtime.arena import MemfdRanges, Ranges
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Loader, Opener, Version, Versions
-from overcommit.runtime.config import ARRIVAL_SPIN_NS, HEARTBEAT_NS, VERSIONS_MAX
+from overcommit.runtime.config import ARRIVAL_SPIN_NS, HEARTBEAT_NS, POP_MAX, POPS_MAX, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.door import Door
 from overcommit.runtime.errors import BadRequest, Overloaded, ProtocolError, WorkerLost
@@ -203,17 +203,19 @@ class Worker:
         near = (self.versions.by_slot, self.batcher.turns)
         for link in self.links.all():
             try:
-                jobs, cancelled = link.pop(now_ns, near)
-                for job in jobs:
-                    self._admit(job, link, now_ns)
-                self.wishes.unsaid.update([job.slot for job in jobs])
-                did = did or bool(jobs)
+                for _ in range(POPS_MAX):  # what stays in a ring has to wait for a whole batch
+                    jobs, cancelled = link.pop(now_ns, near)
+                    for job in jobs:
+                        self._admit(job, link, now_ns)
+                    self.wishes.unsaid.update([job.slot for job in jobs])
+                    did = did or bool(jobs)
+                    for request_id in cancelled:
+                        self._cancel(request_id, now_ns)
+                    if len(jobs) + len(cancelled) < POP_MAX:
+                        break
             except ProtocolError as error:
                 log.error("link %#x broke the protocol and is dropped: %s", link.key, error.message)
                 self._drop_link(link.key, now_ns)
-                continue
-            for request_id in cancelled:
-                self._cancel(request_id, now_ns)
         return did
 
     def _admit(self, job: Job, link: Link, now_ns: int) -> None:
@@ -249,7 +251,8 @@ class Worker:
             elif self.door.refuses_absent(job, version.title, now_ns):
                 return
         if not self.batcher.add(job, now_ns):
-            self.links.complete(job, _shm.OVERLOADED, (now_ns, now_ns))
+            room_ms = self.batcher.foresight.batch_ns(job.slot) // 1_000_000
+            self.links.complete(job, _shm.OVERLOADED, (now_ns, now_ns), detail=room_ms)
         elif version is None or not version.is_runnable:
             self.wishes.want(job.slot, job.deadline_ns)
 

@@ -6,13 +6,14 @@ A request's blocks:
     FILLING -[abandon, deadline]-> FREE
     LENT -[abandon, deadline]-> ABANDONED -[late completion, link down]-> FREE
 
-A request that no worker can take at the moment is HELD: filled, lent to nobody.
+A request that no worker can take at the moment is HELD (`held.py`): filled, lent to nobody.
 
 Invariants
  1. A request gets exactly one answer through its reply; what comes later is dropped and counted.
  2. A block is given back only by a completion on its own link, or when that link's worker is reaped.
  3. A request that was in a dead worker's batch is tried once more, alone; one that was only queued
     moves on without that counting.  One of a sequence goes on only where its START does.
+ 4. While requests are held, no worker's link leaves `_avoid`: whoever comes later finds them first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from overcommit.runtime.config import BLOCK_BYTES_MAX, NEVER_NS, RETRIES_MAX
 from overcommit.runtime.errors import (
     DeadlineExceeded,
     OvercommitError,
-    Overloaded,
     ProtocolError,
     WorkerLost,
 )
@@ -37,9 +37,9 @@ from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.runtime.messages import LinkUp
 from overcommit.runtime.router import Router, short_queue
-from overcommit.server import sequences
-from overcommit.server.failures import error_of
-from overcommit.server.limits import HELD_REQUESTS_MAX, REGROWS_MAX, WAKE_REQUESTS
+from overcommit.server import failures, sequences
+from overcommit.server.held import Held, Where
+from overcommit.server.limits import REGROWS_MAX, WAKE_REQUESTS
 from overcommit.server.parcels import Parcels, Pending, Reply
 from overcommit.server.plans import InputPlan
 from overcommit.server.sequences import Tracks
@@ -73,10 +73,10 @@ class Dispatch:
         self.parcels = Parcels(ingress, egress)
         self.links: dict[int, WorkerLink] = {}
         self._router = Router()
-        self._avoid: set[int] = set()  # links that take no more at the moment
+        self._avoid: set[int] = set()  # links that are crowded, or broken
         self.tracks = Tracks(seats, self._router.home_site)
         self.pending: dict[int, Pending] = {}
-        self._held: dict[int, Pending] = {}
+        self._held = Held()
         self.requests = self.errors = self.late = self.retried = 0
         self.tallies = Tallies()
         # Somebody may end a worker that lied: it was not only to us that it could.
@@ -105,8 +105,7 @@ class Dispatch:
         self._push_held()
 
     def _push_held(self) -> None:
-        held, self._held = self._held, {}
-        for pending in held.values():
+        for pending in self._held.take_all():
             self._push(pending)
 
     def link_down(self, seat: int, epoch: int) -> None:
@@ -127,7 +126,7 @@ class Dispatch:
         is_listed = len(ids) < _shm.STATUS_BATCH_MAX
         head = link.submissions.head()
         mine = [each for each in self.pending.values() if each.link is link]
-        lost = self._lost_with(mine, head)
+        lost = sequences.lost_with(self.parcels, mine, head)
         for pending in mine:
             consumed = pending.position < head
             in_batch = pending.request_id in suspects or not is_listed
@@ -148,23 +147,6 @@ class Dispatch:
                 self._fail(
                     pending, WorkerLost(f"model '{name}': the worker that ran it died twice")
                 )
-
-    def _lost_with(self, pendings: Sequence[Pending], head: int) -> dict[int, OvercommitError]:
-        """Which requests cannot go to another worker, because their sequence's state is gone.
-
-        The dead one had taken those before `head`.
-        """
-        mine = [each for each in pendings if each.route.sequence]
-        asks = [sequences.ask_of(self.parcels, each) for each in mine]
-        verdicts = sequences.can_go_on(
-            (each.route.slot, ask, each.position < head)
-            for each, ask in zip(mine, asks, strict=True)
-        )
-        return {
-            each.request_id: sequences.lost(each.route, ask)
-            for each, ask, can in zip(mine, asks, verdicts, strict=True)
-            if not can
-        }
 
     # --- requests -------------------------------------------------------------------------------
     def open(self, route: Route, plan: InputPlan, reply: Reply, now_ns: int) -> Pending:
@@ -204,27 +186,28 @@ class Dispatch:
                 pending.request_id, 0, 0, 0, 0, 0, _shm.CANCEL, pending.route.slot, 0
             )
 
-    def _push(self, pending: Pending) -> None:
-        """Send to a worker; with no worker, hold until one comes or the time is over."""
+    def _push(self, pending: Pending, key: int | None = None) -> None:
+        """Send to a worker, to this one if it is given; what none can take is held."""
         route = pending.route
         slot = route.slot
-        if route.sequence:
-            key = self._choose_for_sequence(pending)
-            if key is None:
-                return
-        else:
-            key = self._router.only
-            if key is None:
-                key = self._router.choose(slot, short_queue(route.max_batch_size), self._avoid)
+        if key is None:
+            if route.sequence:
+                key = self._seat(pending)[1]
+            else:
+                key = self._router.only
+                if key is None:
+                    key = self._router.choose(slot, short_queue(route.max_batch_size), self._avoid)
             if key is None or key in self._avoid:
-                self._hold(pending)
-                return
+                key = None if self._where(pending) in self._held else self._find_room(pending)
+                if key is None:
+                    self._hold(pending)
+                    return
         link = self.links[key]
         # Recorded as lent before it can be seen: there is no instant at which a block is nobody's.
         pending.link = link
         pending.position = link.submissions.tail()
         link.lent += 1
-        if link.lent >= link.lent_max:
+        if link.lent >= link.crowded:
             self._avoid.add(key)
         self._router.on_submit(key, slot)
         pushed = link.submissions.push(
@@ -239,8 +222,8 @@ class Dispatch:
             pending.flags,
         )
         if not pushed:
-            self._take_back(link, pending)
-            self._fail(pending, Overloaded("the worker's ring is full", retry_after_s=1))
+            self._take_back(link, pending)  # it is full of cancels
+            self._hold(pending)
             return
         # A wake-up costs a worker as much as a small batch, so requests that come together share
         # one; but it should begin while the rest of them is still being read.
@@ -251,28 +234,40 @@ class Dispatch:
         elif self._unheard >= WAKE_REQUESTS:
             self._wake()
 
-    def _choose_for_sequence(self, pending: Pending) -> int | None:
-        """The one worker that may have a request of a sequence; None: it is held, or was failed."""
-        ask = sequences.ask_of(self.parcels, pending)
-        link = self.tracks.link_for(pending.route.slot, ask.key, self.links)
-        if link is not None and link.key not in self._avoid:
-            return link.key
-        if link is not None:
-            self._fail(pending, Overloaded("the worker's ring is full", retry_after_s=1))
-        elif len(self._held) >= HELD_REQUESTS_MAX:
-            self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
-        else:
-            self._held[pending.request_id] = pending
-        return None
+    def _seat(self, pending: Pending) -> tuple[int, int | None]:
+        """The seat whose worker has a sequence, and its link, which may not be there."""
+        key = sequences.ask_of(self.parcels, pending).key
+        slot = pending.route.slot
+        link = self.tracks.link_for(slot, key, self.links)
+        return self.tracks.seat_of(slot, key), None if link is None else link.key
+
+    def _where(self, pending: Pending) -> Where:
+        route = pending.route
+        return route.slot, self._seat(pending)[0] if route.sequence else -1
+
+    def _find_room(self, pending: Pending) -> int | None:
+        """The worker that has most room for one more of this version; None: no worker has any."""
+        slot = pending.route.slot
+        keys = self._router.among(slot)
+        if pending.route.sequence:
+            key = self._seat(pending)[1]
+            keys = () if key is None else (key,)
+        lent = self._router.outstanding
+        links = [self.links[key] for key in keys if not self.links[key].is_broken]
+        roomy = [each for each in links if lent(each.key, slot) < each.lent_max - each.lent]
+        return min(roomy, key=lambda each: each.lent).key if roomy else None
 
     def _hold(self, pending: Pending) -> None:
-        is_full = any(link.lent >= link.lent_max for link in self.links.values())
-        if is_full and not any(link.is_broken for link in self.links.values()):
-            self._fail(pending, Overloaded("every worker's ring is full", retry_after_s=1))
-        elif len(self._held) >= HELD_REQUESTS_MAX:
-            self._fail(pending, Overloaded("no worker is ready", retry_after_s=1))
-        else:
-            self._held[pending.request_id] = pending
+        slot = pending.route.slot
+        lent = sum(self._router.outstanding(key, slot) for key in self.links)
+        problem = self._held.add(self._where(pending), pending, lent)
+        if problem is not None:
+            self._fail(pending, problem)
+
+    def _hand_over(self) -> None:
+        """Push what was held and has room now."""
+        while self._held and (taken := self._held.take(self._find_room)) is not None:
+            self._push(*taken)
 
     def _wake(self) -> None:
         """Wake the workers that sleep over what was pushed."""
@@ -284,7 +279,7 @@ class Dispatch:
 
     def _take_back(self, link: WorkerLink, pending: Pending) -> None:
         link.lent -= 1
-        if link.lent == link.lent_max - 1 and not link.is_broken:
+        if self._avoid and link.lent < link.crowded and not (self._held or link.is_broken):
             self._avoid.discard(link.key)
         self._router.on_done(link.key, pending.route.slot)
         pending.link = None
@@ -302,6 +297,7 @@ class Dispatch:
                 self.errors += 1
                 name = pending.route.name
                 reply.fail(DeadlineExceeded(f"model '{name}': no answer within the request's time"))
+        self._hand_over()
 
     # --- completions ----------------------------------------------------------------------------
     def drain(self) -> None:
@@ -331,6 +327,8 @@ class Dispatch:
                     continue
                 self._take_back(link, pending)
                 self._complete(pending, completion, now_ns)
+        if self._held:
+            self._hand_over()
 
     def _complete(self, pending: Pending, completion: _shm.Completion, now_ns: int) -> None:
         _, taken_ns, started_ns, finished_ns, length, status, batch, detail = completion
@@ -368,14 +366,14 @@ class Dispatch:
             status == _shm.TOO_LARGE and detail <= BLOCK_BYTES_MAX and pending.regrown < REGROWS_MAX
         ):
             if not self.parcels.try_regrow(pending, detail):
-                self._fail(pending, Overloaded("payload memory is full", retry_after_s=1))
+                self._fail(pending, failures.memory_full(route.name, detail))
                 return
             if route.sequence:
                 sequences.say_again(self.parcels, pending)
             self._push(pending)
         else:
             text = bytes(view).decode(errors="replace")
-            self._fail(pending, error_of(route.name, status, text, detail))
+            self._fail(pending, failures.error_of(route, status, text, detail))
 
     def _fail(self, pending: Pending, error: OvercommitError) -> None:
         self.errors += 1
@@ -388,7 +386,7 @@ class Dispatch:
     def _release(self, pending: Pending) -> None:
         """Give both blocks back: nobody else can write to them any more."""
         if self._held:
-            self._held.pop(pending.request_id, None)
+            self._held.discard(pending.request_id)
         del self.pending[pending.request_id]
         self.parcels.close(pending)
 

@@ -5,6 +5,8 @@ Called by the dispatch.
 
 from __future__ import annotations
 
+from typing import Final
+
 from overcommit.runtime import _shm
 from overcommit.runtime.errors import (
     BadRequest,
@@ -15,14 +17,40 @@ from overcommit.runtime.errors import (
     PayloadTooLarge,
     Unavailable,
 )
+from overcommit.runtime.front_end_messages import Route
+
+ROOM_S_MIN: Final = 0.001  # until a place is free in a queue ...
+UNKNOWN_S: Final = 1.0  # ... whose batches were not timed yet
 
 
-def error_of(name: str, status: int, text: str, detail: int) -> OvercommitError:
+def queue_full(name: str, limit: int, room_s: float, *, is_own: bool = True) -> Overloaded:
+    """As many wait as may, of one model or (not `is_own`) of all that a front end holds."""
+    room_s = max(ROOM_S_MIN, room_s)
+    who, remedy = "requests for it wait, its max_queue_size", "raise that"
+    if not is_own:
+        who, remedy = "requests wait for a worker", "add front ends"
+    return Overloaded(
+        f"model '{name}': {limit} {who}; try again in {room_s:.3f} s, {remedy}, or add workers",
+        retry_after_s=room_s,
+    )
+
+
+def memory_full(name: str, nbytes: int) -> Overloaded:
+    """There is no room for an answer."""
+    return Overloaded(
+        f"model '{name}': payload memory has no room for an answer of {nbytes} bytes; try again, or raise "
+        f"--payload-memory",
+        retry_after_s=1,
+    )
+
+
+def error_of(route: Route, status: int, text: str, detail: int) -> OvercommitError:
     """Make the error of a completion; `text` and `detail` are what the worker said with it."""
+    name = route.name
     if status == _shm.EXPIRED:
         return DeadlineExceeded(f"model '{name}': the request's time was over in the queue")
     if status == _shm.OVERLOADED:
-        return Overloaded(f"model '{name}': its queue is full; try again", retry_after_s=1)
+        return queue_full(name, route.max_queue_size, detail / 1000 or UNKNOWN_S)
     if status == _shm.NOT_RESIDENT:
         code, _, message = text.partition("\n")
         kind = {c.code: c for c in OvercommitError.__subclasses__()}.get(code, Unavailable)

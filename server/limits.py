@@ -20,7 +20,7 @@ BULK_BYTES_MIN: Final = 128 * KIB  # binary tensors from here on are received wh
 JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their headers
 
 # --- requests -----------------------------------------------------------------------------------
-HELD_REQUESTS_MAX: Final = 1024  # requests that wait for a worker, or for a version's image
+HELD_REQUESTS_MAX: Final = CONNECTIONS_MAX  # requests that wait for a place at a worker
 WAKE_REQUESTS: Final = 4  # a worker that sleeps is woken at the latest when so many were pushed
 IDLE_BLOCKS_MAX: Final = 1024  # pairs of the smallest blocks that stay together between requests
 REGROWS_MAX: Final = 2  # larger egress blocks for one request

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from overcommit.runtime.config import SEQUENCE_ID_BYTES_MAX
-from overcommit.runtime.errors import BadRequest, WorkerLost
+from overcommit.runtime.errors import BadRequest, OvercommitError, WorkerLost
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.sequence_terms import (
     ASK_BYTES,
@@ -158,6 +158,25 @@ def can_go_on(asks: Iterable[tuple[int, Ask, bool]]) -> list[bool]:
         can = (slot, ask.key) in begun or not was_taken
         verdicts.append(can and not ask.is_again)
     return verdicts
+
+
+def lost_with(
+    parcels: Parcels, pendings: Iterable[Pending], head: int
+) -> dict[int, OvercommitError]:
+    """Which of a dead worker's requests cannot go to another, because their sequence's state is gone.
+
+    It had taken those before `head`.
+    """
+    mine = [each for each in pendings if each.route.sequence]
+    asks = [ask_of(parcels, each) for each in mine]
+    verdicts = can_go_on(
+        (each.route.slot, ask, each.position < head) for each, ask in zip(mine, asks, strict=True)
+    )
+    return {
+        each.request_id: lost(each.route, ask)
+        for each, ask, can in zip(mine, asks, verdicts, strict=True)
+        if not can
+    }
 
 
 def lost(route: Route, ask: Ask) -> WorkerLost:

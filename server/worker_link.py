@@ -33,6 +33,7 @@ class WorkerLink:
     bell: int
     status: _shm.StatusPage
     lent_max: int
+    crowded: int  # from here on a version may have too many there
     lent: int = 0
     is_broken: bool = False  # it lied once; nothing goes there any more
 
@@ -52,4 +53,5 @@ class WorkerLink:
             status=_shm.StatusPage(page, 0, False),
             # Half: cancels need places too, and every answer needs one on the way back.
             lent_max=message.slot_count // 2,
+            crowded=message.slot_count // 4,  # up to here none has more than there are places free
         )

@@ -57,6 +57,20 @@ def test_a_sleeping_front_end_is_woken_and_an_awake_one_is_not(rig: Rig, front: 
     assert os.eventfd_read(bell) == 1
 
 
+def test_who_stands_behind_many_in_a_ring_does_not_wait_for_their_batches(
+    rig: Rig, programs: Programs
+) -> None:
+    front = rig.link(seat=1, epoch=2, slots=256)
+    ready(rig, front, 3)
+    ready(rig, front, 4)
+    flood = [front.submit(3, [X]) for _ in range(200)]
+    behind = front.submit(4, [X])
+    for _ in range(2):  # a turn has one batch at least, and both models have one after the other
+        rig.worker.turn()
+    assert behind in front.collect()
+    rig.answered(front, *flood)
+
+
 def test_who_is_refused_does_not_wait_for_the_batch_that_runs(
     rig: Rig, front: Front, programs: Programs
 ) -> None:

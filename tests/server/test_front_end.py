@@ -494,15 +494,16 @@ def test_an_answer_that_is_no_payload_is_a_500() -> None:
     in_loop(test)
 
 
-def test_a_full_ring_and_full_memory_are_503_and_nothing_leaks() -> None:
+def test_full_memory_is_a_503_and_nothing_leaks() -> None:
     def test() -> None:
         rig = Rig()
         peer = Peer(rig, 0, 1, slots=8)
         clients = [rig.connect() for _ in range(5)]
         for client in clients:
             client.send(request(body(1.0)))
-        assert [answers(client.written)[0][0] for client in clients if client.written] == [503]
-        peer.answer_all()
+        assert not any(client.written for client in clients), "who finds no place is held"
+        while peer.answer_all():
+            pass
         assert rig.is_empty()
         block, count = rig.dispatch.parcels.ingress.try_reserve(ARENA_BYTES // 2), 0
         while block is not None:
