@@ -113,6 +113,7 @@ LOAD_BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 # --- requests -----------------------------------------------------------------------------------
 NAME_CHARS_MAX: Final = 256
 ID_CHARS_MAX: Final = 1024
+ERROR_CHARS_MAX: Final = 4096  # what a client sent may be in it
 FOREIGN_ERROR_CHARS_MAX: Final = 2000  # a shape mismatch deep inside a model can list megabytes
 TENSORS_MAX: Final = 256
 RANK_MAX: Final = 16

@@ -7,9 +7,20 @@ these at the edge where they appear, with ``raise ... from``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from overcommit.runtime.config import FOREIGN_ERROR_CHARS_MAX
+from overcommit.runtime.config import ERROR_CHARS_MAX, FOREIGN_ERROR_CHARS_MAX
+
+
+_GAP: Final = " ... "
+
+
+def shortened(text: str) -> str:
+    """Leave out the middle of a text that is too long: what is wrong comes first, the remedy last."""
+    if len(text) <= ERROR_CHARS_MAX:
+        return text
+    half = (ERROR_CHARS_MAX - len(_GAP)) // 2
+    return text[: ERROR_CHARS_MAX - len(_GAP) - half] + _GAP + text[-half:]
 
 
 def said_by(error: Exception) -> str:
@@ -25,8 +36,8 @@ class OvercommitError(Exception):
     code: ClassVar[str] = "internal"
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = shortened(message)  # names and values in it may be a client's
+        super().__init__(self.message)
         self.retry_after_s = retry_after_s
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 
-from overcommit.runtime.errors import BadRequest
+from overcommit.runtime.errors import BadRequest, shortened
 
 Object = dict[str, Any]
 
@@ -19,7 +19,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     """Answer with an error, in the one form that errors have."""
-    body = msgspec.json.encode({"error": message})
+    body = msgspec.json.encode({"error": shortened(message)})
     return Response(body, status, headers, "application/json")
 
 

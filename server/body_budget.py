@@ -2,7 +2,7 @@
 
 Invariants
  1. No more of a body is read than its path takes: `--max-body` where bodies are long by nature,
-    PLAIN_BODY_BYTES_MAX elsewhere.  One that says it is longer is not read at all.
+    SMALL_BODY_BYTES elsewhere.  One that says it is longer is not read at all.
  2. What is read of long bodies counts against BODIES_BYTES_MAX, which /infer and gRPC count against
     too, until the request is answered or its client is gone.
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from overcommit.runtime.errors import Overloaded, PayloadTooLarge
-from overcommit.server.limits import BODIES_BYTES_MAX, PLAIN_BODY_BYTES_MAX, SMALL_BODY_BYTES
+from overcommit.server.limits import BODIES_BYTES_MAX, SMALL_BODY_BYTES
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
@@ -39,8 +39,8 @@ class BodyBudget:
             front.settings.body_bytes_max,
             "send less in one request or raise --max-body",
         )
-        if not _LONG.fullmatch(scope["path"]) and limit > PLAIN_BODY_BYTES_MAX:
-            limit, remedy = PLAIN_BODY_BYTES_MAX, "this path takes no more"
+        if not _LONG.fullmatch(scope["path"]) and limit > SMALL_BODY_BYTES:
+            limit, remedy = SMALL_BODY_BYTES, "this path takes no more"
         headers = scope["headers"]
         said = next((int(value) for name, value in headers if name == b"content-length"), 0)
         taken = held = 0

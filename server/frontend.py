@@ -30,7 +30,7 @@ from fastapi import Response
 
 from overcommit.runtime import _shm
 from overcommit.runtime.control import ControlSocket
-from overcommit.runtime.errors import DeadlineExceeded, Overloaded
+from overcommit.runtime.errors import DeadlineExceeded, Overloaded, PayloadTooLarge, ProtocolError
 from overcommit.runtime.front_end_messages import (
     Admin,
     AdminReply,
@@ -155,7 +155,7 @@ class FrontEnd:
 
     # --- the supervisor -------------------------------------------------------------------------
     async def ask(self, operation: str, **arguments: str | int | bool) -> Response:
-        """Have the supervisor answer.  Raises Overloaded, DeadlineExceeded."""
+        """Have the supervisor answer.  Raises Overloaded, PayloadTooLarge, DeadlineExceeded."""
         if len(self._asked) >= ADMIN_PENDING_MAX:
             raise Overloaded("too many administrative requests wait; try again", retry_after_s=1)
         self._ask_id += 1
@@ -164,9 +164,11 @@ class FrontEnd:
         ask_id = self._ask_id
         if operation in _COUNTED:
             self.send_counters()
-        self._control.send(Admin(id=ask_id, operation=operation, arguments=dict(arguments)))
         try:
+            self._control.send(Admin(id=ask_id, operation=operation, arguments=dict(arguments)))
             status, body = await asyncio.wait_for(future, ADMIN_TIMEOUT_S)
+        except ProtocolError as error:
+            raise PayloadTooLarge(f"'{operation}' asks too much at once: {error}") from error
         except TimeoutError:
             raise DeadlineExceeded(f"'{operation}' took over {ADMIN_TIMEOUT_S:.0f} s") from None
         finally:

@@ -13,9 +13,10 @@ HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a request to the end of i
 BODY_TIMEOUT_S: Final = 120.0  # from there to the end of its body
 WRITE_TIMEOUT_S: Final = 60.0  # a client that does not read its answer
 LINGER_S: Final = 1.0  # reading on after a refusal, so that the client gets to see it
-SMALL_BODY_BYTES: Final = 64 * KIB  # longer bodies count against the body budget ...
+SMALL_BODY_BYTES: Final = (
+    64 * KIB
+)  # of settings, regions, ...; longer ones count against the body budget ...
 BODIES_BYTES_MAX: Final = 512 * MIB  # ... which is this, for all connections of a front end
-PLAIN_BODY_BYTES_MAX: Final = 1 * MIB  # where bodies are settings, not tensors, texts or files
 BULK_BYTES_MIN: Final = 128 * KIB  # binary tensors from here on are received where they are read
 JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their headers
 

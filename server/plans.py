@@ -283,8 +283,10 @@ def _check(
 ) -> None:
     if datatype != spec.datatype:
         raise BadRequest(f"input '{spec.name}' is {datatype}, it must be {spec.datatype}")
+    if len(shape) > RANK_MAX:
+        raise BadRequest(f"input '{spec.name}' has {len(shape)} axes, the limit is {RANK_MAX}")
     misfit = f"input '{spec.name}' has shape {list(shape)}, it must fit {list(spec.shape)}"
-    if len(shape) != len(spec.shape) or len(shape) > RANK_MAX:
+    if len(shape) != len(spec.shape):
         raise BadRequest(misfit)
     for axis, (given, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
         if not 0 <= given <= DIMENSION_MAX or (wanted >= 0 and given != wanted):

@@ -10,7 +10,7 @@ import asyncio
 import json
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from overcommit.runtime.config import Settings, TensorSpec
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import LinkUp
+from overcommit.server.app import make_app
 from overcommit.server.dispatch import Dispatch
 from overcommit.server.heads import Heads
 from overcommit.server.inference import Prepared
@@ -271,4 +272,26 @@ def in_loop(test: Callable[[], None]) -> None:
     async def run() -> None:
         test()
 
+    asyncio.run(run())
+
+
+async def settled() -> None:
+    """Let the app do all that it can with what it was sent."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def with_app(test: Callable[[Rig], Awaitable[None]], **settings: Any) -> None:
+    """Run a test with the app behind the connections."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await made(scope, receive, send)
+
+    async def run() -> None:
+        await test(rig)
+        await settled()
+        assert rig.is_empty()
+
+    rig = Rig(app=app, **settings)
+    made = make_app(rig)  # type: ignore[arg-type]
     asyncio.run(run())

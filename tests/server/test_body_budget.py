@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from front_end_rig import Client, Rig
+from front_end_rig import Client, Rig, settled, with_app
 
 from overcommit.runtime.config import MIB
 from overcommit.server import body_budget
-from overcommit.server.app import make_app
-from overcommit.server.limits import BODY_TIMEOUT_S, PLAIN_BODY_BYTES_MAX, SMALL_BODY_BYTES
+from overcommit.server.limits import BODY_TIMEOUT_S, SMALL_BODY_BYTES
 
 LONG = ("/v1/embeddings", "/v2/repository/models/m/load")
 PLAIN = (
@@ -28,40 +26,23 @@ PIECE = b" " * SMALL_BODY_BYTES
 
 def running(test: Callable[[Rig], Awaitable[None]]) -> None:
     """Run a test with the app behind real connections."""
-
-    async def run() -> None:
-        async def app(scope: Any, receive: Any, send: Any) -> None:
-            await made(scope, receive, send)
-
-        rig = Rig(app=app, body_bytes_max=MAX_BODY)
-        made = make_app(rig)  # type: ignore[arg-type]
-        await test(rig)
-        await settled(rig)
-        assert rig.bodies_bytes == 0
-
-    asyncio.run(run())
-
-
-async def settled(rig: Rig) -> None:
-    """Let the app do all that it can with what it was sent."""
-    for _ in range(20):
-        await asyncio.sleep(0)
+    with_app(test, body_bytes_max=MAX_BODY)
 
 
 async def begin(rig: Rig, path: str, line: bytes) -> Client:
     client = rig.connect()
     client.send(b"POST %b HTTP/1.1\r\nHost: h\r\n%b\r\n\r\n" % (path.encode(), line))
-    await settled(rig)
+    await settled()
     return client
 
 
-async def send(rig: Rig, client: Client, nbytes: int, *, chunked: bool = False) -> None:
+async def send(client: Client, nbytes: int, *, chunked: bool = False) -> None:
     """Send this many bytes of a body, as long as no answer came."""
     for _ in range(nbytes // len(PIECE)):
         if client.written:
             return
         client.send(b"%x\r\n%b\r\n" % (len(PIECE), PIECE) if chunked else PIECE)
-        await settled(rig)
+        await settled()
 
 
 def refusal(client: Client) -> tuple[int, bytes, str]:
@@ -73,24 +54,24 @@ def refusal(client: Client) -> tuple[int, bytes, str]:
 
 @pytest.mark.parametrize("path", [*LONG, *PLAIN])
 def test_no_more_of_a_body_without_a_length_is_read_than_its_path_takes(path: str) -> None:
-    limit = MAX_BODY if path in LONG else PLAIN_BODY_BYTES_MAX
+    limit = MAX_BODY if path in LONG else SMALL_BODY_BYTES
 
     async def test(rig: Rig) -> None:
         client = await begin(rig, path, b"Transfer-Encoding: chunked")
-        await send(rig, client, limit, chunked=True)
+        await send(client, limit, chunked=True)
         assert not client.written, "this much is taken"
-        assert rig.bodies_bytes == limit
-        await send(rig, client, len(PIECE), chunked=True)
+        assert rig.bodies_bytes == (limit if path in LONG else 0)
+        await send(client, len(PIECE), chunked=True)
         status, _, text = refusal(client)
         assert (status, f"over {limit} bytes" in text) == (413, True)
         assert ("--max-body" in text) == (path in LONG)
-        await settled(rig)
+        await settled()
         assert rig.bodies_bytes == 0
         # What still comes of it is thrown away, and the next request is answered.
         before = len(client.written)
         client.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(PIECE), PIECE))
         client.send(b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n")
-        await settled(rig)
+        await settled()
         assert client.written[before:].startswith(b"HTTP/1.1 200 OK")
 
     running(test)
@@ -99,7 +80,7 @@ def test_no_more_of_a_body_without_a_length_is_read_than_its_path_takes(path: st
 @pytest.mark.parametrize("path", PLAIN)
 def test_a_body_that_says_it_is_too_long_is_not_waited_for(path: str) -> None:
     async def test(rig: Rig) -> None:
-        length = b"Content-Length: %d\r\nExpect: 100-continue" % (PLAIN_BODY_BYTES_MAX + 1)
+        length = b"Content-Length: %d\r\nExpect: 100-continue" % (SMALL_BODY_BYTES + 1)
         assert refusal(await begin(rig, path, length))[0] == 413
 
     running(test)
@@ -114,19 +95,19 @@ def test_all_bodies_together_are_within_the_budget_until_they_are_answered(
         stalled = []
         for path in LONG:
             stalled.append(await begin(rig, path, b"Content-Length: %d" % MAX_BODY))
-            await send(rig, stalled[-1], MAX_BODY // 2)
+            await send(stalled[-1], MAX_BODY // 2)
         assert rig.bodies_bytes == MAX_BODY
         late = await begin(rig, "/v1/embeddings", b"Content-Length: %d" % MAX_BODY)
-        await send(rig, late, MAX_BODY)
+        await send(late, MAX_BODY)
         status, head, text = refusal(late)
         assert (status, b"retry-after: 1" in head) == (503, True)
         assert f"over {MAX_BODY} bytes" in text
         assert rig.bodies_bytes == MAX_BODY, "what was refused is not held"
         stalled[0].lose()
-        await settled(rig)
+        await settled()
         assert rig.bodies_bytes == MAX_BODY // 2
         again = await begin(rig, "/v1/embeddings", b"Content-Length: %d" % MAX_BODY)
-        await send(rig, again, MAX_BODY // 4)
+        await send(again, MAX_BODY // 4)
         assert not again.written
         stalled[1].lose()
         again.lose()
@@ -139,10 +120,11 @@ def test_a_client_that_leaves_in_the_middle_of_a_body_is_nobodys_error(
     path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(rig: Rig) -> None:
-        client = await begin(rig, path, b"Content-Length: 500000")
-        await send(rig, client, 3 * len(PIECE))
+        client = await begin(rig, path, b"Content-Length: %d" % len(PIECE))
+        client.send(PIECE[:-1])
+        await settled()
         client.lose()
-        await settled(rig)
+        await settled()
 
     with caplog.at_level(logging.INFO):
         running(test)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from serving import WATCHDOG_S, Server
 
+from overcommit.server.limits import ADMIN_PENDING_MAX
+
 DATATYPES = [*model_rig.DATATYPES, "BYTES"]
 
 
@@ -298,6 +300,15 @@ def test_a_chunked_body_over_the_limit_is_refused(server: Server) -> None:
     )
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     assert raw(server, head + chunk * 17)[0][0] == 413
+
+
+def test_questions_that_the_supervisor_cannot_take_shut_nobody_out(server: Server) -> None:
+    body = {"weights": [1e15] * 10_000}  # which is longer when it is written again
+    text = json.dumps(body).replace(str(1e15), "1e15").encode()
+    for _ in range(ADMIN_PENDING_MAX + 1):
+        answer = server.request("POST", "/v2/overcommit/models/fixed/rollout", text)
+        assert answer.status == 413, answer.body
+    assert server.get("/v2/overcommit/models/fixed").status == 200
 
 
 def test_headers_over_the_limit_are_refused(server: Server) -> None:
