@@ -208,23 +208,33 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
 def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
     texts = embeddings.Embeddings(front)
 
+    def refused(error: OvercommitError) -> Response:
+        headers = dict(retry_headers(error.retry_after_s))
+        text = embeddings.error_body(error)
+        return Response(text, error.http_status, headers, "application/json")
+
     @app.post("/v1/embeddings", tags=["embeddings"])
     async def embed(request: Request) -> Response:
         try:
             body = await texts.answer(await read_body(request))
         except OvercommitError as error:
-            headers = dict(retry_headers(error.retry_after_s))
-            text = embeddings.error_body(error)
-            return Response(text, error.http_status, headers, "application/json")
+            return refused(error)
         return Response(body, media_type="application/json")
 
     @app.get("/v1/models", tags=["embeddings"])
     async def listed() -> Response:
-        rows = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "overcommit"}
-            for name in front.table.names()
-        ]
+        rows = [embeddings.card(name) for name in front.table.names()]
         return json_response({"object": "list", "data": rows})
+
+    @app.get(
+        "/v1/models/{name}", tags=["embeddings"], responses=answers(404, form=openapi.OPENAI_ERROR)
+    )
+    async def retrieved(name: str) -> Response:
+        try:
+            front.table.find(name, None)
+        except OvercommitError as error:
+            return refused(error)
+        return json_response(embeddings.card(name))
 
 
 def make_app(front: FrontEnd) -> FastAPI:

@@ -1,4 +1,4 @@
-"""Embeddings of text, in the form of OpenAI's API: `POST /v1/embeddings`, `GET /v1/models`.
+"""Embeddings of text, in the form of OpenAI's API: `POST /v1/embeddings`, `GET /v1/models[/{name}]`.
 
     {"model": str, "input": str | [str] | [int] | [[int]],
      "encoding_format"?: "float" | "base64", "dimensions"?: int, "truncate"?: bool}
@@ -189,6 +189,11 @@ class Embeddings:
 def _failed(task: asyncio.Task[TextModel]) -> bool:
     # A folder may be put right without the route changing: who asks again has it read again.
     return task.done() and task.exception() is not None
+
+
+def card(name: str) -> dict[str, str | int]:
+    """What clients of this API read of a model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "overcommit"}
 
 
 def error_body(error: OvercommitError) -> bytes:

@@ -30,9 +30,23 @@ _TEXTS: Final = {
 }
 
 
-def answers(*statuses: int) -> dict[int | str, Object]:
+# As clients of OpenAI's API read it: `embeddings.error_body`.
+OPENAI_ERROR: Final[Object] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "code"],
+            "properties": {name: {"type": "string"} for name in ("message", "type", "code")},
+        }
+    },
+}
+
+
+def answers(*statuses: int, form: Object = _ERROR) -> dict[int | str, Object]:
     """Describe refusals of these statuses; those that every endpoint has are among them."""
-    content = {"application/json": {"schema": _ERROR}}
+    content = {"application/json": {"schema": form}}
     return {
         status: {"description": _TEXTS[status], "content": content}
         for status in sorted({400, 413, 503, 504, *statuses})

@@ -332,6 +332,10 @@ def test_refusals_are_as_clients_of_this_api_read_them(
     assert error["type"] == "invalid_request_error"
 
 
-def test_models_are_listed(server: Server) -> None:
+def test_models_are_listed_and_retrieved(server: Server) -> None:
     body = server.get("/v1/models").json()
     assert [row["id"] for row in body["data"]] == ["mute", "text"]
+    for row in body["data"]:
+        assert server.get(f"/v1/models/{row['id']}").json() == row
+    gone = server.get("/v1/models/nobody")
+    assert (gone.status, gone.json()["error"]["code"]) == (404, "not_found")
