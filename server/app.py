@@ -19,7 +19,7 @@ import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.front_end_messages import Route
-from overcommit.server import app_extensions, embeddings, load_overrides, openapi
+from overcommit.server import app_extensions, docs_page, embeddings, load_overrides, openapi
 from overcommit.server.app_extensions import EXTENSIONS, LEASED_REGIONS
 from overcommit.server.bodies import error_response, field, json_response, read_body, read_object
 from overcommit.server.body_budget import BodyBudget
@@ -239,7 +239,7 @@ def _add_embeddings(app: FastAPI, front: FrontEnd) -> None:
 
 def make_app(front: FrontEnd) -> FastAPI:
     """Build the app of one front end."""
-    app = FastAPI(title="overcommit", version=overcommit.__version__, redoc_url=None)
+    app = FastAPI(title="overcommit", version=overcommit.__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyBudget, front=front)
     _add_error_handlers(app)
     _add_health(app, front)
@@ -250,4 +250,9 @@ def make_app(front: FrontEnd) -> FastAPI:
     app_extensions.add_shared_memory(app, front)
     app_extensions.add_settings(app, front)
     app_extensions.add_not_offered(app, front)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(docs_page.page(app.openapi()), media_type="text/html")
+
     return app
