@@ -11,7 +11,6 @@ from typing import ClassVar, Final
 
 from overcommit.runtime.config import ERROR_CHARS_MAX, FOREIGN_ERROR_CHARS_MAX
 
-
 _GAP: Final = " ... "
 
 
