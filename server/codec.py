@@ -4,8 +4,8 @@
 that type: 0.14 us more than decoding everything at once for 16 numbers, and no guessing.
 
 What JSON cannot say
- * NaN and the infinities are not JSON.  A request that holds them is malformed; in a response they
-   are `null`.  Binary tensors carry them.
+ * NaN and the infinities are not JSON.  They are read and written all the same, as Triton does
+   (`specials.py`).
  * FP32 is written with the digits that FP32 needs, few numbers at once with those of FP64: both are
    read as the same FP32.
  * FP16 is read from and written as numbers.  BF16 is written as numbers (each is exact in FP32) and
@@ -24,7 +24,7 @@ import math
 import re
 from array import array
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -32,7 +32,7 @@ import orjson
 
 from overcommit.runtime.config import RANK_MAX
 from overcommit.runtime.errors import BadRequest
-from overcommit.server import nesting
+from overcommit.server import nesting, specials
 from overcommit.server.binary import join_bytes, split_bytes
 from overcommit.server.limits import LISTS_MAX, PARAMETERS_BYTES_MAX
 
@@ -118,6 +118,9 @@ def decode_request(data: bytes | memoryview) -> InferRequest:
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request does not fit the V2 inference protocol: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        quoted = specials.quote(bytes(data))
+        if quoted is not None:
+            return decode_request(quoted)
         raise BadRequest(f"the request is not JSON: {error}") from error
     except RecursionError as error:
         raise BadRequest("the request's JSON is nested too deeply") from error
@@ -171,7 +174,7 @@ def decode_data(raw: Raw, datatype: str, shape: tuple[int, ...]) -> bytes:
         )
     try:
         if datatype in ("FP32", "FP64", "FP16"):
-            return _pack_floats(_flat(raw, shape, float), datatype)
+            return _pack_floats(_floats(raw, shape), datatype)
         if datatype == "BYTES":
             return _pack_texts(_flat(raw, shape, str), shape)
         if datatype == "BOOL":
@@ -228,6 +231,16 @@ def _flat_of_many(text: bytes, shape: tuple[int, ...], element: type) -> list:  
         return _join_rows([_decoder(element, len(shape)).decode(text)], shape)
     finally:
         gc.enable()
+
+
+def _floats(raw: Raw, shape: tuple[int, ...]) -> list[float]:
+    try:
+        return _flat(raw, shape, float)
+    except msgspec.ValidationError as error:
+        try:
+            return list(map(float, _flat(raw, shape, specials.Number)))  # type: ignore[arg-type]
+        except msgspec.ValidationError:
+            raise error from None
 
 
 def _pack_floats(values: list[float], datatype: str) -> bytes:
@@ -296,6 +309,26 @@ def encode_fp32(view: memoryview) -> Raw:
     return Raw(orjson.dumps(np.frombuffer(view, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
 
 
+def write_data(view: memoryview, datatype: str) -> bytes:
+    """Write a tensor's bytes as JSON.  Raises BadRequest for BYTES not in UTF-8."""
+    text = encode(encode_data(view, datatype))
+    return name_specials(text, view, datatype) if datatype in ("FP16", "BF16") else text
+
+
+def name_specials(text: bytes, view: memoryview, datatype: str) -> bytes:
+    """Write NaN and the infinities into the JSON of these numbers, where it says `null`."""
+    if specials.LETTER_OF_NULL not in text:
+        return text
+    if datatype == "BF16":
+        return specials.name(text, _widen(view))
+    return specials.name(text, np.frombuffer(view, NUMBERS[datatype]))
+
+
+def _widen(view: memoryview) -> np.ndarray[Any, np.dtype[np.float32]]:
+    bits = np.frombuffer(view, np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32)
+
+
 def encode_data(view: memoryview, datatype: str) -> Sequence[object]:
     """Turn a tensor's bytes into a flat list for JSON.  Raises BadRequest for BYTES not in UTF-8."""
     code = CODES.get(datatype)
@@ -306,8 +339,7 @@ def encode_data(view: memoryview, datatype: str) -> Sequence[object]:
     if datatype == "FP16":
         return np.frombuffer(view, np.float16).tolist()  # type: ignore[no-any-return]
     if datatype == "BF16":
-        bits = np.frombuffer(view, np.uint16).astype(np.uint32) << 16
-        return bits.view(np.float32).tolist()  # type: ignore[no-any-return]
+        return _widen(view).tolist()  # type: ignore[no-any-return]
     try:
         return list(map(bytes.decode, split_bytes(view)))
     except UnicodeDecodeError as error:

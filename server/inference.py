@@ -21,7 +21,7 @@ from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import Ask
-from overcommit.server import binary, codec, raw_body, sequences, wants
+from overcommit.server import binary, codec, raw_body, sequences, specials, wants
 from overcommit.server.answer_plans import OutputPlan, Outputs, Part, Selection
 from overcommit.server.plans import InputPlan, Key, RoutePlans, Shape
 from overcommit.server.regions import Held, window_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from overcommit.server.heads import Target
 
 Data = bytes | memoryview
+_encode, _LETTER_OF_NULL = codec.encode, specials.LETTER_OF_NULL
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -350,7 +351,11 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
     for part in plan.parts:
         pieces.append(part.prefix)
         if part.unpack is not None:
-            pieces.append(codec.encode(part.unpack(view, part.start)))
+            text = _encode(part.unpack(view, part.start))
+            if _LETTER_OF_NULL in text:
+                data = view[part.start : part.end]
+                text = codec.name_specials(text, data, part.datatype)
+            pieces.append(text)
             continue
         data = view[part.start : part.end]
         if part.to_region:
@@ -366,7 +371,7 @@ def respond(prepared: Prepared, view: memoryview) -> Answer:
             blobs.append(bytes(data))
             continue
         try:
-            pieces.append(codec.encode(codec.encode_data(data, part.datatype)))
+            pieces.append(codec.write_data(data, part.datatype))
         except BadRequest as error:
             name = prepared.route.name
             raise BadRequest(f"model '{name}': output '{part.name}' {error.message}") from error
