@@ -196,6 +196,23 @@ def _decoder(element: type, depth: int) -> msgspec.json.Decoder[list[object]]:
     return msgspec.json.Decoder(kind)
 
 
+def flat_text(raw: Raw, shape: tuple[int, ...]) -> bytes:
+    """Return the text of a flat list of the same numbers.  Raises BadRequest."""
+    text = bytes(raw)
+    opening = _OPENING.match(text)
+    depth = 0 if opening is None else opening.group().count(b"[")
+    if depth <= 1:
+        return text
+    _check_depth(depth, shape)
+    return nesting.flatten(text, shape)
+
+
+def _check_depth(depth: int, shape: tuple[int, ...]) -> None:
+    # `[[]]` opens twice and holds nothing: its depth cannot tell it from a flat list.
+    if depth > RANK_MAX or depth != len(shape):
+        raise BadRequest(f"data is nested {depth} deep, the shape {list(shape)} needs {len(shape)}")
+
+
 def _flat(raw: Raw, shape: tuple[int, ...], element: type) -> list:  # type: ignore[type-arg]
     """Decode flat or nested data into one list of elements."""
     view = memoryview(raw)
@@ -203,13 +220,10 @@ def _flat(raw: Raw, shape: tuple[int, ...], element: type) -> list:  # type: ign
     depth = 0 if opening is None else opening.group().count(b"[")
     if depth <= 1:
         return _decoder(element, 1).decode(view)
-    # `[[]]` opens twice and holds nothing: its depth cannot tell it from a flat list.
-    if depth > RANK_MAX or depth != len(shape):
-        raise BadRequest(f"data is nested {depth} deep, the shape {list(shape)} needs {len(shape)}")
-    text = bytes(raw)
-    if text.count(b"[") > LISTS_MAX:
+    _check_depth(depth, shape)
+    if len(view) > LISTS_MAX and (text := bytes(raw)).count(b"[") > LISTS_MAX:
         return _flat_of_many(text, shape, element)
-    return _join_rows([_decoder(element, depth).decode(text)], shape)
+    return _join_rows([_decoder(element, depth).decode(view)], shape)
 
 
 def _join_rows(values: list[object], shape: tuple[int, ...]) -> list:  # type: ignore[type-arg]

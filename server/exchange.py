@@ -4,6 +4,7 @@ An `Exchange` stands where uvicorn keeps its request-response cycle (`cycle`, `p
 uvicorn's own bookkeeping keeps hot and cold requests of a connection in order.
 
     RECEIVING --end of body--> WAITING (for its turn) --earlier ones answered--> SUBMITTED
+    RECEIVING --end of long JSON, its turn--> DECODED by another thread --> SUBMITTED
     RECEIVING --JSON of a long binary body is there--> BULK --end of body--> SUBMITTED
     any --[succeed, fail]--> ANSWERED        any --[abandon]--> ABANDONED
 
@@ -16,6 +17,7 @@ Called by the protocol (in) and by the dispatch (out).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -26,10 +28,15 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from overcommit.runtime.errors import OvercommitError
-from overcommit.server import binary, compression
+from overcommit.server import binary, compression, long_bodies
 from overcommit.server.ensembles import Run
 from overcommit.server.inference import prepare, prepare_again, prepare_head, respond
-from overcommit.server.limits import COMPRESS_BYTES_MIN, COMPRESS_HERE_BYTES, JOIN_BYTES_MAX
+from overcommit.server.limits import (
+    COMPRESS_BYTES_MIN,
+    COMPRESS_HERE_BYTES,
+    DECODE_HERE_BYTES,
+    JOIN_BYTES_MAX,
+)
 
 if TYPE_CHECKING:
     from overcommit.server.connection import Connection
@@ -120,9 +127,14 @@ class Exchange:
             if self.encoding:
                 limit = front.settings.body_bytes_max
                 self.body = binary.decompress(bytes(self.body), self.encoding, limit)
+                self.encoding = b""
             target = self.target
             if target is not None and target.epoch == front.plans.epoch:
                 self._submit(*prepare_again(target, bytes(self.body), self.json_bytes))
+                return
+            is_long = self.json_bytes is None and len(self.body) > DECODE_HERE_BYTES
+            if is_long and self.prepare is prepare:
+                self._begin_long()
                 return
             plans = front.plans.serving.get((self.name, self.version))
             if target is not None and plans is not None:
@@ -141,6 +153,21 @@ class Exchange:
             self.fail(error)
         except Exception:  # the request boundary
             self._fail_badly()
+
+    def _begin_long(self) -> None:
+        """Begin when another thread has decoded the body: others need not wait for that."""
+
+        def go_on(done: asyncio.Future[long_bodies.Decoded]) -> None:
+            try:
+                self.prepare = done.result().prepare
+            except Exception:  # the request boundary
+                self._fail_badly()
+            else:
+                self.try_begin()
+
+        self.body = body = bytes(self.body)
+        loop = self.protocol.loop
+        loop.run_in_executor(long_bodies.THREAD, long_bodies.Decoded, body).add_done_callback(go_on)
 
     async def _begin_later(self) -> None:
         """The version's image is being made: wait for it."""

@@ -11,7 +11,8 @@ Pure; called by the exchange.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Data = bytes | memoryview
 _encode, _LETTER_OF_NULL = codec.encode, specials.LETTER_OF_NULL
+DecodeData = Callable[[codec.Raw, str, tuple[int, ...]], bytes]
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -148,7 +150,7 @@ def prepare_again(
 def _read_again(first: Prepared, body: bytes) -> Sequence[Data] | None:
     """Read a body that should be as the first one but for its numbers; None when it is not."""
     try:
-        prepared, data = _prepare(first.plans, body, memoryview(b""))
+        prepared, data = _prepare(first.plans, codec.decode_request(body), memoryview(b""))
     except BadRequest:
         return None
     is_same = (
@@ -168,9 +170,9 @@ def _prepare_named(
         if json_bytes == 0:
             return _prepare_raw(plans, body)
         text, tail = binary.split(body, json_bytes)
-        return _prepare(plans, text, tail)
+        return _prepare(plans, codec.decode_request(text), tail)
     except OvercommitError as error:
-        raise _named(error, plans.route) from error
+        raise named(error, plans.route) from error
 
 
 def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | None:
@@ -201,42 +203,45 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
             )
         return _finish(plans, plan, request)
     except OvercommitError as error:
-        raise _named(error, plans.route) from error
+        raise named(error, plans.route) from error
 
 
-def _named(error: OvercommitError, route: Route) -> OvercommitError:
+def named(error: OvercommitError, route: Route) -> OvercommitError:
+    """Say of which model an error is, if it does not."""
     prefix = f"model '{route.name}': "
     if error.message.startswith((prefix, "inference request ")):  # Triton's words name it
         return error
     return type(error)(prefix + error.message)
 
 
-def _prepare(plans: RoutePlans, text: Data, tail: memoryview) -> tuple[Prepared, Sequence[Data]]:
-    return _prepare_decoded(plans, codec.decode_request(text), tail)
-
-
 def _prepare_raw(plans: RoutePlans, body: bytes) -> tuple[Prepared, Sequence[Data]]:
     request = raw_body.request_of(plans.route, len(body))
     if request.inputs[0].datatype == "BYTES":
         body = binary.join_bytes([body])
-    return _prepare_decoded(plans, request, memoryview(body))
+    return _prepare(plans, request, memoryview(body))
 
 
 def prepare_decoded(
-    plans: RoutePlans, request: codec.InferRequest, tail: memoryview
+    plans: RoutePlans,
+    request: codec.InferRequest,
+    tail: memoryview,
+    decode_data: DecodeData = codec.decode_data,
 ) -> tuple[Prepared, Sequence[Data]]:
     """Check a request whose JSON somebody else has read, or made; `tail`: its binary tensors.
 
     Raises BadRequest that names the model.
     """
     try:
-        return _prepare_decoded(plans, request, tail)
+        return _prepare(plans, request, tail, decode_data)
     except OvercommitError as error:
-        raise _named(error, plans.route) from error
+        raise named(error, plans.route) from error
 
 
-def _prepare_decoded(
-    plans: RoutePlans, request: codec.InferRequest, tail: memoryview
+def _prepare(
+    plans: RoutePlans,
+    request: codec.InferRequest,
+    tail: memoryview,
+    decode_data: DecodeData = codec.decode_data,
 ) -> tuple[Prepared, Sequence[Data]]:
     _check_limits(request)
     key: Key = tuple([(item.name, item.datatype, item.shape) for item in request.inputs])
@@ -269,7 +274,7 @@ def _prepare_decoded(
             at += size
         elif len(memoryview(item.data)):
             try:
-                data.append(codec.decode_data(item.data, item.datatype, item.shape))
+                data.append(decode_data(item.data, item.datatype, item.shape))
             except BadRequest as error:
                 raise BadRequest(f"input '{item.name}': {error.message}") from error
             continue
@@ -306,9 +311,7 @@ def _check_limits(request: codec.InferRequest) -> None:
 
 
 def _check_elements(item: codec.RequestInput, data: Data) -> None:
-    elements = 1
-    for size in item.shape:
-        elements *= size
+    elements = math.prod(item.shape)
     count = binary.count_bytes_elements(memoryview(data))
     if count != elements:
         raise BadRequest(
