@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from overcommit.runtime import _shm
+from overcommit.runtime import _shm, refusals
 from overcommit.runtime.config import NEVER_NS, QUIET_NS, ModelConfig, Settings
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
@@ -108,6 +108,7 @@ class Activations:
         self._on_ready: Callable[[int, str], None] = lambda slot, name: None
         self._on_removed: Callable[[int], None] = lambda slot: None
         self.timings = Timings()
+        self._unheard: dict[int, str] = {}  # slot -> why a pinned version was refused last
         self._asked_ns = 0  # when a load was asked for last
 
     def watch(
@@ -234,6 +235,10 @@ class Activations:
         if entry.config.steps:
             return  # an ensemble has nothing to load
         self._on_ready(entry.slot, entry.name)
+        device = self._residency.device
+        if (size := device.footprint(entry.nbytes)) > device.capacity_bytes:
+            reason = refusals.never_fits(entry.name, size, device.capacity_bytes, 0)
+            log.warning("%s: until then requests for it are refused", reason)
         is_pinned = entry.config.pin and self._pins(entry.slot)
         if is_pinned or self._residency.view(entry.slot) is not None:
             self._add(entry, now_ns)
@@ -267,6 +272,7 @@ class Activations:
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""
         self.timings.forget(slot)
+        self._unheard.pop(slot, None)
         self._on_removed(slot)
         self.apply(self._residency.remove(slot, now_ns), now_ns)
         for worker in self._fleet.of_kind("worker", site=self._site):
@@ -303,6 +309,7 @@ class Activations:
                     running.message = replace(running.message, urgency="foreground")
                     self._send(PromoteLoad(job=action.job))
             elif isinstance(action, Publish):
+                self._unheard.pop(action.slot, None)
                 placed = Placed(
                     slot=action.slot,
                     generation=action.generation,
@@ -314,6 +321,10 @@ class Activations:
                 self.timings.on_publish(action.slot, action.generation, now_ns)
             elif isinstance(action, Refuse):
                 self.timings.forget(action.slot)
+                if not action.waiters and self._unheard.get(action.slot) != action.code:
+                    # A pinned version: no client reads this, and it is tried again and again.
+                    self._unheard[action.slot] = action.code
+                    log.warning("a pinned model is not in DEVICE: %s", action.message)
                 failed = ActivationFailed(
                     slot=action.slot,
                     code=action.code or Overloaded.code,

@@ -3,10 +3,11 @@
 Bytes are given by value per byte (`policy.py`), so the least precious leave first.  But a giant needs
 many of them at once: a model of 1 GB that one client asks for would empty DEVICE of fifty small ones
 that are asked all the time, and they it, in turn.  So a model of GIANT_SHARE of DEVICE and more, which
-would evict MANY or more versions, is weighed against them: what they would cost, in seconds of loading a second, if they had to come back
-for every request; against the same of its own.  Where they are worth TIMES its own and more it comes
-no oftener than once in SHARE times as long as the loads take, its own and theirs, or in PATIENCE_S.  So
-it takes a small part of the time, and it does come: at once, if it was not here lately.
+would evict MANY or more versions, is weighed against them: what they would cost, in seconds of loading
+a second, if they had to come back for every request; against the same of its own.  Where they are
+worth TIMES its own and more it comes no oftener than once in SHARE times as long as the loads take, its
+own and theirs, or in PATIENCE_S.  So it takes a small part of the time, and it does come: at once, if
+it was not here lately.
 
 Invariants
  1. A version that is no giant, or of which fewer than MANY would have to leave, is never held up, nor

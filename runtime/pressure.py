@@ -128,5 +128,5 @@ def remedy(reading: Reading) -> str:
     return (
         f"the models in use need {mib(reading.working_set_bytes)} and DEVICE has "
         f"{mib(reading.memory_bytes)}; loads take {reading.busy_share:.0%} of the time and a load serves "
-        f"{reading.uses_per_load:.1f} requests; raise device_memory_bytes, or serve fewer models here"
+        f"{reading.uses_per_load:.1f} requests; raise --device-memory, or serve fewer models here"
     )

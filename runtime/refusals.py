@@ -31,11 +31,11 @@ def never_fits(name: str, size: int, capacity: int, pinned: int) -> str:
     if size > capacity:
         return (
             f"model '{name}' needs {mib(size)} of DEVICE memory and there are {mib(capacity)}; "
-            f"raise device_memory_bytes"
+            f"raise --device-memory"
         )
     return (
         f"model '{name}' needs {mib(size)} of DEVICE memory and pinned models hold {mib(pinned)} "
-        f"of {mib(capacity)}; raise device_memory_bytes or pin fewer models"
+        f"of {mib(capacity)}; raise --device-memory or pin fewer models"
     )
 
 
@@ -43,7 +43,7 @@ def no_room(name: str, capacity: int, waited_s: float) -> str:
     """Everything that could have made room was in use for as long as a wish may wait."""
     return (
         f"model '{name}' found no room in {mib(capacity)} of DEVICE memory for {waited_s:.0f} s, "
-        f"because all of it is in use; send less, or raise device_memory_bytes"
+        f"because all of it is in use; send less, or raise --device-memory"
     )
 
 
@@ -60,7 +60,7 @@ def not_in_time(name: str, wait_ms: int, left_ms: int) -> str:
     """The weights will be there after the request's time."""
     return (
         f"{name}: its weights will be in DEVICE memory in {wait_ms} ms and the request has "
-        f"{left_ms} ms; try again then, give it a longer timeout, or raise device_memory_bytes"
+        f"{left_ms} ms; try again then, give it a longer timeout, or raise --device-memory"
     )
 
 
@@ -69,7 +69,7 @@ def too_much_before(name: str, queued: int, back_s: float) -> str:
     return (
         f"model '{name}' is not in DEVICE memory, and {queued} loads wait before its own, more than "
         f"the requests for it have time for; try again in {back_s:.1f} s, or raise "
-        f"device_memory_bytes"
+        f"--device-memory"
     )
 
 

@@ -94,7 +94,8 @@ def build_demo(path: Path, variants: int, force: bool, console: Console) -> int:
     made = f"{len(missing) - len(failures)} made now in {seconds:.1f} s"
     console.print(
         f"{len(parts) - len(failures)} models in {root}, {made if missing else 'nothing to do'}\n"
-        f"serve them, far more than fit, with:  overcommit serve {root} --device-memory 1GB --host-memory 4GB",
+        f"serve them, far more than fit, with:  overcommit serve {root} --device-memory 1GB "
+        f"--host-memory 4GB",
         highlight=False,
         soft_wrap=True,
     )

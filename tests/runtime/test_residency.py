@@ -231,7 +231,7 @@ def test_a_version_that_can_never_fit_is_refused_with_limit_and_remedy(pinned_ch
     (refusal,) = world.want(2)
     assert isinstance(refusal, Refuse)
     assert refusal.code == "out_of_memory"
-    for word in ("model-2", "8.0 MiB", "device_memory_bytes"):
+    for word in ("model-2", "8.0 MiB", "--device-memory"):
         assert word in refusal.message
     assert ("pin" in refusal.message) == bool(pinned_chunks)
 

@@ -260,7 +260,7 @@ def test_a_wish_is_refused_when_all_its_requests_are_late_and_very_much_is_befor
     assert refusal.code == "overloaded"
     assert refusal.retry_after_s == pytest.approx((ahead * 10 + 10 - 20) / 1000, rel=0.02)
     assert f"model 'model-{refusal.slot}'" in refusal.message
-    assert "raise device_memory_bytes" in refusal.message
+    assert "raise --device-memory" in refusal.message
 
 
 def test_a_giant_that_takes_longer_than_any_request_has_is_loaded_all_the_same() -> None:

@@ -124,7 +124,7 @@ def test_a_request_that_cannot_wait_for_its_weights_is_refused_and_served_later(
         # Less than a load takes, and enough to hear that.
         answer = infer(server, model, [1, 16], timeout_us=half_us)
         if answer.status == 503:
-            time.sleep(check_refusal(answer, model, "raise device_memory_bytes"))
+            time.sleep(check_refusal(answer, model, "raise --device-memory"))
             refused += 1
         assert infer(server, model, [1, 16]).status == 200
     assert refused, "no load was foreseen"
@@ -157,7 +157,7 @@ def test_thrashing_is_reported_and_the_server_stays_ready(server: Server) -> Non
         list(pool.map(ask, range(2)))
     ready = server.get("/v2/health/ready")
     assert ready.status == 200
-    assert "raise device_memory_bytes" in ready.json()["thrashing"]
+    assert "raise --device-memory" in ready.json()["thrashing"]
     found = server.status()["thrashing"]
     assert found["active"]
     assert found["working_set_bytes"] > found["memory_bytes"]
