@@ -27,12 +27,7 @@ from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import BLOCK_BYTES_MAX, NEVER_NS, RETRIES_MAX
-from overcommit.runtime.errors import (
-    DeadlineExceeded,
-    OvercommitError,
-    ProtocolError,
-    WorkerLost,
-)
+from overcommit.runtime.errors import OvercommitError, ProtocolError, WorkerLost
 from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.runtime.messages import LinkUp
@@ -288,16 +283,23 @@ class Dispatch:
         """Answer what is out of time; blocks that are lent stay so until the completion."""
         late = [each for each in self.pending.values() if each.deadline_ns <= now_ns]
         for pending in late:
-            reply, pending.reply = pending.reply, None
-            pending.deadline_ns = NEVER_NS
-            if pending.link is None:
-                self._release(pending)
-            if reply is not None:
-                self.tallies.count_failure(pending.route.slot, pending.began_ns)
-                self.errors += 1
-                name = pending.route.name
-                reply.fail(DeadlineExceeded(f"model '{name}': no answer within the request's time"))
+            self._give_up(pending, failures.too_late(pending.route.name))
         self._hand_over()
+
+    def end(self) -> None:
+        """Answer all that is in flight: this process ends before their answers."""
+        for pending in list(self.pending.values()):
+            self._give_up(pending, failures.stopping(pending.route.name))
+
+    def _give_up(self, pending: Pending, error: OvercommitError) -> None:
+        reply, pending.reply = pending.reply, None
+        pending.deadline_ns = NEVER_NS
+        if pending.link is None:
+            self._release(pending)
+        if reply is not None:
+            self.tallies.count_failure(pending.route.slot, pending.began_ns)
+            self.errors += 1
+            reply.fail(error)
 
     # --- completions ----------------------------------------------------------------------------
     def drain(self) -> None:

@@ -35,6 +35,20 @@ def queue_full(name: str, limit: int, room_s: float, *, is_own: bool = True) -> 
     )
 
 
+def too_late(name: str) -> DeadlineExceeded:
+    """The request's time is over."""
+    return DeadlineExceeded(f"model '{name}': no answer within the request's time")
+
+
+def stopping(name: str) -> Unavailable:
+    """The time in which a server that stops answers what is in flight is over."""
+    return Unavailable(
+        f"model '{name}': the server is stopping, and its --drain-timeout is over; ask another, or "
+        f"this one when it is back",
+        retry_after_s=UNKNOWN_S,
+    )
+
+
 def memory_full(name: str, nbytes: int) -> Overloaded:
     """There is no room for an answer."""
     return Overloaded(

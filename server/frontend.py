@@ -381,7 +381,8 @@ class FrontEnd:
             if not busy and (not idle or time.monotonic() >= grace_s):
                 break
             await asyncio.sleep(SWEEP_S)
-        server.should_exit = True
+        self.dispatch.end()
+        server.should_exit = server.force_exit = True
 
 
 def main(control_fd: int) -> None:

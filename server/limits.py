@@ -36,7 +36,9 @@ LINES_MAX: Final = 16_384  # remembered request lines ...
 FIELDS_MAX: Final = 4096  # ... and header lines that follow them ...
 HEAD_BYTES_MAX: Final = 1 * KIB  # ... up to this long, together
 DIMENSION_MAX: Final = 1 << 40
-SPECIAL_STRINGS_MAX: Final = 100_000  # in a request's JSON that has NaN or the infinities beside them
+SPECIAL_STRINGS_MAX: Final = (
+    100_000  # in a request's JSON that has NaN or the infinities beside them
+)
 PARAMETERS_BYTES_MAX: Final = 1 * MIB  # of a request's JSON, all its parameters together
 DECODE_HERE_BYTES: Final = 1 * MIB  # longer JSON is decoded by another thread ...
 DECODE_PIECE_BYTES: Final = 256 * KIB  # ... so much at a time

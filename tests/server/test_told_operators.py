@@ -24,7 +24,9 @@ class Wide(torch.nn.Module):
 def add_wide(root: Path, name: str, rows: int, toml: str = "") -> None:
     """A model of `rows` x 4 KiB."""
     model_rig.add_model(root, name, WIDE.replace("512", str(rows)), {"x": "FP32"})
-    table = torch.full((rows, 1024), float(len(list(root.iterdir()))))  # versions share what is equal
+    table = torch.full(
+        (rows, 1024), float(len(list(root.iterdir())))
+    )  # versions share what is equal
     save_file({"table": table}, root / name / "model.safetensors")
     file = root / name / "model.toml"
     file.write_text(toml + file.read_text())
