@@ -1,6 +1,6 @@
-"""What a worker's refusal means to a client.
+"""What a refusal means to a client: a worker's, the dispatch's, a check's.
 
-Called by the dispatch.
+Called by the dispatch and where requests are read.
 """
 
 from __future__ import annotations
@@ -75,3 +75,11 @@ def error_of(route: Route, status: int, text: str, detail: int) -> OvercommitErr
     if status == _shm.TOO_LARGE:
         return PayloadTooLarge(f"model '{name}': the answer needs {detail} bytes")
     return ModelError(f"model '{name}': {text}")
+
+
+def named(error: OvercommitError, route: Route) -> OvercommitError:
+    """Say of which model an error is, if it does not."""
+    prefix = f"model '{route.name}': "
+    if error.message.startswith((prefix, "inference request ")):  # Triton's words name it
+        return error
+    return type(error)(prefix + error.message)

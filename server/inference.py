@@ -24,6 +24,7 @@ from overcommit.runtime.payload import DATATYPES
 from overcommit.runtime.sequence_terms import Ask
 from overcommit.server import binary, codec, raw_body, sequences, specials, wants
 from overcommit.server.answer_plans import OutputPlan, Outputs, Part, Selection
+from overcommit.server.failures import named
 from overcommit.server.plans import InputPlan, Key, RoutePlans, Shape
 from overcommit.server.regions import Held, window_of
 
@@ -204,14 +205,6 @@ def prepare_head(plans: RoutePlans, text: Data, tail_bytes: int) -> Prepared | N
         return _finish(plans, plan, request)
     except OvercommitError as error:
         raise named(error, plans.route) from error
-
-
-def named(error: OvercommitError, route: Route) -> OvercommitError:
-    """Say of which model an error is, if it does not."""
-    prefix = f"model '{route.name}': "
-    if error.message.startswith((prefix, "inference request ")):  # Triton's words name it
-        return error
-    return type(error)(prefix + error.message)
 
 
 def _prepare_raw(plans: RoutePlans, body: bytes) -> tuple[Prepared, Sequence[Data]]:

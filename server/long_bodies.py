@@ -22,7 +22,8 @@ import msgspec
 from overcommit.runtime.errors import BadRequest
 from overcommit.runtime.payload import DATATYPES
 from overcommit.server import codec
-from overcommit.server.inference import Data, Prepared, named, prepare_decoded
+from overcommit.server.failures import named
+from overcommit.server.inference import Data, Prepared, prepare_decoded
 from overcommit.server.limits import DECODE_PIECE_BYTES
 from overcommit.server.plans import RoutePlans
 
