@@ -99,6 +99,11 @@ ATTACHES_KEPT: Final = 1024  # of workers, for status
 ATTACHES_UNSAID_MAX: Final = 256  # of one worker, between two heartbeats
 ADMIN_REPLY_PART_BYTES: Final = 64 * KIB
 BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
+BATCH_SAID_S: Final = 10.0  # of one that runs longer the log speaks
+# A worker that neither starts a batch nor beats for so long is hung.  It beats once in HEARTBEAT_NS, but
+# not while it collects garbage, or a thread of its that loads a program holds the interpreter.  Less than
+# REQUEST_TIMEOUT_MS: who waits there is sent to another one in time.
+STILL_TIMEOUT_S: Final = 45.0
 # Retried requests of one version that killed again, within RESTART_WINDOW_S.
 QUARANTINE_DEATHS: Final = 3
 QUARANTINE_S: Final = 30.0

@@ -31,13 +31,19 @@ from overcommit.runtime import _shm
 from overcommit.runtime.bells import MoverBells, lend_doorbells, make_bell
 from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.chunk_feed import ChunkFeed
-from overcommit.runtime.config import FORK_SERVER_PAUSE_S, VERSIONS_MAX, Settings
+from overcommit.runtime.config import (
+    BATCH_TIMEOUT_S,
+    FORK_SERVER_PAUSE_S,
+    VERSIONS_MAX,
+    Settings,
+)
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory, create_memfd
 from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, LinkUp, Message, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
-from overcommit.runtime.seats import Seat
+from overcommit.runtime.seats import Seat, SeatState
+from overcommit.runtime.vigil import Finding, Vigil
 
 log = logging.getLogger("overcommit.fleet")
 
@@ -58,6 +64,7 @@ class Child:
     is_ready: bool = False
     told: set[int] = field(default_factory=set)  # slots whose VersionInfo this worker has
     counters: Counters = field(default_factory=Counters)
+    vigil: Vigil | None = None  # over a worker that is ready
 
     @property
     def incarnation(self) -> tuple[int, int]:
@@ -80,7 +87,8 @@ class Fleet:
     `on_unborn(process, why)` is called when the fork server will not make what it was asked for,
     `on_gone(child)` after a child was reaped and its links were taken down,
     `on_shrunk(site, count)` when a GPU turned out to have memory for so many chunks only,
-    `on_arena_gone(site)` when DEVICE died with its mover, and nobody is left who used it.
+    `on_arena_gone(site)` when DEVICE died with its mover, and nobody is left who used it;
+    `title_of(slot)` says for the log which version that is.
     """
 
     def __init__(
@@ -93,6 +101,7 @@ class Fleet:
         on_arena_gone: Callable[[int], None] = lambda site: None,
         on_unborn: Callable[[Process, str], None] = lambda process, why: None,
         boundary: Boundary | None = None,
+        title_of: Callable[[int], str] = str,
     ) -> None:
         self.boundary = boundary or Boundary()
         self.settings = settings
@@ -121,6 +130,7 @@ class Fleet:
         self._on_shrunk = on_shrunk
         self._on_arena_gone = on_arena_gone
         self._on_unborn = on_unborn
+        self._title_of = title_of
         self._fork_server_at_ns = 0
 
     # --- looking --------------------------------------------------------------------------------
@@ -312,6 +322,7 @@ class Fleet:
         """Note that a child serves, and link it with every peer that does."""
         child.seat.on_ready(now_ns)
         child.is_ready = True
+        child.vigil = Vigil(now_ns) if child.seat.kind == "worker" else None
         log.info("%s %d is ready (pid %d)", child.seat.kind, child.seat.index, pid)
         self._must("the links of a", self._link_all, child, now_ns)
 
@@ -399,15 +410,28 @@ class Fleet:
             self._lose_arena(child, now_ns)
         self._on_gone(child)
 
-    def kill_overdue(self, now_ns: int, batch_timeout_ns: int) -> None:
-        """Kill what does not get ready and what is stuck in a batch."""
+    def kill_overdue(self, now_ns: int) -> None:
+        """Kill what does not get ready, and workers that are stuck; warn of long batches."""
         for child in list(self.children.values()):
             if child.seat.start_overdue(now_ns):
                 self.kill(child, "did not get ready in time", now_ns)
-            elif child.is_ready and child.status is not None:
-                started_ns = child.status.read()[1]
-                if started_ns and now_ns - started_ns > batch_timeout_ns:
-                    self.kill(child, "is stuck in a batch", now_ns)
+            elif child.seat.state is SeatState.LIVE:
+                self._look_after(child, now_ns)
+
+    def _look_after(self, child: Child, now_ns: int) -> None:
+        if (vigil := child.vigil) is None or child.status is None:
+            return
+        heartbeat_ns, started_ns, _, slot, _ = child.status.read()
+        finding = vigil.look(heartbeat_ns, started_ns, now_ns)
+        if finding is Finding.MOVES:
+            return
+        text = f"has not moved for {vigil.still_ns // 1_000_000_000} s"
+        if started_ns:
+            text = f"{text}: it is at work for {self._title_of(slot)}"
+        if finding is Finding.STUCK:
+            self.kill(child, text, now_ns)
+        else:
+            log.warning("%r %s; after %g s it is killed", child.seat, text, BATCH_TIMEOUT_S)
 
     def close(self) -> None:
         """Kill and reap whatever is left; nothing survives this."""

@@ -74,6 +74,7 @@ class House:
             lambda site: self.sites[site].on_arena_gone(time.monotonic_ns()),
             on_unborn,
             self.boundary,
+            self._title_of,
         )
         self.sites = [
             Site(
@@ -128,6 +129,12 @@ class House:
             self.boundary.run("the tick of a site", site.activations.tick, now_ns)
 
     # --- versions -------------------------------------------------------------------------------
+    def _title_of(self, slot: int) -> str:
+        entry = self.registry.by_slot(slot)
+        return (
+            "a version that is gone" if entry is None else f"{entry.name} version {entry.version}"
+        )
+
     def add(self, entry: Entry, now_ns: int) -> None:
         """A version can be served from now on."""
         if self.spreading is not None and not entry.config.steps:

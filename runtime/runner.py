@@ -87,6 +87,26 @@ class Runner:
         self._leases.add_uses(version.info.slot, len(jobs), time.monotonic_ns())
         return True
 
+    def try_prepare(self, version: Version, work: Callable[[], None]) -> bool:
+        """Do what answers no request, a bind or a warm-up, as `try_lease` and with the page naming it.
+
+        What the page names already, batches on a device, it names again afterwards.
+        """
+        status = self._status
+
+        def named() -> None:
+            _, started_ns, phase, slot, ids = status.read()
+            status.begin(version.info.slot, _shm.PHASE_COMPUTE, time.monotonic_ns(), ids)
+            try:
+                work()
+            finally:
+                if started_ns:
+                    status.begin(slot, phase, started_ns, ids)
+                else:
+                    status.end()
+
+        return self.try_lease(version, named)
+
     # --- a batch that a device works on ---------------------------------------------------------
     def try_hold(self, version: Version) -> bool:
         """Take the version's lease for longer than a call; False when it is not resident."""
@@ -160,11 +180,9 @@ class Runner:
 
     def try_warm_up(self, version: Version) -> None:
         """Run one row of zeros, and the model's own warm-up requests: all is in place for the first."""
-        slot = version.info.slot
 
         def warm_up() -> None:
             assert version.model is not None, "only a bound version is warmed up"
-            self._status.begin(slot, _shm.PHASE_COMPUTE, time.monotonic_ns(), ())
             try:
                 config = version.info.config
                 inputs = {spec.name: zeros(spec) for spec in config.inputs}
@@ -173,10 +191,8 @@ class Runner:
                     version.model.run(warm_inputs(config, inputs))
             except Exception as error:  # the batch boundary; requests may well succeed
                 log.info("%s: warm-up failed: %s", version.title, _text(error))
-            finally:
-                self._status.end()
 
-        self.try_lease(version, warm_up)
+        self.try_prepare(version, warm_up)
         version.has_run = True
 
     # --- a batch across versions ----------------------------------------------------------------

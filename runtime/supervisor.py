@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime.administration import Administration
 from overcommit.runtime.broken_seats import BrokenSeats
 from overcommit.runtime.catalogue import Catalogue
-from overcommit.runtime.config import BATCH_TIMEOUT_S, STOP_TIMEOUT_S, Settings
+from overcommit.runtime.config import STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
 from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcommit")
 
 TICK_S: Final = 0.5
-BATCH_TIMEOUT_NS: Final = int(BATCH_TIMEOUT_S * 1e9)
 
 
 class Phase(enum.Enum):
@@ -161,7 +160,7 @@ class Supervisor:
         house.tick(now_ns)
         if house.prefetching is not None and self.phase is Phase.SERVING:
             run("prefetching", house.prefetching.step, now_ns)
-        run("the end of hung processes", house.fleet.kill_overdue, now_ns, BATCH_TIMEOUT_NS)
+        run("the end of hung processes", house.fleet.kill_overdue, now_ns)
         run("telling front ends of clients", administration.books.tell_new)
         run("gathering counts", administration.gathering.step, now_ns)
         self.catalogue.step(now_ns)

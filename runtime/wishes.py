@@ -291,7 +291,7 @@ class Wishes:
                 self._batcher.set_runnable(slot, False, now_ns)
                 return
             try:
-                if not self._runner.try_lease(version, lambda: self._versions.bind(version)):
+                if not self._runner.try_prepare(version, lambda: self._versions.bind(version)):
                     self.lose(version, now_ns)
                     return
             except Exception as error:  # the batch boundary: a model's own code may run here
@@ -312,7 +312,7 @@ class Wishes:
     def _is_right(self, version: Version, now_ns: int) -> bool:
         """Hold the weights against their digest; False, and it is said, where it cannot run."""
         try:
-            if self._runner.try_lease(version, lambda: self._versions.check(version)):
+            if self._runner.try_prepare(version, lambda: self._versions.check(version)):
                 return True
             self.lose(version, now_ns)
         except ImageError as error:
