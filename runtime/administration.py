@@ -310,7 +310,7 @@ class Administration:
         ]
         return msgspec.json.encode(
             {
-                "processes": self.house.fleet.describe(),
+                "processes": [*house.fleet.describe(), *self.catalogue.packing.describe()],
                 "failures": house.boundary.failures(),
                 **self._tiers(),
                 "gpu": devices[0]["gpu"],

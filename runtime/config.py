@@ -91,6 +91,9 @@ FAILURE_SAID_S: Final = 60.0  # what fails in the supervisor again and again is 
 FAILED_TURNS_PAUSE_S: Final = 0.02  # between turns of its loop that fail one after the other
 STOP_TIMEOUT_S: Final = 5.0  # for a child to leave after Stop, then SIGKILL
 PACKER_IDLE_S: Final = 30.0  # an idle packer is sent home
+# A packer that says nothing of getting on for so long is ended.  Compiling a large model takes minutes.
+PACK_TIMEOUT_S: Final = 600.0
+PACK_REMARK_S: Final = 60.0  # after which its silence is logged, and again after as long
 PACK_TRIES_MAX: Final = 2  # a packer that dies twice over one version means a broken version
 RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after its route is gone
 ACTIVATIONS_KEPT: Final = 4096  # activation records for status
@@ -209,6 +212,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ring_slots: int = RING_SLOTS
     spin_ns: int | None = None
     scan_interval_s: float = 2.0
+    pack_timeout_s: float = PACK_TIMEOUT_S  # without progress
     request_timeout_ms: int = REQUEST_TIMEOUT_MS
     keep_alive_s: int = 75
     drain_timeout_s: float = 30.0

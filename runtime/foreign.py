@@ -78,16 +78,24 @@ class Foreign:
 Made = tuple[ImageHeader, Iterator[tuple[TensorEntry, memoryview]]]
 
 
-def make(job: Pack, source: Source, scratch: Path) -> Made:
+def make(
+    job: Pack, source: Source, scratch: Path, on_step: Callable[[], None] = lambda: None
+) -> Made:
     """Return the header of a source's image, and its tensors; `scratch` is an empty folder.
+
+    `on_step` is called whenever a step is done.
 
     Raises RepositoryError, ModelError.
     """
     foreign = _prepare(job, source, scratch)
+    on_step()
     outcome = _try_out(job, foreign)
+    on_step()
     problem: OvercommitError | None = None
     for candidate in foreign.candidates():
+        on_step()
         header = _header(job, source, candidate, outcome.config)
+        on_step()
         try:
             _verify(job, header, candidate, outcome, foreign)
         except (BadRequest, ImageError, ModelError, RepositoryError) as error:

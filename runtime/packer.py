@@ -177,10 +177,13 @@ _PREPARE: Final = {
 
 # --- packing --------------------------------------------------------------------------------------
 def _pack(job: Pack, on_progress: Progress) -> PackDone:
+    def on_step() -> None:
+        on_progress(0, 0)  # nothing is written yet, but it goes on
+
     source = sources.find(job)
     if source.kind == "user":
         user_code.require_allowed(f"model '{job.name}'", job.config, job.allow_code)
-    key = sources.content_key(job, source)
+    key = sources.content_key(job, source, on_step)
     folder = Path(job.cache_dir).absolute() / "images"
     path, other = folder / f"{key}.image", folder / f"{key}p.image"
     if job.packs:
@@ -194,16 +197,18 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = TEMPORARY_PREFIX
         with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as scratch:
-            made, tensors_of = foreign.make(job, source, Path(scratch))
+            made, tensors_of = foreign.make(job, source, Path(scratch), on_step)
             header = write_image(path, made, tensors_of, on_progress, packs=job.packs)
             return _done(job, path, key, header)
     prepared = _PREPARE[source.kind](job, source)
+    on_step()
     # What a tuple's elements are called is for the model's configuration to say.
     names = ModelConfig(inputs=job.config.inputs or prepared.known.inputs)
     names = msgspec.structs.replace(names, outputs=job.config.outputs)
     real = BoundModule(prepared.call, names)
     with _only_reading(prepared.module, job):
         outcome = trials.complete(f"model '{job.name}'", job.config, prepared.known, real.run_typed)
+    on_step()
     facts, tensors = manifest.scan(prepared.module)
     header = _working_header(job, source, prepared, outcome, facts, tensors)
     parts = (
@@ -367,7 +372,7 @@ class _Telling:
         self._told_s = time.monotonic()
 
     def on_progress(self, done: int, total: int) -> None:
-        """So many bytes are written."""
+        """So many bytes are written; (0, 0): none yet, but a step was done."""
         now_s = time.monotonic()
         if now_s - self._told_s >= PROGRESS_S:
             self._told_s = now_s

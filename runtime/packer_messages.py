@@ -21,7 +21,7 @@ class Pack(Message, frozen=True):
 
 
 class PackProgress(Message, frozen=True):
-    """How far the job is, in bytes of image."""
+    """How far the job is, in bytes of image; total 0: nothing is written yet, but it gets on."""
 
     job: int
     done: int

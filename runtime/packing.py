@@ -7,6 +7,8 @@ broken, and nothing else is disturbed.
 Invariants
  1. A slot is queued or being packed at most once.
  2. Every slot that was added ends in exactly one `on_done(slot, PackDone)`, unless it was dropped.
+ 3. A version whose packing makes no progress for `pack_timeout_s` is broken, and its packer is killed: a
+    model's own code may hang, and all others wait behind it.
 
 Called by the supervisor, from its one thread.
 """
@@ -18,7 +20,13 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from overcommit.runtime.config import PACK_TRIES_MAX, PACKER_IDLE_S, Settings
+from overcommit.runtime.config import (
+    PACK_REMARK_S,
+    PACK_TRIES_MAX,
+    PACKER_IDLE_S,
+    START_TIMEOUT_S,
+    Settings,
+)
 from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.process import Process
@@ -54,6 +62,11 @@ class Packing:
         self._job = 0
         self._idle_since_ns = 0
         self._is_ready = False
+        self._moved_ns = 0  # when the packer was started, given its job, or told of progress
+        self._remarked_ns = 0
+        self._verdict = ""  # why it was killed
+        self._title = ""  # of what is being packed
+        self._epoch = self._deaths = 0
         self._level = ""  # that a client has set; "": none has
         self.current: int | None = None
         self.progress: tuple[int, int] = (0, 0)
@@ -99,12 +112,15 @@ class Packing:
     def step(self, now_ns: int) -> None:
         """Start a packer when there is work, give it the next job, send it home when idle."""
         self._tell(now_ns)
+        self._watch(now_ns)
         if (self._urgent or self._queue) and self.process is None:
             self.process = self._start_packer()
             if self.process is not None:
-                start = Start(kind="packer", seat=0, epoch=1, settings=self._settings)
+                self._epoch += 1
+                start = Start(kind="packer", seat=0, epoch=self._epoch, settings=self._settings)
                 self.process.control.post(start)
                 self._tell_level()
+                self._moved_ns = now_ns
         if self.process is None or not self._is_ready or self.current is not None:
             return
         while (slot := self._take()) is not None:
@@ -113,6 +129,8 @@ class Packing:
             if job is not None:
                 log.debug("packing %s version %s", job.name, job.version)
                 self.current, self.progress = slot, (0, 0)
+                self._title = f"model '{job.name}' version {job.version}"
+                self._moved_ns = self._remarked_ns = now_ns
                 self.process.control.post(job)
                 return
         if not self._idle_since_ns:
@@ -120,6 +138,51 @@ class Packing:
         elif now_ns - self._idle_since_ns > PACKER_IDLE_S * 1e9:
             self.process.control.post(Stop())
             self._is_ready = False
+
+    def _watch(self, now_ns: int) -> None:
+        """Kill a packer that does not get on; what it was at is broken when it is reaped."""
+        process = self.process
+        if process is None or process.kill_asked or (self._is_ready and self.current is None):
+            return
+        still_s = (now_ns - self._moved_ns) / 1e9
+        if self.current is None:
+            if still_s > START_TIMEOUT_S:
+                log.error("the packer did not get ready in %.0f s: killed", still_s)
+                process.kill()
+            return
+        limit_s = self._settings.pack_timeout_s
+        if still_s > limit_s:
+            self._verdict = (
+                f"{self._title}: packing it made no progress for {limit_s:g} s and was given up: its code hangs (in "
+                "its load, or a trial run), or it takes longer to read or compile than that; then give "
+                "--pack-timeout more seconds, and load it again"
+            )
+            log.error("packing of %s: no progress for %.0f s: killed", self._title, still_s)
+            process.kill()
+        elif now_ns - max(self._remarked_ns, self._moved_ns) > PACK_REMARK_S * 1e9:
+            self._remarked_ns = now_ns
+            log.warning(
+                "packing of %s makes no progress since %.0f s, and %d others wait; it is given up after "
+                "%g s (--pack-timeout)",
+                *(self._title, still_s, len(self) - 1, limit_s),
+            )
+
+    def describe(self) -> list[dict[str, object]]:
+        """Return one row for the packer, if there is one, for status."""
+        if self.process is None:
+            return []
+        state = "LIVE" if self._is_ready else "STARTING"
+        return [
+            {
+                "kind": "packer",
+                "seat": 0,
+                "site": 0,
+                "epoch": self._epoch,
+                "pid": self.process.pid,
+                "state": "DYING" if self.process.kill_asked else state,
+                "deaths": self._deaths,
+            }
+        ]
 
     def set_level(self, level: str) -> None:
         """Log from this level on: this packer, and those that follow it."""
@@ -147,7 +210,9 @@ class Packing:
         if isinstance(message, Ready):
             self._is_ready = True
         elif isinstance(message, PackProgress) and message.job == self._job:
-            self.progress = (message.done, message.total)
+            self._moved_ns = now_ns
+            if message.total:
+                self.progress = (message.done, message.total)
         elif isinstance(message, PackDone) and message.job == self._job:
             self._finish(message)
         self._idle_since_ns = 0
@@ -156,8 +221,13 @@ class Packing:
     def on_dead(self, ending: str) -> None:
         """The packer is reaped; its job is tried once more."""
         self.process, self._is_ready, self._idle_since_ns = None, False, 0
+        self._deaths += 1
         slot = self.current
         if slot is None:
+            return
+        if self._verdict:
+            message, self._verdict = self._verdict, ""
+            self._finish(PackDone(job=self._job, ok=False, message=message))
             return
         self._tries[slot] = self._tries.get(slot, 0) + 1
         if self._tries[slot] < PACK_TRIES_MAX:

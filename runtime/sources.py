@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -206,8 +206,8 @@ def _onnx(
     return Source("onnx", "onnx", folder / chosen, beside)
 
 
-def content_key(job: Pack, source: Source) -> str:
-    """Name the image.  Reads every byte of the source, in pieces."""
+def content_key(job: Pack, source: Source, on_step: Callable[[], None] = lambda: None) -> str:
+    """Name the image.  Reads every byte of the source, in pieces; `on_step` is called after each."""
     digest = hashlib.blake2b(digest_size=20)
     for text in (*made_by(), source.kind, source.engine, source.class_name):
         digest.update(text.encode() + b"\0")
@@ -217,4 +217,5 @@ def content_key(job: Pack, source: Source) -> str:
         with path.open("rb") as file:
             while part := file.read(_HASH_BYTES):
                 digest.update(part)
+                on_step()
     return digest.hexdigest()

@@ -111,6 +111,7 @@ def serve(
     load_overrides: flags.LoadOverrides = None,
     request_timeout: flags.RequestTimeout = None,
     drain_timeout: flags.DrainTimeout = None,
+    pack_timeout: flags.PackTimeout = None,
     scan_interval: flags.ScanInterval = None,
     spin_us: flags.SpinUs = None,
     log_level: flags.LogLevel = None,

@@ -162,6 +162,10 @@ DrainTimeout = Annotated[
 ScanInterval = Annotated[
     str | None, Option(metavar="SECONDS", help="Between two looks at the repositories (2).")
 ]
+PackTimeout = Annotated[
+    str | None,
+    Option(metavar="SECONDS", help="That packing one version may go on without progress (600)."),
+]
 SpinUs = Annotated[
     str | None, Option(metavar="US", help="How long a process polls before it sleeps.")
 ]

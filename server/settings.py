@@ -29,6 +29,7 @@ from overcommit.runtime.config import (
     METRICS_MODELS,
     METRICS_MODELS_MAX,
     MIB,
+    PACK_TIMEOUT_S,
     PAYLOAD_BYTES,
     PREFETCH_BYTES_PER_S,
     PREFETCH_SHARE,
@@ -136,6 +137,7 @@ class ServeSettings(BaseSettings):
     request_timeout: Annotated[float, Field(gt=0, le=86_400)] = REQUEST_TIMEOUT_MS / 1000
     drain_timeout: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     scan_interval: Annotated[float, Field(ge=0.05, le=86_400)] = 2.0
+    pack_timeout: Annotated[float, Field(ge=1, le=86_400)] = PACK_TIMEOUT_S
     spin_us: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
     log_level: LogLevel = "info"
 
@@ -191,6 +193,7 @@ def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Setti
         load_overrides=chosen.load_overrides,
         spin_ns=None if chosen.spin_us is None else int(chosen.spin_us * 1000),
         scan_interval_s=chosen.scan_interval,
+        pack_timeout_s=chosen.pack_timeout,
         request_timeout_ms=max(1, round(chosen.request_timeout * 1000)),
         drain_timeout_s=chosen.drain_timeout,
         log_level=chosen.log_level,

@@ -6,7 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from overcommit.runtime.config import PACKER_IDLE_S, ModelConfig, Settings
+from overcommit.runtime.config import (
+    PACK_TIMEOUT_S,
+    PACKER_IDLE_S,
+    START_TIMEOUT_S,
+    ModelConfig,
+    Settings,
+)
 from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
@@ -150,3 +156,58 @@ def test_an_idle_packer_is_sent_home_and_a_new_one_comes_for_new_work(bench: Ben
     bench.packing.add(2)
     bench.packing.step(4)
     assert len(bench.peers) == 2
+
+
+def test_a_version_that_does_not_get_on_is_given_up_and_the_rest_goes_on(bench: Bench) -> None:
+    bench.packing.add(1)
+    bench.packing.add(2)
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    limit_ns = int(PACK_TIMEOUT_S * 1e9)
+    # What it says of getting on counts, whether anything is written yet or not.
+    for done, total in ((0, 0), (1, 9), (2, 9)):
+        bench.now_ns += limit_ns
+        bench.packing.step(bench.now_ns)
+        bench.say(PackProgress(job=1, done=done, total=total))
+    process = bench.packing.process
+    assert process is not None
+    assert not process.kill_asked
+    assert bench.packing.share_done(1) == 2 / 9
+    bench.packing.step(bench.now_ns + limit_ns + 1)
+    assert process.kill_asked
+    process.control.close()
+    bench.packing.on_dead("signal 9")
+    ((slot, done),) = bench.done
+    assert (slot, done.ok) == (1, False)
+    assert "no progress for 600 s" in done.message
+    assert "--pack-timeout" in done.message
+    bench.packing.step(bench.now_ns)
+    bench.say(Ready(pid=2))
+    assert bench.jobs() == ["m2"]
+
+
+def test_a_packer_that_does_not_get_ready_is_replaced(bench: Bench) -> None:
+    bench.packing.add(1)
+    bench.packing.step(1)
+    late_ns = 2 + int(START_TIMEOUT_S * 1e9)
+    bench.packing.step(late_ns)
+    process = bench.packing.process
+    assert process is not None
+    assert process.kill_asked
+    process.control.close()
+    bench.packing.on_dead("signal 9")
+    assert bench.done == []
+    bench.packing.step(late_ns)
+    bench.say(Ready(pid=2))
+    assert bench.jobs() == ["m1"]
+
+
+def test_the_packer_is_described_while_there_is_one(bench: Bench) -> None:
+    assert bench.packing.describe() == []
+    bench.packing.add(1)
+    bench.packing.step(1)
+    assert [(row["kind"], row["state"]) for row in bench.packing.describe()] == [
+        ("packer", "STARTING")
+    ]
+    bench.say(Ready(pid=1))
+    assert [row["state"] for row in bench.packing.describe()] == ["LIVE"]
