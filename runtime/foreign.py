@@ -145,14 +145,21 @@ def _try_out(job: Pack, foreign: Foreign) -> trials.Outcome:
 
 
 def _check_inputs(where: str, given: Sequence[TensorSpec], known: Sequence[TensorSpec]) -> None:
-    """Raise RepositoryError where a configuration names other inputs than the program has."""
-    types = {spec.name: spec.datatype for spec in known}
+    """Raise RepositoryError where a configuration lists other inputs than the program has."""
+    by_name = {spec.name: spec for spec in known}
     for spec in given:
-        if types.get(spec.name) != spec.datatype:
+        own = by_name.get(spec.name)
+        if own is None or own.datatype != spec.datatype:
             has = ", ".join(f"'{each.name}' ({each.datatype})" for each in known)
             raise RepositoryError(
                 f"{where} has no input '{spec.name}' ({spec.datatype}), which its configuration "
                 f"lists; it takes {has}"
+            )
+        # A graph that leaves the rank open says the same as one that takes a scalar.
+        if own.shape and not trials.fits(spec.shape, own.shape):
+            raise RepositoryError(
+                f"{where}: its input '{spec.name}' is {list(spec.shape)} in its configuration, but the "
+                f"program takes {list(own.shape)}; a batch's axis counts (max_batch_size in config.pbtxt)"
             )
 
 

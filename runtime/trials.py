@@ -287,6 +287,13 @@ def _one_row(spec: TensorSpec, firsts: Collection[str]) -> TensorSpec:
     return msgspec.structs.replace(spec, shape=(1, *spec.shape[1:]), axes=(None, *spec.axes[1:]))
 
 
+def fits(one: Sequence[int], two: Sequence[int]) -> bool:
+    """Whether some tensor has both shapes; -1 is any size."""
+    return len(one) == len(two) and all(
+        -1 in (a, b) or a == b for a, b in zip(one, two, strict=True)
+    )
+
+
 def _chosen(
     name: str, config: ModelConfig, found: tuple[TensorSpec, ...]
 ) -> tuple[TensorSpec, ...]:
@@ -299,10 +306,7 @@ def _chosen(
         )
     for spec in config.outputs:
         other = known[spec.name]
-        fits = len(spec.shape) == len(other.shape) and all(
-            -1 in (a, b) or a == b for a, b in zip(spec.shape, other.shape, strict=True)
-        )
-        if spec.datatype != other.datatype or not fits:
+        if spec.datatype != other.datatype or not fits(spec.shape, other.shape):
             raise RepositoryError(
                 f"output '{spec.name}' of {name} is {other.datatype} {list(other.shape)}, its "
                 f"model.toml says {spec.datatype} {list(spec.shape)}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pack_rig import Opened, packed, refused
 
-from overcommit.runtime.config import Batching, OnnxOptions
+from overcommit.runtime.config import Batching, OnnxOptions, TensorSpec
 from overcommit.runtime.engines.private_copies import Ledger, PrivateCopy
 from overcommit.runtime.errors import BadRequest
 
@@ -198,6 +198,17 @@ def test_texts_odd_names_and_sizes_that_do_not_fit(tmp_path: Path) -> None:
         model.run({"in/0:text": np.array([[b"\xff", b""]], object), "a.b": np.ones((1, 3), "f4")})
     with pytest.raises(BadRequest, match=r"a\.b"):
         model.run({"in/0:text": texts, "a.b": np.ones((1, 4), np.float32)})
+
+
+def test_a_configuration_that_contradicts_the_graph_is_refused(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path / "dense").parent
+    for shape in ((-1, 7), (32,), (-1, 1, 32)):
+        given = (TensorSpec(name="x", datatype="FP32", shape=shape),)
+        message = refused(folder, tmp_path / "cache", inputs=given)
+        assert f"is {list(shape)} in its configuration" in message
+        assert "[-1, 32]" in message
+    fixed = (TensorSpec(name="x", datatype="FP32", shape=(2, 32)),)
+    assert packed(folder, tmp_path / "cache", inputs=fixed).config.inputs[0].shape == (2, 32)
 
 
 def test_a_list_of_dictionaries_becomes_the_tensor_it_was_made_of(tmp_path: Path) -> None:
