@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
@@ -24,6 +25,7 @@ from overcommit.runtime.entries import Entry, State, to_route
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.hints import hint_of
 from overcommit.runtime.house import House
+from overcommit.runtime.kept_images import reusable
 from overcommit.runtime.overrides import Overrides
 from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
@@ -227,6 +229,8 @@ class Catalogue:
                 self.house.add(entry, now_ns)
             elif entry.state is State.PACKING:
                 self.packing.add(entry.slot)
+        for entry in self.registry.versions(name):
+            self.mend(entry.slot, now_ns)
         self.announce_routes(affected, [], now_ns)
         self.try_again(name, now_ns)
 
@@ -256,6 +260,21 @@ class Catalogue:
         entry = self.registry.by_slot(slot)
         if entry is not None:
             log.error("%s version %s cannot be bound: %s", entry.name, entry.version, message)
+            self.mend(slot, time.monotonic_ns())
+
+    def mend(self, slot: int, now_ns: int) -> None:
+        """Have a version's image made again if it, or a part or the program of it, is gone."""
+        entry = self.registry.by_slot(slot)
+        if entry is None or not entry.image_path or reusable(Path(entry.image_path)) is not None:
+            return
+        new = self.registry.renew(entry)
+        if new is None:
+            return
+        if new.state is State.READY:
+            self._on_usable(new, now_ns)
+        else:
+            self.packing.add(new.slot)
+            self.packing.hurry(new.slot)
 
     def name(self, name: str, **said: str) -> bytes:
         """Take over what an operator says of a model's names.  Raises BadRequest, NotFound."""

@@ -198,7 +198,14 @@ def read_head(path: str | Path) -> tuple[bytes, int]:
             _, length = _read_prefix(path, head)
             return head + file.read(length), os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+        raise ImageError(unreadable(path, error)) from error
+
+
+def unreadable(path: str | Path, error: OSError) -> str:
+    """Say that a file of the cache cannot be read, and what becomes of one that is gone."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is gone from the cache; a server that misses it makes it again: ask once more soon"
+    return f"{path} cannot be read: {error.strerror}"
 
 
 def read_stored(path: str | Path) -> tuple[Stored, int]:

@@ -56,6 +56,7 @@ from overcommit.runtime.config import (
     READS_IN_FLIGHT,
     UNPACK_STEP_BYTES,
 )
+from overcommit.runtime.container import unreadable
 from overcommit.runtime.copier import MEMCPY, Copier
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.image_file import ImageFile, Span
@@ -289,7 +290,7 @@ class LoadState:
             except ImageError as error:
                 outcome.error = error.message
             except OSError as error:
-                outcome.error = f"{self.load.path} cannot be read: {error.strerror}"
+                outcome.error = unreadable(self.load.path, error)
         return outcome
 
     def rehearse(self) -> None:

@@ -153,9 +153,9 @@ class Packing:
         limit_s = self._settings.pack_timeout_s
         if still_s > limit_s:
             self._verdict = (
-                f"{self._title}: packing it made no progress for {limit_s:g} s and was given up: its code hangs (in "
-                "its load, or a trial run), or it takes longer to read or compile than that; then give "
-                "--pack-timeout more seconds, and load it again"
+                f"{self._title}: packing it made no progress for {limit_s:g} s and was given up: its "
+                "code hangs (in its load, or a trial run), or it takes longer to read or compile than "
+                "that; then give --pack-timeout more seconds, and load it again"
             )
             log.error("packing of %s: no progress for %.0f s: killed", self._title, still_s)
             process.kill()

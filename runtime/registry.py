@@ -18,6 +18,7 @@ State machine
     PACKING -> READY | UNAVAILABLE            [on_packed]
     PACKING | READY -> UNLOADED               [set_unloaded]
     UNLOADED | UNAVAILABLE -> READY | PACKING [set_loaded]
+    READY, its image gone -> the same, and a successor PACKING  [renew]
     any -> retired -> (none)                  [apply_scan or on_packed, release]
 
 Called by the supervisor, from its one thread, and by `overcommit pack`.
@@ -200,6 +201,24 @@ class Registry(Shelf):
         changes.removed.append(entry.slot)
         if successor.state is State.PACKING:
             changes.to_pack.append(successor.slot)
+
+    def renew(self, entry: Entry) -> Entry | None:
+        """Have the image of a version made again, which is gone; return its new entry.
+
+        What is in memory serves on until the new one takes over.  None: nothing can be made of its files
+        now, or something is being made already.
+        """
+        source = entry.seen
+        is_current = self._current.get((entry.name, entry.version)) is entry
+        if not is_current or entry.state is not State.READY or entry.slot in self._successors:
+            return None
+        if source is None or source.config is None or source.config.steps:
+            return None
+        successor = self._make(source)
+        if successor is not None:
+            self._successors[entry.slot] = successor
+            successor.on_trial = self.rehearses
+        return successor
 
     def _make(self, source: VersionSource) -> Entry | None:
         """Give a source a slot and the state that it can have now."""

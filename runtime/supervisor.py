@@ -249,7 +249,11 @@ class Supervisor:
         elif isinstance(message, Activate):
             house.site_of(child).activations.on_activate(child, message, now_ns)
         elif isinstance(message, LoadDone):
-            house.site_of(child).activations.on_load_done(message, now_ns)
+            activations = house.site_of(child).activations
+            running = activations.load(message.job)
+            activations.on_load_done(message, now_ns)
+            if running is not None and not message.ok and not running.is_cancelled:
+                self.catalogue.mend(running.message.slot, now_ns)
         elif isinstance(message, Admin):
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):

@@ -125,3 +125,32 @@ def test_what_an_operator_says_goes_before_the_files_and_outlives_a_start(
     rollout.say("minilm", weights="null")
     (names,) = rollout.changes(["minilm"])
     assert names.weights == {}
+
+
+def test_an_image_that_is_gone_is_made_again_once_behind_the_version_that_serves(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    old = registry.find("minilm")
+    new = registry.renew(old)
+    assert new is not None
+    assert (new.state, new.on_trial) == (State.PACKING, True)
+    assert registry.renew(old) is None
+    assert registry.renew(new) is None
+    assert registry.find("minilm") is old
+    assert registry.on_packed(new.slot, packed(tmp_path, "again")) == []
+    assert registry.on_rehearsed(new.slot, True, "") == [old.slot]
+    assert registry.find("minilm") is new
+
+
+def test_an_image_that_cannot_be_made_again_leaves_the_reason_and_is_tried_once_more(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    old = registry.find("minilm")
+    new = registry.renew(old)
+    assert new is not None
+    assert registry.on_packed(new.slot, FAILED) == []
+    assert registry.find("minilm") is old
+    assert FAILED.message in old.reason
+    assert registry.renew(old) is not None
