@@ -19,6 +19,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
+
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
 from overcommit.runtime.entries import Entry, State, to_route
@@ -27,6 +29,7 @@ from overcommit.runtime.hints import hint_of
 from overcommit.runtime.house import House
 from overcommit.runtime.kept_images import reusable
 from overcommit.runtime.overrides import Overrides
+from overcommit.runtime.pack_retries import PackRetries
 from overcommit.runtime.packer_messages import Pack, PackDone
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.process import Process
@@ -57,6 +60,7 @@ class Catalogue:
         self.rollout = Rollout(settings.cache_dir, self.registry)
         self.overrides = Overrides(settings.cache_dir, settings.repositories)
         self._sources: list[VersionSource] = []
+        self._retries = PackRetries()
         self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False
         self._is_serving = False
@@ -153,6 +157,13 @@ class Catalogue:
         entry = self.registry.by_slot(slot)
         if entry is None:
             return
+        key = (entry.name, entry.version)
+        if done.may_pass:
+            wait_s = self._retries.put_off(key, now_ns)
+            message = f"{done.message}; it is tried again in {wait_s:g} s"
+            done = msgspec.structs.replace(done, message=message)
+        else:
+            self._retries.forget(key)
         if not done.ok:
             log.error("%s version %s: %s", entry.name, entry.version, done.message)
         name = entry.name
@@ -268,13 +279,26 @@ class Catalogue:
         if entry is None or not entry.image_path or reusable(Path(entry.image_path)) is not None:
             return
         new = self.registry.renew(entry)
-        if new is None:
-            return
-        if new.state is State.READY:
-            self._on_usable(new, now_ns)
-        else:
-            self.packing.add(new.slot)
+        if new is not None:
+            self._make_again(new, now_ns)
             self.packing.hurry(new.slot)
+
+    def _make_again(self, entry: Entry, now_ns: int) -> None:
+        if entry.state is State.READY:  # its image was there all the time
+            self._on_usable(entry, now_ns)
+        else:
+            self.packing.add(entry.slot)
+
+    def _retry(self, now_ns: int) -> None:
+        """Pack once more what failed for a reason that may have passed."""
+        for name, version in self._retries.take_due(now_ns):
+            entry = self.registry.again(name, version)
+            if entry is None:
+                self._retries.forget((name, version))
+                continue
+            self._make_again(entry, now_ns)
+            if not self.registry.is_successor(entry):
+                self.announce_routes([entry], [], now_ns)
 
     def name(self, name: str, **said: str) -> bytes:
         """Take over what an operator says of a model's names.  Raises BadRequest, NotFound."""
@@ -302,6 +326,7 @@ class Catalogue:
     def step(self, now_ns: int) -> None:
         """Pack, tell new front ends, let retired versions go."""
         run = self.house.boundary.run
+        run("packing again what failed", self._retry, now_ns)
         run("packing", self.packing.step, now_ns)
         run("rehearsals", self.rehearsals.step, now_ns)
         if self._is_serving:  # not before the first workers were forked: they would have to wait

@@ -93,6 +93,8 @@ STOP_TIMEOUT_S: Final = 5.0  # for a child to leave after Stop, then SIGKILL
 PACKER_IDLE_S: Final = 30.0  # an idle packer is sent home
 # A packer that says nothing of getting on for so long is ended.  Compiling a large model takes minutes.
 PACK_TIMEOUT_S: Final = 600.0
+# After each failure in a row that is not the model's: a full disk, a share that is away.
+PACK_RETRY_S: Final = (5.0, 15.0, 60.0, 300.0)
 PACK_REMARK_S: Final = 60.0  # after which its silence is logged, and again after as long
 PACK_TRIES_MAX: Final = 2  # a packer that dies twice over one version means a broken version
 RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after its route is gone

@@ -19,6 +19,7 @@ Invariants
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -37,7 +38,7 @@ import torch
 from torch import nn
 
 from overcommit.runtime import checkpoint, engines, foreign, probes, reshape, sources, trials
-from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
+from overcommit.runtime.config import MIB, START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.engines import (
@@ -74,6 +75,7 @@ log = logging.getLogger("overcommit.packer")
 Progress = Callable[[int, int], None]
 MESSAGE_CHARS_MAX: Final = 4000
 PROGRESS_S: Final = 0.2
+_FULL: Final = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 STALE_S: Final = 3600.0  # a temporary file this old is of a packer that was killed
 
 
@@ -309,6 +311,7 @@ def _done(job: Pack, path: Path, key: str, header: ImageHeader) -> PackDone:
 
 def pack(job: Pack, on_progress: Progress) -> PackDone:
     """Make the image of one version; the answer says whether it worked, and why not."""
+    may_pass = False
     try:
         with _remarks_logged(job):
             # The model is packed as it is; which shape its clients give is nothing to it.
@@ -323,13 +326,29 @@ def pack(job: Pack, on_progress: Progress) -> PackDone:
     except MemoryError:
         message = f"model '{job.name}' needs more memory to be packed than there is"
     except OSError as error:
-        message = f"model '{job.name}': {error}"
+        message, may_pass = f"model '{job.name}': {error}", True
     except Exception as error:  # the job boundary: torch, transformers and models raise anything
         log.exception("job %d: model '%s' cannot be packed", job.job, job.name)
         message = f"model '{job.name}' cannot be packed: {type(error).__name__}: {error}"
     if job.name not in message:
         message = f"model '{job.name}': {message}"
-    return PackDone(job=job.job, ok=False, message=message[:MESSAGE_CHARS_MAX])
+    # Libraries that write for us say so in errors of their own.
+    if any(text in message for text in _FULL):
+        message, may_pass = _no_room(job), True
+    message = message[:MESSAGE_CHARS_MAX]
+    return PackDone(job=job.job, ok=False, message=message, may_pass=may_pass)
+
+
+def _no_room(job: Pack) -> str:
+    folder = min(
+        job.cache_dir, tempfile.gettempdir(), key=lambda each: shutil.disk_usage(each).free
+    )
+    free = shutil.disk_usage(folder).free / MIB
+    option = "--cache-dir" if folder == job.cache_dir else "TMPDIR"
+    return (
+        f"model '{job.name}' cannot be packed: there is no room left on the disk of {folder} ({free:.0f} "
+        f"MiB free); make room there, or name a larger one by {option}"
+    )
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class PackDone(Message, frozen=True):
     job: int
     ok: bool
     message: str = ""
+    may_pass: bool = False  # it failed for a reason that lies outside of the model
     image_path: str = ""
     content_key: str = ""
     program_key: str = ""

@@ -19,6 +19,7 @@ State machine
     PACKING | READY -> UNLOADED               [set_unloaded]
     UNLOADED | UNAVAILABLE -> READY | PACKING [set_loaded]
     READY, its image gone -> the same, and a successor PACKING  [renew]
+    UNAVAILABLE -> PACKING                    [again]
     any -> retired -> (none)                  [apply_scan or on_packed, release]
 
 Called by the supervisor, from its one thread, and by `overcommit pack`.
@@ -201,6 +202,16 @@ class Registry(Shelf):
         changes.removed.append(entry.slot)
         if successor.state is State.PACKING:
             changes.to_pack.append(successor.slot)
+
+    def again(self, name: str, version: str) -> Entry | None:
+        """Return the entry to pack of a version whose packing failed; None: there is none any more."""
+        entry = self._current.get((name, version))
+        if entry is None:
+            return None
+        if entry.state is State.UNAVAILABLE and entry.source_config is not None:
+            entry.state, entry.reason = State.PACKING, ""
+            return entry
+        return self.renew(entry) if entry.reason else None
 
     def renew(self, entry: Entry) -> Entry | None:
         """Have the image of a version made again, which is gone; return its new entry.

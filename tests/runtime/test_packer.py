@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pack_rig import try_pack
 from safetensors.torch import save_file
 from torch import nn
 
-from overcommit.runtime import engines
+from overcommit.runtime import engines, packer
 from overcommit.runtime.config import Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import Forbidden
 from overcommit.runtime.image import read_header, read_payload
@@ -354,3 +357,29 @@ def test_an_entry_that_names_no_file_is_refused(tmp_path: Path) -> None:
             folder, tmp_path / "cache", True, allow_code=True, inputs=(X,), entry=entry
         )
         assert "entry" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        RuntimeError("write failed: No space left on device"),
+    ],
+)
+def test_a_full_disk_is_said_with_its_folder_and_may_pass(
+    tmp_path: Path, make_bert: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    make_bert(tmp_path / "m", 0)
+
+    def write(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(packer, "write_image", write)
+    monkeypatch.setattr(packer.tempfile, "gettempdir", lambda: str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    done = try_pack(tmp_path / "m", tmp_path / "cache")
+    assert done.may_pass
+    assert f"no room left on the disk of {tmp_path / 'cache'}" in done.message
+    assert "make room there" in done.message
+    assert "--cache-dir" in done.message

@@ -154,3 +154,23 @@ def test_an_image_that_cannot_be_made_again_leaves_the_reason_and_is_tried_once_
     assert registry.find("minilm") is old
     assert FAILED.message in old.reason
     assert registry.renew(old) is not None
+
+
+def test_what_could_not_be_packed_is_packed_again_alone_or_behind_what_serves(
+    registry: Registry, tmp_path: Path
+) -> None:
+    (slot,) = registry.apply_scan([source()]).to_pack
+    assert registry.again("minilm", "1") is None  # it is on its way
+    registry.on_packed(slot, FAILED)
+    entry = registry.again("minilm", "1")
+    assert entry is registry.find("minilm")
+    assert entry.state is State.PACKING
+    registry.on_packed(slot, packed(tmp_path))
+    assert registry.again("minilm", "1") is None
+    (new_slot,) = registry.apply_scan([source(fingerprint="b")]).to_pack
+    registry.on_packed(new_slot, FAILED)
+    new = registry.again("minilm", "1")
+    assert new is not None
+    assert registry.is_successor(new)
+    assert new.fingerprint == "b"
+    assert registry.again("nobody", "1") is None
