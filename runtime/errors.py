@@ -7,6 +7,7 @@ these at the edge where they appear, with ``raise ... from``.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Final
 
 from overcommit.runtime.config import ERROR_CHARS_MAX, FOREIGN_ERROR_CHARS_MAX
@@ -21,10 +22,14 @@ def shortened(text: str) -> str:
     half = (ERROR_CHARS_MAX - len(_GAP)) // 2
     return text[: ERROR_CHARS_MAX - len(_GAP) - half] + _GAP + text[-half:]
 
+# Where a native library begins to list its frames, with their addresses: nothing for clients.
+_NATIVE: Final = re.compile(r"\n\s*(?:Stack trace:|Exception raised from )")
+
 
 def said_by(error: Exception) -> str:
     """Write an exception that is not ours in a line: its name, and what it says."""
-    return f"{type(error).__name__}: {error}"[:FOREIGN_ERROR_CHARS_MAX]
+    text = _NATIVE.split(str(error), maxsplit=1)[0]
+    return f"{type(error).__name__}: {text}"[:FOREIGN_ERROR_CHARS_MAX]
 
 
 class OvercommitError(Exception):

@@ -7,7 +7,8 @@ writing to the object headers that children share.
 Invariants
  1. One thread, before every fork.  The self-check after each preload tests it; if it fails the
     supervisor is told `Unfit` and starts children by spawn from then on.
- 2. A child is not reaped before its pidfd has been sent: the pid cannot be reused until then.
+ 2. A child is not reaped before its pidfd has been sent: the pid cannot be reused until then; nor before
+    it was said how it ended.
  3. A Fork is answered by Forked or, where the machine has no process or descriptor left, by Unforked;
     then there is no child, and those that were forked before live on.
  4. The supervisor's death ends this process, and this process's death ends its children.
@@ -96,12 +97,14 @@ def _fork(
 def _reap(control: ControlSocket) -> None:
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if pid == 0:
+        if ended is None:
             return
-        control.send(Exited(pid=pid, status=status))
+        code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        control.send(Exited(pid=ended.si_pid, code=code))
+        os.waitpid(ended.si_pid, 0)
 
 
 def _drain(fd: int) -> None:

@@ -179,10 +179,10 @@ class Unforked(Message, frozen=True):
 
 
 class Exited(Message, frozen=True):
-    """A forked child was reaped; `status` is as from waitpid."""
+    """A forked child has ended, and is reaped next; `code` is its exit status, a signal negative."""
 
     pid: int
-    status: int
+    code: int
 
 
 class Preload(Message, frozen=True):

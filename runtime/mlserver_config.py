@@ -137,6 +137,12 @@ def _parameters(given: _Parameters, table: dict[str, Any], notes: list[str]) -> 
                 f"{FILE_NAME}: parameters.uri '{given.uri}' leads out of the model's folder: copy the "
                 f"model into it"
             )
+        if path.parts and table.get("engine") == "torch":
+            raise RepositoryError(
+                f"{FILE_NAME}: parameters.uri '{given.uri}': a model of HuggingFaceRuntime is served from "
+                f"the folder of {FILE_NAME} itself: move config.json and *.safetensors there and leave uri "
+                f"out. It takes and gives tensors: pipelines and their tasks are not run"
+            )
         if path.parts:
             table["entry"] = str(path)
     for name in ("environment_path", "environment_tarball"):

@@ -323,6 +323,11 @@ def pack(job: Pack, on_progress: Progress) -> PackDone:
         message = f"model '{job.name}' failed its trial run: {error.message}"
     except OvercommitError as error:
         message = error.message
+    except SystemExit as error:
+        message = (
+            f"model '{job.name}': its code calls sys.exit({error.code!r}), but what it ends is the "
+            "process that packs, or later the worker: have it raise an error instead"
+        )
     except MemoryError:
         message = f"model '{job.name}' needs more memory to be packed than there is"
     except OSError as error:

@@ -121,7 +121,9 @@ class Packing:
                 self.process.control.post(start)
                 self._tell_level()
                 self._moved_ns = now_ns
-        if self.process is None or not self._is_ready or self.current is not None:
+        if self.process is None or not self._is_ready or self.process.kill_asked:
+            return
+        if self.current is not None:
             return
         while (slot := self._take()) is not None:
             self._job += 1
@@ -222,19 +224,23 @@ class Packing:
         """The packer is reaped; its job is tried once more."""
         self.process, self._is_ready, self._idle_since_ns = None, False, 0
         self._deaths += 1
+        verdict, self._verdict = self._verdict, ""
         slot = self.current
         if slot is None:
             return
-        if self._verdict:
-            message, self._verdict = self._verdict, ""
-            self._finish(PackDone(job=self._job, ok=False, message=message))
+        if verdict:
+            self._finish(PackDone(job=self._job, ok=False, message=verdict))
             return
         self._tries[slot] = self._tries.get(slot, 0) + 1
         if self._tries[slot] < PACK_TRIES_MAX:
             self.current = None
             self._urgent = {slot: None, **self._urgent}
             return
-        message = f"the packer process died ({ending}) while it packed this version"
+        message = (
+            f"{self._title}: the process that packs died over it {PACK_TRIES_MAX} times ({ending}): its "
+            "code, or the library that reads its files, ended it. A file may be damaged, memory too short "
+            "(SIGKILL), or its code calls os._exit; mend it, and load it again"
+        )
         self._finish(PackDone(job=self._job, ok=False, message=message))
 
     def _finish(self, done: PackDone) -> None:

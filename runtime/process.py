@@ -20,8 +20,10 @@ import select
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from overcommit.runtime.config import REAP_TIMEOUT_S
 from overcommit.runtime.control import ControlSocket, socket_pair
@@ -30,7 +32,7 @@ from overcommit.runtime.messages import Exited, Fork, Forked, Kind, Preload, Unf
 log = logging.getLogger("overcommit.process")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Process:
     """One running child: its pid, its pidfd (None until the fork server has answered), its socket."""
 
@@ -41,6 +43,7 @@ class Process:
     popen: subprocess.Popen[bytes] | None = None
     kill_asked: bool = False
     is_mute: bool = False  # it has closed its control socket
+    code: int | None = None  # of a forked one that ended; a signal is negative
 
     def kill(self) -> None:
         """SIGKILL; a child that the fork server has not named yet is killed when it is."""
@@ -55,8 +58,11 @@ class Process:
         """Reap and release everything; return how it ended, in words."""
         ending = "reaped by the fork server" if self.pid is not None else "it never began"
         if self.popen is not None:
-            code = self.popen.wait()
-            ending = f"signal {-code}" if code < 0 else f"exit status {code}"
+            self.code = self.popen.wait()
+        elif self.code is None and self.pid is not None:
+            self.code = _code_of_zombie(self.pid)
+        if self.code is not None:
+            ending = _in_words(self.code)
         elif self.pidfd is not None and not _is_dead(self.pidfd):
             ending = "left behind: it does not die"  # only a driver that hangs can do that
         if self.pidfd is not None:
@@ -64,6 +70,25 @@ class Process:
             self.pidfd = None
         self.control.close()
         return ending
+
+
+def _in_words(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"signal {-code}, {signal.Signals(-code).name}"
+    except ValueError:  # one that Python has no name for
+        return f"signal {-code}"
+
+
+def _code_of_zombie(pid: int) -> int | None:
+    """Return how a process ended that is dead and not reaped yet; None: it is, or does not die."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(") ")[2].split()  # from the state on, the third of the file's
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == "Z" else None
 
 
 def _is_dead(pidfd: int) -> bool:
@@ -119,6 +144,7 @@ class ForkServer:
         self._on_forked = on_forked
         self._on_unborn = on_unborn
         self._waiting: dict[int, Process] = {}
+        self._children: weakref.WeakValueDictionary[int, Process] = weakref.WeakValueDictionary()
         self._ticket = 0
 
     def fork(self, kind: Kind) -> Process:
@@ -146,6 +172,7 @@ class ForkServer:
         if isinstance(message, Forked):
             child = self._waiting.pop(message.ticket)
             child.pid, child.pidfd = message.pid, fds["pidfd"]
+            self._children[message.pid] = child
             if child.kill_asked:
                 child.kill()
             self._on_forked(child)
@@ -155,9 +182,11 @@ class ForkServer:
             self.unfit = message.reason
             log.warning("the fork server is unfit (%s): workers are spawned", message.reason)
         elif isinstance(message, Exited):
-            code = os.waitstatus_to_exitcode(message.status)
-            if code:
-                log.warning("forked process %d ended with %d", message.pid, code)
+            child_or_none = self._children.pop(message.pid, None)
+            if child_or_none is not None:
+                child_or_none.code = message.code
+            if message.code:
+                log.warning("forked process %d ended: %s", message.pid, _in_words(message.code))
 
     def abandon(self) -> None:
         """The server is dead: the children that were asked for will never come."""

@@ -33,6 +33,7 @@ _TREES: Final = {
 }
 # What a folder for another engine may hold as well: only where the model says so is it a model.
 _AMBIGUOUS: Final = frozenset({".txt", ".json", ".pkl", ".pickle", ".bst"})
+_SCRIPTS: Final = (".pt", ".jit", ".pth", ".ts")
 ENGINES: Final = ("torch", "torch_export", "aoti", "onnx", "python", "torchscript", *_TREES)
 _NO_WEIGHTS: Final = frozenset({"model.toml", "model-settings.json", "settings.json"})
 _HASH_BYTES: Final = 1 << 22
@@ -95,11 +96,15 @@ def find(job: Pack) -> Source:
             return Source("user", "torch", folder / file_name, weights, class_name)
         if "config.json" in names and weights:
             return Source("hugging_face", "torch", folder / "config.json", weights)
+    scripts = [name for name in names if name.endswith(_SCRIPTS)]
+    if scripts and "model.py" not in names:
+        raise RepositoryError(f"{where}: {_no_script(folder / scripts[0])}")
     shown = ", ".join(names[:10]) or "nothing"
     raise RepositoryError(
         f"{where}: {folder} holds {shown}; supported are config.json + *.safetensors "
         f"(Hugging Face), model.py + *.safetensors or a state dict, one *.pt2 (torch.export), *.aoti, "
-        f"*.onnx, *.lgb (LightGBM), *.ubj (XGBoost), and what engine = in its model.toml names"
+        f"*.onnx, *.pt (TorchScript), *.lgb (LightGBM), *.ubj (XGBoost), and what engine = in its "
+        f"model.toml names"
     )
 
 
@@ -127,6 +132,11 @@ def _trees(where: str, names: Sequence[str], config: ModelConfig) -> tuple[str, 
             raise RepositoryError(
                 f'{where} holds {found[:5]}; name one with entry = "{found[0]}" in its model.toml'
             )
+        if config.engine is not None and config.entry is not None and not found:
+            raise RepositoryError(
+                f"{where}: its folder holds no {config.entry}, which entry (parameters.uri in "
+                f"model-settings.json) names; it holds {', '.join(names[:10]) or 'nothing'}"
+            )
         if found:
             return engine, found[0]
         if config.engine is not None:
@@ -135,15 +145,31 @@ def _trees(where: str, names: Sequence[str], config: ModelConfig) -> tuple[str, 
 
 
 def _script(where: str, folder: Path, names: Sequence[str], config: ModelConfig) -> Source | None:
-    kinds = (".pt", ".jit", ".pth", ".ts")
-    found = [name for name in names if name.endswith(kinds) and config.entry in (None, name)]
+    found = [name for name in names if name.endswith(_SCRIPTS) and config.entry in (None, name)]
     if len(found) > 1:
         raise RepositoryError(f"{where} holds {found[:5]}; name one with entry in its model.toml")
     if found and (config.engine is not None or is_torchscript(folder / found[0])):
         return Source("torchscript", "torchscript", folder / found[0])
     if config.engine is not None:
-        raise RepositoryError(f"{where}: {folder} holds no {', '.join(kinds)}")
+        raise RepositoryError(f"{where}: {folder} holds no {', '.join(_SCRIPTS)}")
     return None
+
+
+def _no_script(path: Path) -> str:
+    """Say what a file is that torch wrote and that is no TorchScript."""
+    if zipfile.is_zipfile(path):
+        return (
+            f"{path} is no TorchScript: it holds pickled objects (torch.save). A state dict needs the "
+            f"model.py that builds its module beside it; a whole module is served when it is saved with "
+            f"torch.export.save, or torch.jit.script"
+        )
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        return f"{path} is damaged: its end is missing. Copy it here once more"
+    return (
+        f"{path} is neither TorchScript nor anything else that torch writes today; export it anew"
+    )
 
 
 def _is_package(name: str) -> bool:

@@ -297,6 +297,9 @@ class Supervisor:
 
     def _on_death(self, process: Process, child: Child | None) -> None:
         self._on_control(process, child)  # what it said before it died still counts
+        server = self.house.fleet.fork_server
+        if server is not None and process is not server.process and process.popen is None:
+            self._on_control(server.process, None)  # how it ended, if it is reaped already
         self._unwatch(process)
         house = self.house
         if child is not None:

@@ -289,7 +289,12 @@ def _check(
     if len(shape) != len(spec.shape):
         raise BadRequest(misfit)
     for axis, (given, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
-        if not 0 <= given <= DIMENSION_MAX or (wanted >= 0 and given != wanted):
+        if not 0 <= given <= DIMENSION_MAX:
+            raise BadRequest(
+                f"input '{spec.name}' has shape {list(shape)}, but the sizes of a request are whole "
+                f"numbers from 0 to {DIMENSION_MAX}"
+            )
+        if wanted >= 0 and given != wanted:
             raise BadRequest(misfit)
         name = spec.axes[axis] if spec.axes else None
         if name is not None and axes.setdefault(name, given) != given:

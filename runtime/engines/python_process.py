@@ -148,7 +148,7 @@ class PythonProcess:
 
     def _fail(self) -> str:
         ending = _end_all(self._held)
-        return f"died ({ending}) and is started again for the next request"
+        return f"died ({ending})"
 
 
 def _growing_memfd(name: str) -> int:

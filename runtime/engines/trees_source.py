@@ -25,7 +25,8 @@ def prepare(job: Pack, source: Source, scratch: Path) -> Foreign:
     """Read the file.  Raises RepositoryError, Forbidden."""
     is_code = source.engine == "sklearn"
     if is_code:
-        user_code.require_allowed(f"model '{job.name}', a pickle,", job.config, job.allow_code)
+        what = f"{source.main.name}, a pickle, runs whatever it holds"
+        user_code.require_allowed(f"model '{job.name}'", job.config, job.allow_code, what)
     content = source.main.read_bytes()
     if not content:
         raise RepositoryError(f"{source.main.name} is empty")

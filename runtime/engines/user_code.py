@@ -29,11 +29,13 @@ SOURCE_BYTES_MAX: Final = 4 << 20
 _modules_lock = threading.Lock()
 
 
-def require_allowed(name: str, config: ModelConfig, allow_code: bool) -> None:
+def require_allowed(
+    name: str, config: ModelConfig, allow_code: bool, what: str = "model.py"
+) -> None:
     """Raise Forbidden unless both the operator and the model allow its code to run."""
     if not (allow_code and config.allow_code):
         raise Forbidden(
-            f"{name} brings its own code (model.py): it is served only if its model.toml says "
+            f"{name} brings its own code ({what}): it is served only if its model.toml says "
             f"allow_code = true and the server was started with --allow-code"
         )
 

@@ -261,6 +261,8 @@ def test_a_module_whose_rows_do_not_batch_is_served_one_by_one(tmp_path: Path) -
         ({"weights.bin": b"x"}, "supported are"),
         ({"config.json": b"{", "model.safetensors": b""}, "cannot be read|no JSON"),
         ({"model.pt2": b"not a zip"}, "no .pt2 archive"),
+        ({"model.pt": b"PK\x03\x04cut short"}, "model.pt is damaged: its end is missing"),
+        ({"model.pt": b"\x80\x02old"}, "neither TorchScript nor"),
         (
             {
                 "config.json": b'{"model_type": "os", "architectures": ["system"]}',
@@ -383,3 +385,28 @@ def test_a_full_disk_is_said_with_its_folder_and_may_pass(
     assert f"no room left on the disk of {tmp_path / 'cache'}" in done.message
     assert "make room there" in done.message
     assert "--cache-dir" in done.message
+
+
+def test_a_pickled_module_is_told_from_torchscript(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    torch.save(nn.Linear(2, 2), folder / "model.pt")
+    message = refused(folder, tmp_path / "cache")
+    assert "holds pickled objects (torch.save)" in message
+    assert "torch.export.save" in message
+
+
+def test_code_that_exits_is_an_answer(tmp_path: Path) -> None:
+    folder = user_folder(tmp_path)
+    (folder / "model.py").write_text("raise SystemExit(4)")
+    message = refused(folder, tmp_path / "cache", True, allow_code=True, inputs=(X,))
+    assert "sys.exit(4)" in message
+
+
+def test_an_entry_that_a_library_does_not_find_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "typo"
+    folder.mkdir()
+    (folder / "mymodel.joblib").write_bytes(b"x")
+    message = refused(folder, tmp_path / "cache", engine="sklearn", entry="typo.joblib")
+    assert "holds no typo.joblib" in message
+    assert "it holds mymodel.joblib" in message

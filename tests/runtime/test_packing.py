@@ -211,3 +211,27 @@ def test_the_packer_is_described_while_there_is_one(bench: Bench) -> None:
     ]
     bench.say(Ready(pid=1))
     assert [row["state"] for row in bench.packing.describe()] == ["LIVE"]
+
+
+def test_a_verdict_on_one_version_is_not_the_next_ones(bench: Bench) -> None:
+    bench.packing.add(1)
+    bench.packing.step(1)
+    bench.say(Ready(pid=1))
+    bench.packing.step(2 + int(PACK_TIMEOUT_S * 1e9))
+    assert bench.packing.process is not None
+    # It answers just before it is killed: what it was at is done, and the next one waits for another.
+    bench.packing.add(2)
+    bench.say(PackDone(job=1, ok=True))
+    bench.packing.process.control.close()
+    bench.packing.on_dead("signal 9")
+    assert [(slot, done.ok) for slot, done in bench.done] == [(1, True)]
+    for _ in range(2):
+        bench.packing.step(1)
+        bench.say(Ready(pid=2))
+        assert bench.packing.process is not None
+        bench.packing.process.control.close()
+        bench.packing.on_dead("signal 6, SIGABRT")
+    slot, done = bench.done[-1]
+    assert slot == 2
+    assert "SIGABRT" in done.message
+    assert "mend it, and load it again" in done.message

@@ -94,7 +94,7 @@ def test_a_process_that_dies_fails_its_batch_and_is_started_again(tmp_path: Path
     done = packed(write(tmp_path / "scale"), tmp_path / "cache", **options(python=PROCESS))
     opened = Opened(done, allow_code=True)
     first = int(opened.model.run(ones())["pid"][0])
-    with pytest.raises(ModelError, match=r"exit status 7.* started again"):
+    with pytest.raises(ModelError, match="exit status 7"):
         opened.model.run(ones(5000))
     second = int(opened.model.run(ones())["pid"][0])
     assert second != first

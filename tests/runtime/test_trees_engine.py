@@ -61,7 +61,9 @@ def test_a_pickle_of_scikit_learn_runs_only_where_it_may(tmp_path: Path) -> None
     folder.mkdir()
     joblib.dump(forest, folder / "model.joblib")
     assert "--allow-code" in refused(folder, tmp_path / "cache")
-    assert "--allow-code" in refused(folder, tmp_path / "cache", allow_code=True)
+    message = refused(folder, tmp_path / "cache", allow_code=True)
+    assert "--allow-code" in message
+    assert "a pickle, runs whatever it holds" in message
     subject = opened(folder, tmp_path / "cache", allow_code=True, server_allows=True)
     answer = subject.model.run({"input": ROWS})
     assert [word.decode() for word in answer["predict"]] == forest.predict(ROWS).tolist()

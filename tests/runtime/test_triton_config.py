@@ -307,6 +307,10 @@ def test_model_settings_are_read() -> None:
         ('{"implementation": "my.Model"}', "'my.Model' is not served"),
         ('{"parameters": {"uri": "../secret"}}', "leads out of the model's folder"),
         ('{"name": 3}', "model-settings.json"),
+        (
+            '{"implementation": "mlserver_huggingface.HuggingFaceRuntime", "parameters": {"uri": "./x"}}',
+            "HuggingFaceRuntime is served from the folder",
+        ),
         ("{", "model-settings.json"),
     ],
 )
