@@ -308,7 +308,7 @@ def test_files_that_are_wrong_fail_their_load_and_no_other(
         short: "cut off",
         torn: "too short for an image",
         other: "was replaced",
-        tmp_path / "gone.image": "No such file",
+        tmp_path / "gone.image": "is gone from the cache",
     }
     for job, path in enumerate(wanted):
         at: Extents = ((job * 6 * MIB, 6 * MIB),)

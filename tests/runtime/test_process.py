@@ -16,7 +16,7 @@ WATCHDOG_S = 60.0
 
 @pytest.fixture
 def server() -> Iterator[ForkServer]:
-    made = ForkServer(lambda process: None)
+    made = ForkServer(lambda process: None, lambda process, why: None)
     yield made
     made.process.kill()
     made.process.close()
