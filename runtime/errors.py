@@ -13,6 +13,8 @@ from typing import ClassVar, Final
 from overcommit.runtime.config import ERROR_CHARS_MAX, FOREIGN_ERROR_CHARS_MAX
 
 _GAP: Final = " ... "
+# Where a native library begins to list its frames, with their addresses: nothing for clients.
+_NATIVE: Final = re.compile(r"\n\s*(?:Stack trace:|Exception raised from )")
 
 
 def shortened(text: str) -> str:
@@ -21,9 +23,6 @@ def shortened(text: str) -> str:
         return text
     half = (ERROR_CHARS_MAX - len(_GAP)) // 2
     return text[: ERROR_CHARS_MAX - len(_GAP) - half] + _GAP + text[-half:]
-
-# Where a native library begins to list its frames, with their addresses: nothing for clients.
-_NATIVE: Final = re.compile(r"\n\s*(?:Stack trace:|Exception raised from )")
 
 
 def said_by(error: Exception) -> str:
