@@ -5,7 +5,9 @@ times a second, because every announcement makes them forget what they had worke
 
 Invariants
  1. A front end gets the whole table first, and then every change, in order.
- 2. A change that somebody waits for is told at once, and so is a removal; any other within SAY_NS of
+ 2. No message is longer than a datagram, however many versions come and go at once; those that are gone
+    are told after those that have come.
+ 3. A change that somebody waits for is told at once, and so is a removal; any other within SAY_NS of
     the next call, or with the next one that is told.
 
 Called by the catalogue.
@@ -24,7 +26,8 @@ from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
 from overcommit.runtime.spreading import Spreading
 
 SAY_NS: Final = 100_000_000
-
+# Slots in one message: they fit beside routes, which are cut at half of it, with what a slot takes at most.
+REMOVED_MAX: Final = CONTROL_MESSAGE_BYTES_MAX // 4 // 5
 
 _Item = TypeVar("_Item", Route, ModelNames)
 
@@ -55,9 +58,17 @@ def name_messages(names: Iterable[ModelNames]) -> list[Routes]:
 
 def route_messages(routes: Iterable[Route], removed: Iterable[int] = ()) -> list[Routes]:
     """Split a table into messages that fit a datagram; the last one is `complete`."""
+    gone = tuple(removed)
     *parts, last = _parts(routes, lambda part: Routes(upsert=part))
     messages = [Routes(upsert=part, complete=False) for part in parts]
-    return [*messages, Routes(upsert=last, removed=tuple(removed), complete=True)]
+    early = max(0, len(gone) - REMOVED_MAX)  # these do not fit beside the last routes
+    if early:
+        messages.append(Routes(upsert=last, complete=False))
+        last = ()
+    for start in range(0, early, REMOVED_MAX):
+        part = gone[start : min(early, start + REMOVED_MAX)]
+        messages.append(Routes(removed=part, complete=False))
+    return [*messages, Routes(upsert=last, removed=gone[early:], complete=True)]
 
 
 class Announcer:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from overcommit.runtime.announcer import SAY_NS, Announcer, route_messages
-from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX, ModelConfig
+import pytest
+
+from overcommit.runtime.announcer import REMOVED_MAX, SAY_NS, Announcer, route_messages
+from overcommit.runtime.config import CONTROL_MESSAGE_BYTES_MAX, VERSIONS_MAX, ModelConfig
 from overcommit.runtime.control import encoded_bytes
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.front_end_messages import Route, Routes
@@ -101,6 +103,23 @@ def test_what_is_removed_is_not_told_as_changed() -> None:
     assert front.told[-1].removed == (1,)
     announcer.step(9 * SAY_NS)
     assert front.told[-1].removed == (1,)
+
+
+@pytest.mark.parametrize("count", [0, REMOVED_MAX, REMOVED_MAX + 1, 44_000, VERSIONS_MAX])
+@pytest.mark.parametrize("length", [0, 1000])
+def test_all_versions_may_go_at_once(count: int, length: int) -> None:
+    routes = [
+        Route(slot=slot, name=f"m{slot}", version="1", state="ready", reason="x" * 60)
+        for slot in range(length)
+    ]
+    gone = range(VERSIONS_MAX - count, VERSIONS_MAX)
+    messages = route_messages(routes, gone)
+    assert max(encoded_bytes(message) for message in messages) <= CONTROL_MESSAGE_BYTES_MAX
+    assert [slot for message in messages for slot in message.removed] == list(gone)
+    assert [route for message in messages for route in message.upsert] == routes
+    told = [(bool(message.removed), bool(message.upsert)) for message in messages]
+    assert (True, False) not in told or (False, True) not in told[told.index((True, False)) :]
+    assert [message.complete for message in messages] == [False] * (len(messages) - 1) + [True]
 
 
 def test_a_long_table_comes_in_messages_that_fit() -> None:
