@@ -10,7 +10,8 @@ Invariants
     wait when a load starts, only says where Placed will be: losing it costs time alone.  Both go to it in
     the order in which they were true: what they say of sharing holds for all that it was told before.
  3. A load that its mover had published when it died has ended, and is not sent again.
- 4. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
+ 4. An action that fails takes no other of its event along.  A load that cannot be asked for has failed.
+ 5. A version whose requests kill workers is refused while it is in quarantine, and disturbs nobody else.
 
 Called by the supervisor, from its one thread.
 """
@@ -19,12 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from overcommit.runtime import _shm, refusals
+from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.config import NEVER_NS, QUIET_NS, ModelConfig, Settings
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
@@ -88,11 +91,13 @@ class Activations:
         site: int = 0,
         pins: Callable[[int], bool] = lambda slot: True,
         table: _shm.ResidencyTable | None = None,
+        boundary: Boundary | None = None,
     ) -> None:
         """`pins(slot)`: whether a version that its folder pins is pinned at this site.
 
         `table` is what the mover publishes in; without one, only residency does.
         """
+        self._run = (boundary or Boundary()).run
         self._table = table
         self._site = site
         self._pins = pins
@@ -287,55 +292,70 @@ class Activations:
 
     def apply(self, actions: Iterable[Action], now_ns: int) -> None:
         """Turn residency's actions into messages."""
+        run = self._run
         started: dict[int, None] = {}
-        for action in actions:
+        to_do = deque(actions)
+        while to_do:
+            action = to_do.popleft()
             if isinstance(action, StartLoad):
-                message = self._to_load(action)
-                self._running[action.job] = Running(message, now_ns)
-                self._send(message)
+                message = run("the start of a load", self._start, action, now_ns)
+                if message is None:  # nobody has heard of it, so nobody would ever end it
+                    text = "the load could not be started: see the server's log"
+                    to_do += self._residency.on_load_done(action.job, False, text, now_ns, 0)
+                    continue
                 # The mover is at it; the books after.
-                self.timings.on_start(message, now_ns)
+                run("the books of a load", self.timings.on_start, message, now_ns)
                 if action.urgency == "foreground":
                     started[action.slot] = None
-                self._on_action(action, now_ns)
-                continue
-            self._on_action(action, now_ns)
-            if isinstance(action, CancelStarted):
-                if (running := self._running.get(action.job)) is not None:
-                    running.is_cancelled = True
-                    self._send(CancelLoad(job=action.job))
-            elif isinstance(action, PromoteStarted):
-                if (running := self._running.get(action.job)) is not None:
-                    running.message = replace(running.message, urgency="foreground")
-                    self._send(PromoteLoad(job=action.job))
-            elif isinstance(action, Publish):
-                self._unheard.pop(action.slot, None)
-                placed = Placed(
-                    slot=action.slot,
-                    generation=action.generation,
-                    extents=action.extents,
-                    shared=action.shared,
-                )
-                self._post(action.waiters, placed)
-                # Who waits comes first, the books after.
-                self.timings.on_publish(action.slot, action.generation, now_ns)
-            elif isinstance(action, Refuse):
-                self.timings.forget(action.slot)
-                if not action.waiters and self._unheard.get(action.slot) != action.code:
-                    # A pinned version: no client reads this, and it is tried again and again.
-                    self._unheard[action.slot] = action.code
-                    log.warning("a pinned model is not in DEVICE: %s", action.message)
-                failed = ActivationFailed(
-                    slot=action.slot,
-                    code=action.code or Overloaded.code,
-                    message=action.message,
-                    retry_after_s=action.retry_after_s,
-                )
-                self._post(action.waiters, failed)
-            elif isinstance(action, Withdraw):
-                self._post(action.waiters, Withdrawn(slot=action.slot))
+                run("learning from an action", self._on_action, action, now_ns)
+            else:
+                run("learning from an action", self._on_action, action, now_ns)
+                run(f"a {type(action).__name__}", self._carry_out, action, now_ns)
         for slot in started:
-            self._foretell(slot)
+            run("a Coming", self._foretell, slot)
+
+    def _start(self, action: StartLoad, now_ns: int) -> Load:
+        """Ask the mover for a load; it is running from then on."""
+        message = self._to_load(action)
+        self._send(message)
+        self._running[action.job] = Running(message, now_ns)
+        return message
+
+    def _carry_out(self, action: Action, now_ns: int) -> None:
+        if isinstance(action, CancelStarted):
+            if (running := self._running.get(action.job)) is not None:
+                running.is_cancelled = True
+                self._send(CancelLoad(job=action.job))
+        elif isinstance(action, PromoteStarted):
+            if (running := self._running.get(action.job)) is not None:
+                running.message = replace(running.message, urgency="foreground")
+                self._send(PromoteLoad(job=action.job))
+        elif isinstance(action, Publish):
+            self._unheard.pop(action.slot, None)
+            placed = Placed(
+                slot=action.slot,
+                generation=action.generation,
+                extents=action.extents,
+                shared=action.shared,
+            )
+            self._post(action.waiters, placed)
+            # Who waits comes first, the books after.
+            self.timings.on_publish(action.slot, action.generation, now_ns)
+        elif isinstance(action, Refuse):
+            self.timings.forget(action.slot)
+            if not action.waiters and self._unheard.get(action.slot) != action.code:
+                # A pinned version: no client reads this, and it is tried again and again.
+                self._unheard[action.slot] = action.code
+                log.warning("a pinned model is not in DEVICE: %s", action.message)
+            failed = ActivationFailed(
+                slot=action.slot,
+                code=action.code or Overloaded.code,
+                message=action.message,
+                retry_after_s=action.retry_after_s,
+            )
+            self._post(action.waiters, failed)
+        elif isinstance(action, Withdraw):
+            self._post(action.waiters, Withdrawn(slot=action.slot))
 
     def _foretell(self, slot: int) -> None:
         """Tell who waits where the version will be: what is mapped while bytes move costs no time."""

@@ -78,6 +78,7 @@ POP_MAX: Final = 64
 POPS_MAX: Final = 32  # times in a row, of one ring: all that it holds
 LISTEN_BACKLOG: Final = 2048
 CONTROL_MESSAGE_BYTES_MAX: Final = 128 * KIB
+CONTROL_ENCLOSED_BYTES_MAX: Final = 32 * MIB  # of one that is no datagram: 2 million extents
 CONTROL_FDS_MAX: Final = 64
 CONTROL_BACKLOG_MAX: Final = 4096  # messages a child may leave unread before it counts as hung
 HEARTBEAT_NS: Final = 1_000_000_000

@@ -1,13 +1,17 @@
 """The control socket: typed messages with file descriptors over AF_UNIX SEQPACKET.
 
 SEQPACKET keeps message boundaries in the kernel, so there is no framing to get wrong.  One
-datagram is one MessagePack message (`messages.py`); descriptors ride along as SCM_RIGHTS.
+datagram is one MessagePack message (`messages.py`); descriptors ride along as SCM_RIGHTS.  A message
+longer than a datagram (where a large model lies in a fragmented DEVICE) lies in a memfd, whose
+descriptor comes first, and the datagram is `Enclosed`.
 
 Invariants
  1. A message arrives whole, once, in order, with all of its descriptors, or not at all.
  2. A descriptor that was received belongs to the receiver; one that is not named by the message,
     or that belongs to a message that cannot be decoded, is closed here.
- 3. The supervisor's side never blocks: what the socket does not take waits in a bounded backlog.
+ 3. A message has at most CONTROL_ENCLOSED_BYTES_MAX, and CONTROL_FDS_MAX descriptors.  What is read from a
+    memfd is no longer than that, and no other file is read from.
+ 4. The supervisor's side never blocks: what the socket does not take waits in a bounded backlog.
 
 Used by every process: children block in `receive` or poll `fileno`; the supervisor uses
 `post` and `flush`.
@@ -17,6 +21,8 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
+import fcntl
 import os
 import select
 import socket
@@ -27,12 +33,13 @@ import msgspec
 
 from overcommit.runtime.config import (
     CONTROL_BACKLOG_MAX,
+    CONTROL_ENCLOSED_BYTES_MAX,
     CONTROL_FDS_MAX,
     CONTROL_MESSAGE_BYTES_MAX,
 )
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import FrontEndMessage
-from overcommit.runtime.messages import Message, ProcessMessage
+from overcommit.runtime.messages import Enclosed, Message, ProcessMessage
 from overcommit.runtime.mover_messages import MoverMessage
 from overcommit.runtime.packer_messages import PackerMessage
 from overcommit.runtime.worker_messages import WorkerMessage
@@ -42,7 +49,8 @@ AnyMessage = ProcessMessage | WorkerMessage | FrontEndMessage | MoverMessage | P
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
-_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(CONTROL_FDS_MAX * array.array("i").itemsize)
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE((1 + CONTROL_FDS_MAX) * array.array("i").itemsize)
 
 Received = tuple[AnyMessage, dict[str, int]]
 
@@ -61,6 +69,66 @@ def encoded_bytes(message: Message) -> int:
 def echo(message: Message) -> None:
     """Encode and decode a message: whoever does so before one like it comes has the code in its cache."""
     _DECODER.decode(_ENCODER.encode(message))
+
+
+def _encode(message: Message, fds: Sequence[int]) -> tuple[bytes, tuple[int, ...]]:
+    """Return the datagram and its descriptors; what encloses the message is to be closed.
+
+    Raises ProtocolError for a message over the limits, OSError where a memfd cannot be made.
+    """
+    data = _ENCODER.encode(message)
+    if len(data) > CONTROL_ENCLOSED_BYTES_MAX or len(fds) > CONTROL_FDS_MAX:
+        raise ProtocolError(
+            f"{type(message).__name__} has {len(data)} bytes and {len(fds)} descriptors, the "
+            f"limits are {CONTROL_ENCLOSED_BYTES_MAX} and {CONTROL_FDS_MAX}"
+        )
+    if len(data) <= CONTROL_MESSAGE_BYTES_MAX:
+        return data, tuple(fds)
+    memory = os.memfd_create("overcommit-message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.write(memory, data)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(memory)
+        raise
+    return _ENCODER.encode(Enclosed(nbytes=len(data))), (memory, *fds)
+
+
+def _close_enclosed(attached: Sequence[int], fds: Sequence[int]) -> None:
+    """Close what `_encode` has made."""
+    if len(attached) > len(fds):
+        os.close(attached[0])
+
+
+def _duplicates(fds: Sequence[int]) -> tuple[int, ...]:
+    """Duplicate all of them, or none.  Raises OSError when there are too many."""
+    with contextlib.ExitStack() as undo:
+        duplicates: list[int] = []
+        for fd in fds:
+            duplicates.append(os.dup(fd))
+            undo.callback(os.close, duplicates[-1])
+        undo.pop_all()
+        return tuple(duplicates)
+
+
+def _take_enclosed(nbytes: int, fds: list[int]) -> bytes:
+    """Read a message from the first of these descriptors, and close it; the others are the message's.
+
+    Raises ProtocolError unless it is a sealed memfd of that size: reading from one never waits.
+    """
+    if not fds or not 0 < nbytes <= CONTROL_ENCLOSED_BYTES_MAX:
+        raise ProtocolError(f"a message of {nbytes} bytes with {len(fds)} descriptors is none")
+    memory = fds.pop(0)
+    try:
+        if fcntl.fcntl(memory, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise ProtocolError("a message lies where it can be changed")
+        if os.fstat(memory).st_size != nbytes:
+            raise ProtocolError(f"a message is not of {nbytes} bytes, as was said")
+        return os.pread(memory, nbytes, 0)
+    except OSError as error:
+        raise ProtocolError(f"a message cannot be read: {error}") from error
+    finally:
+        os.close(memory)
 
 
 class ControlSocket:
@@ -92,22 +160,28 @@ class ControlSocket:
 
         Raises ProtocolError for a message over the limit, OSError when the peer is gone.
         """
-        data = self._encode(message, fds)
-        while not self._try_send(data, tuple(fds)):
-            select.select((), (self._socket,), ())
+        data, attached = _encode(message, fds)
+        try:
+            while not self._try_send(data, attached):
+                select.select((), (self._socket,), ())
+        finally:
+            _close_enclosed(attached, fds)
 
     def post(self, message: Message, fds: Sequence[int] = ()) -> bool:
         """Send or queue; never blocks.  False: the backlog is full, the peer counts as hung.
 
         Descriptors are duplicated while they wait, so the caller keeps its own.
         """
-        data = self._encode(message, fds)
-        if not self._backlog and self._try_send(data, tuple(fds)):
+        data, attached = _encode(message, fds)
+        try:
+            if not self._backlog and self._try_send(data, attached):
+                return True
+            if len(self._backlog) >= CONTROL_BACKLOG_MAX:
+                return False
+            self._backlog.append((data, _duplicates(attached)))
             return True
-        if len(self._backlog) >= CONTROL_BACKLOG_MAX:
-            return False
-        self._backlog.append((data, tuple(os.dup(fd) for fd in fds)))
-        return True
+        finally:
+            _close_enclosed(attached, fds)
 
     def flush(self) -> bool:
         """Send what waits; True when nothing is left."""
@@ -124,15 +198,6 @@ class ControlSocket:
     def has_backlog(self) -> bool:
         """Whether messages wait for room."""
         return bool(self._backlog)
-
-    def _encode(self, message: Message, fds: Sequence[int]) -> bytes:
-        data = _ENCODER.encode(message)
-        if len(data) > CONTROL_MESSAGE_BYTES_MAX or len(fds) > CONTROL_FDS_MAX:
-            raise ProtocolError(
-                f"{type(message).__name__} has {len(data)} bytes and {len(fds)} descriptors, the "
-                f"limits are {CONTROL_MESSAGE_BYTES_MAX} and {CONTROL_FDS_MAX}"
-            )
-        return data
 
     def _try_send(self, data: bytes, fds: tuple[int, ...]) -> bool:
         try:
@@ -183,6 +248,8 @@ class ControlSocket:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ProtocolError("a control message was cut off")
             message = _DECODER.decode(data)
+            if isinstance(message, Enclosed):
+                message = _DECODER.decode(_take_enclosed(message.nbytes, fds))
             names: tuple[str, ...] = getattr(message, "fds", ())
             if len(names) != len(fds):
                 raise ProtocolError(

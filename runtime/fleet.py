@@ -1,8 +1,8 @@
 """The children of a supervisor in their seats, the memory that each one owns, and their links.
 
 Owns per incarnation: a doorbell (eventfd) and, for a worker, its page (status and leases), for a
-front end, its ingress and egress arenas.  Makes a fresh link for every pair of a live front end and
-a live worker, hands it to both, and keeps nothing of it.
+front end, its ingress and egress arenas.  Has a fresh link made for every pair of a live front end and
+a live worker (`equipment`).
 
 Invariants
  1. A seat is occupied by at most one process; its epoch grows with every incarnation.
@@ -18,36 +18,28 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.bells import MoverBells, lend_doorbells, make_bell
 from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.chunk_feed import ChunkFeed
-from overcommit.runtime.config import (
-    BATCH_TIMEOUT_S,
-    FORK_SERVER_PAUSE_S,
-    VERSIONS_MAX,
-    Settings,
-)
+from overcommit.runtime.config import BATCH_TIMEOUT_S, FORK_SERVER_PAUSE_S, Settings
+from overcommit.runtime.equipment import link, make_fds, map_page
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import Counters
-from overcommit.runtime.memory import SharedMemory, create_memfd
-from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, LinkUp, Message, Start
+from overcommit.runtime.memory import SharedMemory
+from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, Message, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 from overcommit.runtime.vigil import Finding, Vigil
 
 log = logging.getLogger("overcommit.fleet")
-
-_PAGE_BYTES: Final = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
 
 
 @dataclass(slots=True)
@@ -77,8 +69,18 @@ class Child:
             if not self.process.control.post(message, fds):
                 log.error("%r does not read its control socket: killed", self.seat)
                 self.process.kill()
-        except OSError:
+        except ConnectionError:
             self.process.kill()  # it is dying; the pidfd will tell
+        except OSError as error:
+            log.error(
+                "%r cannot be told a %s (%s): killed", self.seat, type(message).__name__, error
+            )
+            self.process.kill()
+
+
+def _close_all(fds: dict[str, int]) -> None:
+    while fds:
+        os.close(fds.popitem()[1])
 
 
 class Fleet:
@@ -194,15 +196,15 @@ class Fleet:
 
         Raises OSError where there is no descriptor or process left; then nothing was started.
         """
-        with contextlib.ExitStack() as undo:
-            fds: dict[str, int] = {}
-            for name, make in self._own(seat.kind).items():
-                fds[name] = make()
-                undo.callback(os.close, fds[name])
+        fds = make_fds(seat.kind, self.settings)
+        try:
             process = self.start_torch(seat.kind) if seat.kind == "worker" else spawn(seat.kind)
-            if process is None:
-                return True
-            undo.pop_all()
+        except BaseException:
+            _close_all(fds)
+            raise
+        if process is None:
+            _close_all(fds)
+            return True
         seat.on_started(process.pid or 0, now_ns)
         child = self.children[id(seat)] = Child(seat, process, seat.epoch, fds)
         self._must("the equipment of a", self._equip, child, now_ns)
@@ -213,25 +215,12 @@ class Fleet:
         if not self.boundary.run(f"{what} {child.seat.kind}", do, child):
             self.kill(child, "has not got all that it needs", now_ns)
 
-    def _own(self, kind: Kind) -> dict[str, Callable[[], int]]:
-        """Say how to make the descriptors that an incarnation owns."""
-        size = self.settings.payload_bytes
-        if kind == "worker":
-            return {"doorbell": make_bell, "page": lambda: create_memfd("page", _PAGE_BYTES)}
-        if kind == "front_end":
-            return {
-                "doorbell": make_bell,
-                "ingress": lambda: create_memfd("ingress", size),
-                "egress": lambda: create_memfd("egress", size),
-            }
-        return {}
-
     def _equip(self, child: Child) -> bool:
         """Map what this incarnation owns and send Start."""
         seat, memory = child.seat, self.memories[child.seat.site]
         send: dict[str, int] = dict(child.fds)
         if seat.kind == "worker":
-            self._map_page(child)
+            map_page(child)
             send |= {"supervisor_bell": self.bell, "residency": memory.residency_fd}
         elif seat.kind == "front_end":
             send |= {name: fds[seat.index] for name, fds in self.listen_fds.items()}
@@ -267,12 +256,6 @@ class Fleet:
             limit = held if seat.kind == "mover" else feed.vault.count
             feed.add(id(child), child.post, limit, is_mover=seat.kind == "mover")
         return True
-
-    @staticmethod
-    def _map_page(child: Child) -> None:
-        child.page = mmap.mmap(child.fds["page"], _PAGE_BYTES, prot=mmap.PROT_READ)
-        child.status = _shm.StatusPage(child.page, 0, False)
-        child.leases = _shm.LeasePage(child.page, _shm.STATUS_BYTES, VERSIONS_MAX, False)
 
     # --- chunks of a GPU ------------------------------------------------------------------------
     def on_chunks(self, child: Child, message: Chunks, fds: dict[str, int]) -> None:
@@ -329,42 +312,14 @@ class Fleet:
     def _link_all(self, child: Child) -> bool:
         if child.seat.kind == "worker":
             for front in self.of_kind("front_end"):
-                self._link(front, child)
+                link(front, child, self.settings)
             lend_doorbells(self.of_kind("mover", site=child.seat.site), (child,))
         elif child.seat.kind == "mover":
             lend_doorbells((child,), self.of_kind("worker", site=child.seat.site))
         elif child.seat.kind == "front_end":
             for worker in self.of_kind("worker"):
-                self._link(child, worker)
+                link(child, worker, self.settings)
         return True
-
-    def _link(self, front: Child, worker: Child) -> None:
-        slots = self.settings.ring_slots
-        half = _shm.ring_bytes(slots)
-        fd = create_memfd("link", 2 * half)
-        try:
-            with mmap.mmap(fd, 2 * half) as link:
-                _shm.create_ring(link, 0, slots, 1, front.epoch, worker.epoch)
-                _shm.create_ring(link, half, slots, 2, worker.epoch, front.epoch)
-            size = self.settings.payload_bytes
-            for child, peer, extra in (
-                (worker, front, ("ingress", "egress")),
-                (front, worker, ("page",)),
-            ):
-                owner = front if child is worker else worker
-                message = LinkUp(
-                    seat=peer.seat.index,
-                    epoch=peer.epoch,
-                    site=peer.seat.site,
-                    slot_count=slots,
-                    completion_offset=half,
-                    payload_bytes=size,
-                    fds=("link", "peer_doorbell", *extra),
-                )
-                fds = (fd, peer.fds["doorbell"], *(owner.fds[name] for name in extra))
-                child.post(message, fds)
-        finally:
-            os.close(fd)
 
     # --- ending ---------------------------------------------------------------------------------
     def kill(self, child: Child, reason: str, now_ns: int) -> None:
@@ -388,9 +343,7 @@ class Fleet:
             # The page is read in on_gone, for what the worker was doing; only then it goes.
             child.status = child.leases = None
             child.page = None
-            for fd in child.fds.values():
-                os.close(fd)
-            child.fds.clear()
+            _close_all(child.fds)
 
     def _take_leave(self, child: Child, ending: str, now_ns: int) -> None:
         # At the end all are killed, also who has left already; of who had not it is said (`kill`).
@@ -459,18 +412,5 @@ class Fleet:
 
     def describe(self) -> list[dict[str, object]]:
         """Return one row a seat, for status and tests."""
-        rows: list[dict[str, object]] = []
-        for seat in self.seats:
-            child = self.children.get(id(seat))
-            rows.append(
-                {
-                    "kind": seat.kind,
-                    "seat": seat.index,
-                    "site": seat.site,
-                    "epoch": seat.epoch,
-                    "pid": child.process.pid if child else None,
-                    "state": seat.state.name,
-                    "deaths": seat.deaths,
-                }
-            )
-        return rows
+        pids = {key: child.process.pid for key, child in self.children.items()}
+        return [{**seat.describe(), "pid": pids.get(id(seat))} for seat in self.seats]

@@ -6,7 +6,9 @@ implementation of `residency.Port`.
 Invariants
  1. Only this writes the residency table, from the supervisor's one thread, but for words that a load in
     flight publishes: those are the mover's until it ends (`publishing`).
- 2. `try_evict` answers True only if no worker held a lease after the state word said EVICTING.
+ 2. The uses of a slot are those of the version that is in it: workers' counters go on, what they had said
+    when the former one left is taken off.
+ 3. `try_evict` answers True only if no worker held a lease after the state word said EVICTING.
 """
 
 from __future__ import annotations
@@ -27,13 +29,22 @@ class SharedGate:
         self._pages = pages
         # What dead workers had counted: the uses of a version must not shrink when a page goes.
         self._past_uses: dict[int, tuple[int, int]] = {}
+        # What all of them had counted when the slot's former version left.
+        self._former_uses: dict[int, tuple[int, int]] = {}
 
     def try_evict(self, slot: int, generation: int) -> bool:
         """Take the version out of use unless a worker holds a lease."""
         return _shm.try_evict(self._table, self._pages(), slot, generation)
 
     def usage(self, slot: int) -> Usage:
-        """Sum the workers' counters for one version."""
+        """Sum the workers' counters for the version in a slot."""
+        counted = self._counted(slot)
+        former, former_ns = self._former_uses.get(slot, (0, 0))
+        last_used_ns = counted.last_used_ns if counted.last_used_ns > former_ns else 0
+        return Usage(counted.waiting, counted.uses - former, last_used_ns, counted.leases)
+
+    def _counted(self, slot: int) -> Usage:
+        """Sum all that was ever counted in a slot."""
         uses, last_used_ns = self._past_uses.get(slot, (0, 0))
         waiting = leases = 0
         for page in self._pages():
@@ -54,12 +65,14 @@ class SharedGate:
 
     def keep_uses(self, page: _shm.LeasePage, slots: Iterable[int]) -> None:
         """Remember the counters of a worker that died, before its page goes."""
-        for slot in slots:
+        for slot in {*slots, *self._former_uses}:
             _, _, uses, last_ns = page.read(slot)
             if uses:
                 past, past_ns = self._past_uses.get(slot, (0, 0))
                 self._past_uses[slot] = (past + uses, max(past_ns, last_ns))
 
     def forget(self, slot: int) -> None:
-        """The slot is free for another version."""
-        self._past_uses.pop(slot, None)
+        """The version in this slot has left; whoever comes is somebody else, or begins again."""
+        counted = self._counted(slot)
+        if counted.uses:
+            self._former_uses[slot] = (counted.uses, counted.last_used_ns)

@@ -146,13 +146,12 @@ class House:
         """A version is served no more."""
         for site in self.sites:
             site.activations.remove(slot, now_ns)
+            site.gate.forget(slot)
         if self.spreading is not None:
             self.spreading.remove(slot)
 
     def forget(self, slot: int) -> None:
         """The slot is free for another version."""
-        for site in self.sites:
-            site.gate.forget(slot)
         self.ledger.forget(slot)
         self.quarantine.forget(slot)
 

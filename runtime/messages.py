@@ -45,6 +45,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base: the class name is the tag on the wire."""
 
 
+class Enclosed(Message, frozen=True):
+    """`control` alone knows this one: a message of so many bytes lies in the first descriptor, a memfd."""
+
+    nbytes: int
+
+
 class Start(Message, frozen=True):
     """First message to every child.
 
@@ -198,7 +204,8 @@ class Unfit(Message, frozen=True):
 
 
 ProcessMessage = (
-    Start
+    Enclosed
+    | Start
     | Ready
     | LogLevel
     | Drain

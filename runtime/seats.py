@@ -118,6 +118,17 @@ class Seat:
         pid = f", pid {self.pid}" if self.state in _OCCUPIED and self.pid else ""
         return f"Seat({self.kind} {self.index}, epoch {self.epoch}, {self.state.name}{pid})"
 
+    def describe(self) -> dict[str, object]:
+        """Return what status shows of it."""
+        return {
+            "kind": self.kind,
+            "seat": self.index,
+            "site": self.site,
+            "epoch": self.epoch,
+            "state": self.state.name,
+            "deaths": self.deaths,
+        }
+
     # --- asking ---------------------------------------------------------------------------------
     def can_start(self, now_ns: int) -> bool:
         """Whether the seat is free and its back-off is over."""

@@ -111,6 +111,7 @@ class Site:
             *(settings, self.residency, registry, fleet, quarantine, self.number, pins),
             # How a worker on a GPU gets at what the mover wrote there was not tried.
             self.memory.table if self.gpu is None else None,
+            fleet.boundary,
         )
         self.pressure = Pressure(settings, self.residency, self.activations, self.gate, on_pressure)
         self.gpu_watch: GpuWatch | None = None

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from overcommit.runtime.config import CONTROL_BACKLOG_MAX, CONTROL_MESSAGE_BYTES_MAX
-from overcommit.runtime.control import ControlSocket, socket_pair
+from overcommit.runtime.config import (
+    CONTROL_BACKLOG_MAX,
+    CONTROL_ENCLOSED_BYTES_MAX,
+    CONTROL_MESSAGE_BYTES_MAX,
+)
+from overcommit.runtime.control import _SEALS, ControlSocket, encoded_bytes, socket_pair
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.front_end_messages import AdminReply, Route, Routes
-from overcommit.runtime.messages import Drain, LinkUp, Ready
+from overcommit.runtime.messages import Chunks, Drain, Enclosed, LinkUp, Ready
+from overcommit.runtime.worker_messages import Placed
 
 
 @pytest.fixture
@@ -90,8 +97,87 @@ def test_a_closed_peer_is_an_eof(pair: tuple[ControlSocket, ControlSocket]) -> N
 def test_a_message_over_the_limit_is_not_sent(pair: tuple[ControlSocket, ControlSocket]) -> None:
     left, right = pair
     with pytest.raises(ProtocolError, match="the limits are"):
-        left.send(AdminReply(id=1, status=200, body=b"x" * CONTROL_MESSAGE_BYTES_MAX))
+        left.send(AdminReply(id=1, status=200, body=b"x" * CONTROL_ENCLOSED_BYTES_MAX))
     assert right.try_receive() is None
+
+
+def test_a_message_longer_than_a_datagram_arrives_whole_with_its_descriptors_and_in_order(
+    pair: tuple[ControlSocket, ControlSocket],
+) -> None:
+    left, right = pair
+    before = open_fds()
+    extents = tuple((offset << 21, 2 << 20) for offset in range(0, 200_000, 2))
+    placed = Placed(slot=1, generation=2, extents=extents, shared=(0, 99_999))
+    assert encoded_bytes(placed) > 10 * CONTROL_MESSAGE_BYTES_MAX
+    long = Chunks(first=0, fds=tuple("x" * 200_000 + str(number) for number in range(2)))
+    for message, fds in ((placed, ()), (long, (0, 1)), (Ready(pid=3), ())):
+        left.send(message, fds)
+    assert right.try_receive() == (placed, {})
+    received = right.try_receive()
+    assert received is not None
+    assert received[0] == long
+    assert list(received[1]) == list(long.fds)
+    for fd in received[1].values():
+        os.close(fd)
+    assert right.try_receive() == (Ready(pid=3), {})
+    assert open_fds() == before
+
+
+def test_long_messages_wait_in_the_backlog_like_any_other(
+    pair: tuple[ControlSocket, ControlSocket],
+) -> None:
+    left, right = pair
+    before = open_fds()
+    count = 600
+    for number in range(count):
+        assert left.post(
+            AdminReply(id=number, status=200, body=bytes([number % 256]) * 140_000)
+            if number % 50 == 0
+            else Ready(pid=number)
+        )
+    assert left.has_backlog
+    for number in range(count):
+        left.flush()
+        received = right.try_receive()
+        assert received is not None
+        message = received[0]
+        if isinstance(message, AdminReply):
+            assert message.id == number
+            assert message.body == bytes([number % 256]) * 140_000
+        else:
+            assert message == Ready(pid=number)
+    assert left.flush()
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("kind", ["none", "pipe", "file", "unsealed", "short", "endless"])
+def test_what_is_not_a_sealed_memfd_of_that_size_is_not_read(
+    kind: str, pair: tuple[ControlSocket, ControlSocket], tmp_path: Path
+) -> None:
+    left, right = pair
+    before = open_fds()
+    nbytes, fds = 200_000, []
+    if kind == "pipe":
+        fds = list(os.pipe())[:1]
+    elif kind == "file":
+        (tmp_path / "file").write_bytes(bytes(nbytes))
+        fds = [os.open(tmp_path / "file", os.O_RDONLY)]
+    elif kind != "none":
+        fds = [os.memfd_create("message", os.MFD_ALLOW_SEALING)]
+        os.write(fds[0], bytes(nbytes - (kind == "short")))
+        if kind != "unsealed":
+            fcntl.fcntl(fds[0], fcntl.F_ADD_SEALS, _SEALS)
+    if kind == "endless":
+        nbytes = CONTROL_ENCLOSED_BYTES_MAX + 1
+    left.send(Enclosed(nbytes=nbytes), fds)
+    for fd in fds:
+        os.close(fd)
+    left.send(Ready(pid=7))
+    with pytest.raises(ProtocolError):
+        right.try_receive()
+    assert right.try_receive() == (Ready(pid=7), {})
+    if kind != "pipe":
+        assert open_fds() == before
 
 
 def test_post_never_blocks_and_keeps_order_and_descriptors(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from overcommit.runtime import equipment
 from overcommit.runtime import fleet as fleet_module
 from overcommit.runtime import process as process_module
 from overcommit.runtime import supervisor as supervisor_module
@@ -127,7 +128,7 @@ def test_what_an_incarnation_owns_is_closed_if_not_all_of_it_can_be_made(
 
     supervisor = Supervisor(settings)
     for name in ("make_bell", "create_memfd"):
-        monkeypatch.setattr(fleet_module, name, at_the_limit(getattr(fleet_module, name)))
+        monkeypatch.setattr(equipment, name, at_the_limit(getattr(equipment, name)))
     monkeypatch.setattr(fleet_module, "spawn", refuse)
     before = open_fds()
     supervisor.house.fleet.start_due(1)
