@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import pytest
@@ -67,16 +68,17 @@ def test_who_pushes_out_a_few_never_waits(count: int, rate: float) -> None:
 
 
 # --- in residency -------------------------------------------------------------------------------
-def hot_world() -> World:
-    """Eight hot models that fill DEVICE; a giant that needs all of it was there before them."""
+def hot_world(giants: Sequence[int] = (GIANT,)) -> World:
+    """Eight hot models that fill DEVICE; giants that need all of it were there before them."""
     world = World(8)
     demand = Demand()
     world.residency.weigh_displacement(demand)
-    world.add(GIANT, 8)
-    world.want(GIANT)
-    world.now_ns += 10 * MS
-    world.finish()
-    world.now_ns += 10 * MS
+    for giant in giants:
+        world.add(giant, 8)
+        world.want(giant)
+        world.now_ns += 10 * MS
+        world.finish()
+        world.now_ns += 10 * MS
     for slot in range(8):
         world.add(slot)
         world.want(slot)
@@ -144,9 +146,8 @@ def test_others_are_not_held_up_with_it() -> None:
 
 @pytest.mark.parametrize("giants", [1, WISHES_TRIED_MAX, 3 * WISHES_TRIED_MAX, 100])
 def test_others_are_not_held_up_however_many_are(giants: int) -> None:
-    world = hot_world()
+    world = hot_world(range(100, 100 + giants))
     for giant in range(100, 100 + giants):
-        world.add(giant, 8)
         world.want(giant)
     world.add(50)
     world.want(50)
@@ -155,10 +156,9 @@ def test_others_are_not_held_up_however_many_are(giants: int) -> None:
 
 
 def test_those_that_are_held_up_are_looked_at_a_few_at_an_event_and_each_in_its_turn() -> None:
-    world = hot_world()
     giants = range(100, 140)
+    world = hot_world(giants)
     for giant in giants:
-        world.add(giant, 8)
         world.want(giant)
     world.now_ns += HELD_NS
     tried: set[int] = set()
