@@ -25,7 +25,7 @@ def shortened(text: str) -> str:
     return text[: ERROR_CHARS_MAX - len(_GAP) - half] + _GAP + text[-half:]
 
 
-def said_by(error: Exception) -> str:
+def said_by(error: BaseException) -> str:
     """Write an exception that is not ours in a line: its name, and what it says."""
     text = _NATIVE.split(str(error), maxsplit=1)[0]
     return f"{type(error).__name__}: {text}"[:FOREIGN_ERROR_CHARS_MAX]
@@ -124,7 +124,7 @@ class ModelError(OvercommitError):
     code = "model_error"
 
     @classmethod
-    def of(cls, error: Exception) -> ModelError:
+    def of(cls, error: BaseException) -> ModelError:
         """Say what a model's own code, or its library, raised."""
         return cls(said_by(error))
 

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from overcommit.runtime.errors import ModelError
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
@@ -62,6 +64,8 @@ class Helper(Generic[Key, Result]):
                 self._done.put((key, result))
             except Exception as error:  # foreign code runs here: what it raises is its result
                 self._done.put((key, error))
+            except BaseException as error:  # it ends neither this thread nor the process
+                self._done.put((key, ModelError.of(error)))
             with self._lock:
                 if self._ring is not None:
                     self._ring()

@@ -1,7 +1,7 @@
 """One version, ready to run: named arrays in, named arrays out, around any torch callable.
 
 Invariants
- 1. What a model raises leaves as ModelError, with its type and text.
+ 1. What a model raises leaves as ModelError, with its type and text, also where it means to end the process.
  2. An array that `run_typed` returns shares no memory with an input.  What `run` returns may: its
     caller owns the inputs, and reads the outputs before it lets go of them.
  3. Outputs have exactly the names that the signature lists, in its order, once it lists any.
@@ -28,7 +28,7 @@ from overcommit.runtime.engines.dtypes import (
     v2_of_torch,
 )
 from overcommit.runtime.engines.graphs import ModelGraphs
-from overcommit.runtime.errors import ModelError, OvercommitError
+from overcommit.runtime.errors import DeviceLost, ModelError, OvercommitError
 from overcommit.runtime.launch import Blocks, Starter, Work
 
 Array = np.ndarray[Any, Any]
@@ -78,7 +78,12 @@ class BoundModule:
     def compute(self, arguments: Arguments) -> dict[str, Value]:
         """Call it; return the outputs that the signature lists.  Raises what the model raises."""
         names = self._names
-        result = self._call(arguments)
+        try:
+            result = self._call(arguments)
+        except (Exception, DeviceLost):
+            raise
+        except BaseException as error:  # it may end its batch, not the process
+            raise ModelError.of(error) from error
         if len(names) == 1:  # most models; the general way takes 2 us
             value = result.get(names[0]) if type(result) is dict else result
             if type(value) is torch.Tensor:
@@ -96,9 +101,9 @@ class BoundModule:
                 outputs = flatten_outputs(self._call(arguments), self._names)
                 types = {name: _datatype(value) for name, value in outputs.items()}
                 return _to_host(outputs, arguments), types
-        except ModelError:
+        except (ModelError, DeviceLost):
             raise
-        except Exception as error:  # as above
+        except BaseException as error:  # as in `compute`
             raise ModelError.of(error) from error
 
     def _arguments(self, inputs: dict[str, Array]) -> Arguments:

@@ -272,7 +272,7 @@ def serve(control: socket.socket, inputs: Channel, outputs: Channel) -> None:
                     "ok": True,
                     "outputs": outputs.write(hosted.run(inputs.read(request["inputs"]))),
                 }
-        except Exception as error:
+        except BaseException as error:  # sys.exit() too
             text = "%s: %s" % (type(error).__name__, error)  # noqa: UP031
             answer = {"ok": False, "error": text[:ERROR_CHARS_MAX]}
         control.send(json.dumps(answer).encode())

@@ -51,7 +51,7 @@ def start(program: dict[str, str]) -> Hosted | PythonProcess:
         return PythonProcess(python, {**load, "parameters": parameters})
     try:
         return Hosted(source, str(path), program["class"], program["folder"], parameters, triton)
-    except Exception as error:  # whatever its own code raises
+    except BaseException as error:  # whatever its own code raises, sys.exit() too
         raise ModelError.of(error) from error
 
 
@@ -61,7 +61,7 @@ def run(model: Hosted | PythonProcess, inputs: dict[str, Array]) -> dict[str, Ar
         return model.run(inputs)
     except ModelError:
         raise
-    except Exception as error:  # the batch boundary: whatever the model's code raises
+    except BaseException as error:  # the batch boundary: it may end its batch, not the process
         raise ModelError.of(error) from error
 
 
@@ -80,7 +80,7 @@ class PythonProgram:
                 raise ImageError("the python engine takes weights from the CPU's memory alone")
             try:
                 self.hosted.bind({entry.name: _view(entry, memory) for entry in header.tensors})
-            except Exception as error:  # its own code
+            except BaseException as error:  # its own code
                 raise ModelError.of(error) from error
         names = [spec.name for spec in header.config.outputs]
         return PythonModel(self.hosted, names, self.load)

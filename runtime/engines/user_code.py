@@ -95,7 +95,7 @@ def _execute(source: bytes, path: str, name: str) -> types.ModuleType:
     sys.modules[name] = module  # dataclasses and typing look their module up while it is made
     try:
         exec(compile(source, path, "exec"), vars(module))
-    except Exception as error:
+    except BaseException as error:  # sys.exit() too
         del sys.modules[name]
         raise RepositoryError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     return module
@@ -118,7 +118,7 @@ def build(program: Mapping[str, str]) -> nn.Module:
     arguments = json.loads(program["arguments"])
     try:
         return cls(**arguments).eval()
-    except Exception as error:
+    except BaseException as error:  # sys.exit() too
         raise RepositoryError(
             f"{cls.__name__}(**{arguments}) fails: {type(error).__name__}: {error}"
         ) from error

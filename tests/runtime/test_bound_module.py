@@ -11,7 +11,7 @@ import torch
 
 from overcommit.runtime.config import ModelConfig, TensorSpec
 from overcommit.runtime.engines.bound_module import BoundModule, flatten_outputs
-from overcommit.runtime.errors import ModelError
+from overcommit.runtime.errors import DeviceLost, ModelError
 
 X = TensorSpec(name="x", datatype="FP32", shape=(-1, 4))
 
@@ -102,3 +102,25 @@ def test_a_long_error_is_cut() -> None:
     with pytest.raises(ModelError) as raised:
         BoundModule(fail, ModelConfig()).run({})
     assert len(raised.value.message) < 10_000
+
+
+@pytest.mark.parametrize("error", [SystemExit("enough"), KeyboardInterrupt("stop")])
+def test_a_model_may_end_its_batch_and_not_the_process(error: BaseException) -> None:
+    def call(arguments: object) -> object:
+        raise error
+
+    bound = BoundModule(call, ModelConfig(inputs=(X,)))
+    inputs = {"x": np.ones((1, 4), np.float32)}
+    for run in (bound.run, bound.run_typed):
+        with pytest.raises(ModelError, match=f"{type(error).__name__}: {error}"):
+            run(inputs)
+
+
+def test_a_lost_device_is_no_error_of_the_model() -> None:
+    def call(arguments: object) -> object:
+        raise DeviceLost
+
+    bound = BoundModule(call, ModelConfig(inputs=(X,)))
+    for run in (bound.run, bound.run_typed):
+        with pytest.raises(DeviceLost):
+            run({"x": np.ones((1, 4), np.float32)})

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from overcommit.runtime.errors import ModelError
 from overcommit.runtime.helper import Helper
 
 WATCHDOG_S = 30.0
@@ -28,6 +29,19 @@ def test_results_come_in_the_order_of_the_questions_and_an_error_is_one() -> Non
     assert key == 2
     assert isinstance(error, ZeroDivisionError)
     assert helper.try_take() is None
+
+
+def test_what_means_to_end_the_thread_is_an_error_like_others() -> None:
+    rung = threading.Semaphore(0)
+    helper: Helper[int, str] = Helper("helper", rung.release)
+    helper.ask(1, lambda: sys.exit("enough"))
+    helper.ask(2, lambda: "two")
+    for _ in range(2):
+        assert rung.acquire(timeout=WATCHDOG_S)
+    _, error = helper.try_take() or (0, "")
+    assert isinstance(error, ModelError)
+    assert "SystemExit: enough" in error.message
+    assert helper.try_take() == (2, "two")
 
 
 def test_the_bell_is_left_alone_once_it_is_closed() -> None:

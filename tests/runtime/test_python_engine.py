@@ -39,6 +39,10 @@ SCALE = """
                 os._exit(7)
             if (x > 100).any():
                 raise ValueError("too hot")
+            if (x < -100).any():
+                raise SystemExit("enough")
+            if (x < -10).any():
+                raise KeyboardInterrupt("stop")
             return {"y": x * self.factor, "pid": np.full(len(x), os.getpid())}
 
         def postprocess(self, outputs):
@@ -79,8 +83,14 @@ def test_load_preprocess_infer_postprocess(tmp_path: Path, where: PythonOptions 
     assert answer["y"].tolist() == [[12.0, 12.0]] * 2
     assert answer["word"].tolist() == ["é".encode()] * 2
     assert (answer["pid"][0] == os.getpid()) == (where is None)
-    with pytest.raises(ModelError, match="ValueError: too hot"):
-        opened.model.run(ones(500))
+    for value, text in (
+        (500, "ValueError: too hot"),
+        (-500, "SystemExit: enough"),
+        (-50, "KeyboardInterrupt: stop"),
+    ):
+        with pytest.raises(ModelError, match=text):
+            opened.model.run(ones(value))
+    assert opened.model.run(ones())["pid"][0] == answer["pid"][0], "its process goes on"
     assert opened.model.run(ones())["y"][0, 0] == 12
 
 

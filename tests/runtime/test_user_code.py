@@ -129,6 +129,9 @@ def test_what_a_model_raises_is_a_model_error_with_its_text(tmp_path: Path) -> N
 
 
 def test_a_constructor_that_raises_is_a_reason_not_a_crash(tmp_path: Path) -> None:
-    folder = user(tmp_path / "m", module("return x", "raise ValueError('no licence')"))
-    message = refused(folder, tmp_path / "cache", server_allows=True, allow_code=True, inputs=(X,))
-    assert "no licence" in message
+    for error in ("ValueError", "SystemExit"):
+        folder = user(tmp_path / error, module("return x", f"raise {error}('no licence')"))
+        message = refused(
+            folder, tmp_path / "cache", server_allows=True, allow_code=True, inputs=(X,)
+        )
+        assert f"{error}: no licence" in message
