@@ -1,7 +1,8 @@
 """Every limit and every setting, in one place.
 
 Limits are constants of the design: a queue, loop, retry, wait or body that has no entry here has
-no business being unbounded; those of GPUs and of several devices are in `device_limits.py`.
+no business being unbounded; those of GPUs and of several devices are in `device_limits.py`, of
+prefetches in `prefetch_limits.py`.
 `Settings` is what an operator chooses; it crosses to every child process in its `Start` message.
 `ModelConfig` is what a model's folder says (`model.toml`) or what was inferred.  Units are the last
 word of a name.
@@ -55,19 +56,9 @@ PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
 DEVICE_SHARE: Final = 0.65  # of what is available, when no flag says otherwise (CPU only)
 
-# --- prefetch -----------------------------------------------------------------------------------
+# --- prefetch: defaults of its settings; its limits are in `prefetch_limits.py` -------------------
 PREFETCH_BYTES_PER_S: Final = 256 * MIB  # on average; the disk's and the copy's share for guesses
 PREFETCH_SHARE: Final = 0.5  # of a tier, for what was prefetched and not used yet
-PREFETCH_WINDOW_S: Final = 60.0  # over which the average is taken
-PREFETCH_IDLE_S: Final = 60.0  # nobody leaves for a prefetch who was used more recently
-PREFETCH_EXPIRY_S: Final = 3600.0  # not used for so long: it was a mistake
-PREFETCH_INTERVAL_S: Final = 1.0
-PREFETCH_LOOKS: Final = 256  # models whose counters are read, and whose chance is taken, at a time
-PREFETCH_WISHES_MAX: Final = 8
-PREFETCH_VICTIMS_MAX: Final = 64  # holders that one prefetch looks at
-PREFETCH_DISPLACED_MAX: Final = 4096
-PREFETCH_MODELS_MAX: Final = 20_000
-PREFETCH_SAVE_S: Final = 300.0  # what was learnt is written as often
 
 # --- processes and rings ------------------------------------------------------------------------
 VERSIONS_MAX: Final = 65_536  # slots: the submission's model field is a u16

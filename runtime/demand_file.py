@@ -23,9 +23,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from overcommit.runtime.config import NAME_CHARS_MAX, PREFETCH_MODELS_MAX
+from overcommit.runtime.config import NAME_CHARS_MAX
 from overcommit.runtime.demand import EXPERTS, Demand
 from overcommit.runtime.gaps import BINS, Pool
+from overcommit.runtime.prefetch_limits import PREFETCH_MODELS_MAX
 from overcommit.runtime.weekly import HOURS, Weekly
 
 FILE_NAME: Final = "demand.bin"

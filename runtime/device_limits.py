@@ -1,4 +1,4 @@
-"""The limits of GPUs, and of several devices in one server; all others are in `config.py`.
+"""The limits of GPUs, and of several devices in one server; most others are in `config.py`.
 
 Units are the last word of a name.
 """

@@ -28,12 +28,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Final
 
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import (
-    PREFETCH_VICTIMS_MAX,
-    SLAB_MODEL_BYTES_MAX,
-)
+from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX
 from overcommit.runtime.holdings import Choice, Holdings
 from overcommit.runtime.policy import Policy, make_order
+from overcommit.runtime.prefetch_limits import PREFETCH_VICTIMS_MAX
 from overcommit.runtime.residents import Parts, Totals, Usage, Version
 
 STARVING_S: Final = 1.0  # a wish that waited so long may take what others wait for

@@ -20,9 +20,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from overcommit.runtime.config import PREFETCH_IDLE_S, PREFETCH_MODELS_MAX, PREFETCH_WISHES_MAX
 from overcommit.runtime.demand import Demand
 from overcommit.runtime.gaps import Pool
+from overcommit.runtime.prefetch_limits import (
+    PREFETCH_IDLE_S,
+    PREFETCH_MODELS_MAX,
+    PREFETCH_WISHES_MAX,
+)
 from overcommit.runtime.views import Tier
 
 HORIZON_S: Final = 300.0

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from overcommit.runtime.config import (
+from overcommit.runtime.prefetch_limits import (
     PREFETCH_DISPLACED_MAX,
     PREFETCH_EXPIRY_S,
     PREFETCH_WINDOW_S,

@@ -28,12 +28,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from overcommit.runtime.activation import Activations
-from overcommit.runtime.config import PREFETCH_INTERVAL_S, PREFETCH_LOOKS, Settings
+from overcommit.runtime.config import Settings
 from overcommit.runtime.entries import State
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.memories import Memories
 from overcommit.runtime.prefetch import Candidate, Prefetcher, PrefetchWish
 from overcommit.runtime.prefetch_books import PrefetchBooks
+from overcommit.runtime.prefetch_limits import (
+    PREFETCH_INTERVAL_S,
+    PREFETCH_LOOKS,
+)
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residents import (
     Action,

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from overcommit.runtime.config import (
+from overcommit.runtime.prefetch import CHANCE_MIN, MARGIN, Candidate, Prefetcher
+from overcommit.runtime.prefetch_books import PrefetchBooks
+from overcommit.runtime.prefetch_limits import (
     PREFETCH_EXPIRY_S,
     PREFETCH_IDLE_S,
     PREFETCH_WINDOW_S,
     PREFETCH_WISHES_MAX,
 )
-from overcommit.runtime.prefetch import CHANCE_MIN, MARGIN, Candidate, Prefetcher
-from overcommit.runtime.prefetch_books import PrefetchBooks
 from overcommit.runtime.views import Tier
 
 DAY = 86_400.0
