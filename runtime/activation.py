@@ -28,10 +28,11 @@ from msgspec.structs import replace
 
 from overcommit.runtime import _shm, refusals
 from overcommit.runtime.boundary import Boundary
+from overcommit.runtime.children import Child
 from overcommit.runtime.config import NEVER_NS, QUIET_NS, ModelConfig, Settings
 from overcommit.runtime.entries import Entry, State, to_info
 from overcommit.runtime.errors import Overloaded
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.messages import Message
 from overcommit.runtime.mover_messages import (
     CANCELLED,
@@ -137,15 +138,9 @@ class Activations:
             return
         blocked_s = self.quarantine.blocked(slot, now_ns)
         if blocked_s is not None:
-            worker.post(
-                ActivationFailed(
-                    slot=slot,
-                    code="unavailable",
-                    message=f"model '{entry.name}' version {entry.version} is in quarantine for "
-                    f"{blocked_s:.0f} s: workers died while they ran it; see the server's log",
-                    retry_after_s=blocked_s,
-                )
-            )
+            text = refusals.in_quarantine(entry.name, entry.version, blocked_s)
+            failed = ActivationFailed(slot=slot, code="unavailable", message=text)
+            worker.post(replace(failed, retry_after_s=blocked_s))
             return
         if self._table is not None and self._table.get(slot)[0] == _shm.ABSENT:
             if now_ns - self._asked_ns >= QUIET_NS:

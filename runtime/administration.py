@@ -23,6 +23,7 @@ import msgspec
 from overcommit.runtime import triton_metrics
 from overcommit.runtime.accounts import Accounts
 from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.children import Child
 from overcommit.runtime.client_books import ClientBooks
 from overcommit.runtime.client_loads import ClientLoads
 from overcommit.runtime.config import ADMIN_REPLY_PART_BYTES, VERSIONS_MAX
@@ -30,7 +31,6 @@ from overcommit.runtime.dependents import taken_along
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, OvercommitError
 from overcommit.runtime.exposition import exposition, exposition_of, rows_of
-from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import BATCH_UNIT, Admin, AdminReply, Counters
 from overcommit.runtime.gathering import Gathering
 from overcommit.runtime.holdings import Forms

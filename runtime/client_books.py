@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from overcommit.runtime.children import Child
 from overcommit.runtime.config import REGIONS_MAX
 from overcommit.runtime.errors import BadRequest
-from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import Admin, Region, RegionsChanged
 from overcommit.runtime.house import House
 from overcommit.runtime.messages import LogLevel

@@ -22,6 +22,7 @@ from typing import Final
 import msgspec
 
 from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.children import Child
 from overcommit.runtime.dependents import brought_along
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import (
@@ -31,7 +32,6 @@ from overcommit.runtime.errors import (
     RepositoryError,
     Unavailable,
 )
-from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import Admin
 
 LOAD_ANSWER_NS: Final = 50_000_000_000  # sooner than a front end gives up

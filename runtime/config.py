@@ -1,8 +1,7 @@
 """Every limit and every setting, in one place.
 
 Limits are constants of the design: a queue, loop, retry, wait or body that has no entry here has
-no business being unbounded; those of GPUs and of several devices are in `device_limits.py`, of
-prefetches in `prefetch_limits.py`.
+no business being unbounded; `device_limits.py` and `prefetch_limits.py` have some of their own.
 `Settings` is what an operator chooses; it crosses to every child process in its `Start` message.
 `ModelConfig` is what a model's folder says (`model.toml`) or what was inferred.  Units are the last
 word of a name.
@@ -54,11 +53,9 @@ PIN_BYTES: Final = 256 * MIB  # by one call; from 512 MiB on the kernel compacts
 COPIES_IN_FLIGHT: Final = 4  # to the GPU; a copy that is under way cannot be overtaken
 PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
-DEVICE_SHARE: Final = 0.65  # of what is available, when no flag says otherwise (CPU only)
-
-# --- prefetch: defaults of its settings; its limits are in `prefetch_limits.py` -------------------
 PREFETCH_BYTES_PER_S: Final = 256 * MIB  # on average; the disk's and the copy's share for guesses
 PREFETCH_SHARE: Final = 0.5  # of a tier, for what was prefetched and not used yet
+DEVICE_SHARE: Final = 0.65  # of what is available, when no flag says otherwise (CPU only)
 
 # --- processes and rings ------------------------------------------------------------------------
 VERSIONS_MAX: Final = 65_536  # slots: the submission's model field is a u16
@@ -83,10 +80,8 @@ FAILURE_SAID_S: Final = 60.0  # what fails in the supervisor again and again is 
 FAILED_TURNS_PAUSE_S: Final = 0.02  # between turns of its loop that fail one after the other
 STOP_TIMEOUT_S: Final = 5.0  # for a child to leave after Stop, then SIGKILL
 PACKER_IDLE_S: Final = 30.0  # an idle packer is sent home
-# A packer that says nothing of getting on for so long is ended.  Compiling a large model takes minutes.
-PACK_TIMEOUT_S: Final = 600.0
-# After each failure in a row that is not the model's: a full disk, a share that is away.
-PACK_RETRY_S: Final = (5.0, 15.0, 60.0, 300.0)
+PACK_TIMEOUT_S: Final = 600.0  # without progress; then it is ended.  Compilers take minutes
+PACK_RETRY_S: Final = (5.0, 15.0, 60.0, 300.0)  # after failures that are not the model's
 PACK_REMARK_S: Final = 60.0  # after which its silence is logged, and again after as long
 PACK_TRIES_MAX: Final = 2  # a packer that dies twice over one version means a broken version
 RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after its route is gone
@@ -97,12 +92,10 @@ ATTACHES_UNSAID_MAX: Final = 256  # of one worker, between two heartbeats
 ADMIN_REPLY_PART_BYTES: Final = 64 * KIB
 BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
 BATCH_SAID_S: Final = 10.0  # of one that runs longer the log speaks
-# A worker that neither starts a batch nor beats for so long is hung.  It beats once in HEARTBEAT_NS, but
-# not while it collects garbage, or a thread of its that loads a program holds the interpreter.  Less than
-# REQUEST_TIMEOUT_MS: who waits there is sent to another one in time.
+# A worker that neither starts a batch nor beats for so long is hung.  It does not beat while it collects
+# garbage or loads a program.  Less than REQUEST_TIMEOUT_MS: who waits goes to another one in time.
 STILL_TIMEOUT_S: Final = 45.0
-# Retried requests of one version that killed again, within RESTART_WINDOW_S.
-QUARANTINE_DEATHS: Final = 3
+QUARANTINE_DEATHS: Final = 3  # of workers, by retried requests, within RESTART_WINDOW_S
 QUARANTINE_S: Final = 30.0
 SUSPECTS_KEPT: Final = 1024  # requests remembered from the batches of dead workers
 HALF_LIFE_S: Final = 48 * 3600.0  # bench/LOG.md says why

@@ -24,7 +24,7 @@ from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import Kind, LinkUp
 
 if TYPE_CHECKING:
-    from overcommit.runtime.fleet import Child
+    from overcommit.runtime.children import Child
 
 _PAGE_BYTES: Final = _shm.STATUS_BYTES + _shm.lease_page_bytes(VERSIONS_MAX)
 

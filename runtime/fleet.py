@@ -19,68 +19,25 @@ Called by the supervisor, from its one thread.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from overcommit.runtime import _shm
 from overcommit.runtime.bells import MoverBells, lend_doorbells, make_bell
 from overcommit.runtime.boundary import Boundary
+from overcommit.runtime.children import Child, close_all
 from overcommit.runtime.chunk_feed import ChunkFeed
 from overcommit.runtime.config import BATCH_TIMEOUT_S, FORK_SERVER_PAUSE_S, Settings
 from overcommit.runtime.equipment import link, make_fds, map_page
 from overcommit.runtime.errors import ProtocolError
-from overcommit.runtime.front_end_messages import Counters
 from overcommit.runtime.memory import SharedMemory
-from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, Message, Start
+from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 from overcommit.runtime.vigil import Finding, Vigil
 
 log = logging.getLogger("overcommit.fleet")
-
-
-@dataclass(slots=True)
-class Child:
-    """One incarnation in a seat."""
-
-    seat: Seat
-    process: Process
-    epoch: int
-    fds: dict[str, int] = field(default_factory=dict)
-    page: mmap.mmap | None = None
-    leases: _shm.LeasePage | None = None
-    status: _shm.StatusPage | None = None
-    is_ready: bool = False
-    told: set[int] = field(default_factory=set)  # slots whose VersionInfo this worker has
-    counters: Counters = field(default_factory=Counters)
-    vigil: Vigil | None = None  # over a worker that is ready
-
-    @property
-    def incarnation(self) -> tuple[int, int]:
-        """Seat and epoch: no two children of a kind have the same ones."""
-        return self.seat.index, self.epoch
-
-    def post(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        """Send; a child that leaves too many messages unread is hung and is killed."""
-        try:
-            if not self.process.control.post(message, fds):
-                log.error("%r does not read its control socket: killed", self.seat)
-                self.process.kill()
-        except ConnectionError:
-            self.process.kill()  # it is dying; the pidfd will tell
-        except OSError as error:
-            log.error(
-                "%r cannot be told a %s (%s): killed", self.seat, type(message).__name__, error
-            )
-            self.process.kill()
-
-
-def _close_all(fds: dict[str, int]) -> None:
-    while fds:
-        os.close(fds.popitem()[1])
 
 
 class Fleet:
@@ -200,10 +157,10 @@ class Fleet:
         try:
             process = self.start_torch(seat.kind) if seat.kind == "worker" else spawn(seat.kind)
         except BaseException:
-            _close_all(fds)
+            close_all(fds)
             raise
         if process is None:
-            _close_all(fds)
+            close_all(fds)
             return True
         seat.on_started(process.pid or 0, now_ns)
         child = self.children[id(seat)] = Child(seat, process, seat.epoch, fds)
@@ -343,7 +300,7 @@ class Fleet:
             # The page is read in on_gone, for what the worker was doing; only then it goes.
             child.status = child.leases = None
             child.page = None
-            _close_all(child.fds)
+            close_all(child.fds)
 
     def _take_leave(self, child: Child, ending: str, now_ns: int) -> None:
         # At the end all are killed, also who has left already; of who had not it is said (`kill`).

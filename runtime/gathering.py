@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from overcommit.runtime.fleet import Child
+from overcommit.runtime.children import Child
 from overcommit.runtime.front_end_messages import TellCounts
 
 GATHER_NS: Final = 1_000_000_000

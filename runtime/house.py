@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 
 from overcommit.runtime.boundary import Boundary
+from overcommit.runtime.children import Child
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.config import WORKERS_MAX, Settings
 from overcommit.runtime.device_choice import allow_descriptors, choose, with_packing
 from overcommit.runtime.entries import Entry
 from overcommit.runtime.errors import ConfigurationError
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import Pressure
 from overcommit.runtime.ledger import Ledger
 from overcommit.runtime.prefetching import Prefetching, local_s

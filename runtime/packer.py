@@ -19,7 +19,6 @@ Invariants
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -37,8 +36,17 @@ import msgspec
 import torch
 from torch import nn
 
-from overcommit.runtime import checkpoint, engines, foreign, probes, reshape, sources, trials
-from overcommit.runtime.config import MIB, START_TIMEOUT_S, ModelConfig
+from overcommit.runtime import (
+    checkpoint,
+    disk_room,
+    engines,
+    foreign,
+    probes,
+    reshape,
+    sources,
+    trials,
+)
+from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.engines import (
@@ -75,7 +83,6 @@ log = logging.getLogger("overcommit.packer")
 Progress = Callable[[int, int], None]
 MESSAGE_CHARS_MAX: Final = 4000
 PROGRESS_S: Final = 0.2
-_FULL: Final = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT)))
 STALE_S: Final = 3600.0  # a temporary file this old is of a packer that was killed
 
 
@@ -337,23 +344,10 @@ def pack(job: Pack, on_progress: Progress) -> PackDone:
         message = f"model '{job.name}' cannot be packed: {type(error).__name__}: {error}"
     if job.name not in message:
         message = f"model '{job.name}': {message}"
-    # Libraries that write for us say so in errors of their own.
-    if any(text in message for text in _FULL):
-        message, may_pass = _no_room(job), True
+    if disk_room.is_missing(message):
+        message, may_pass = disk_room.missing(job.name, job.cache_dir), True
     message = message[:MESSAGE_CHARS_MAX]
     return PackDone(job=job.job, ok=False, message=message, may_pass=may_pass)
-
-
-def _no_room(job: Pack) -> str:
-    folder = min(
-        job.cache_dir, tempfile.gettempdir(), key=lambda each: shutil.disk_usage(each).free
-    )
-    free = shutil.disk_usage(folder).free / MIB
-    option = "--cache-dir" if folder == job.cache_dir else "TMPDIR"
-    return (
-        f"model '{job.name}' cannot be packed: there is no room left on the disk of {folder} ({free:.0f} "
-        f"MiB free); make room there, or name a larger one by {option}"
-    )
 
 
 @contextlib.contextmanager

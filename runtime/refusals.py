@@ -26,6 +26,14 @@ def load_failed(name: str, reason: str, left_s: float) -> str:
     return f"model '{name}' could not be loaded: {reason}; it can be tried again in {left_s:.1f} s"
 
 
+def in_quarantine(name: str, version: str, left_s: float) -> str:
+    """Requests for the version have killed workers."""
+    return (
+        f"model '{name}' version {version} is in quarantine for {left_s:.0f} s: workers died while they "
+        f"ran it; see the server's log"
+    )
+
+
 def never_fits(name: str, size: int, capacity: int, pinned: int) -> str:
     """No eviction can make room, because the tier is too small or pinned versions fill it."""
     if size > capacity:

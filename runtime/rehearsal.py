@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.children import Child
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import Rehearse, Rehearsed, Route
 
 TRIES_MAX: Final = 10

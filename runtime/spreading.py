@@ -20,9 +20,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from overcommit.runtime.children import Child
 from overcommit.runtime.device_limits import HOMES_A_MESSAGE, SPREAD_INTERVAL_S
 from overcommit.runtime.entries import Entry
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import Homes
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.site import Site

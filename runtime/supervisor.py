@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime.administration import Administration
 from overcommit.runtime.broken_seats import BrokenSeats
 from overcommit.runtime.catalogue import Catalogue
+from overcommit.runtime.children import Child
 from overcommit.runtime.config import STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
-from overcommit.runtime.fleet import Child
 from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen

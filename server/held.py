@@ -13,7 +13,7 @@ Invariants
  3. A version has at most so many requests, here and at workers, as its `max_queue_size` says, and all
     of them HELD_REQUESTS_MAX here.
 
-Pure.  Called by the dispatch, which asks for nothing here while all requests find a place.
+Called by the dispatch, which asks for nothing here while all requests find a place.
 """
 
 from __future__ import annotations

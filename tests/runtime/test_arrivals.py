@@ -21,8 +21,9 @@ from overcommit.runtime import _shm
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.allocator import ChunkAllocator
 from overcommit.runtime.bound import Loader, Opened
+from overcommit.runtime.children import Child
 from overcommit.runtime.config import Settings
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.gate import SharedGate
 from overcommit.runtime.memory import create_memfd
 from overcommit.runtime.messages import Message

@@ -19,9 +19,10 @@ from residency_world import CHUNK, SECOND
 from overcommit.runtime import _shm
 from overcommit.runtime.activation import Activations
 from overcommit.runtime.allocator import ChunkAllocator
+from overcommit.runtime.children import Child
 from overcommit.runtime.config import MIB, Settings
 from overcommit.runtime.copier import Memcpy
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.image_file import Span
 from overcommit.runtime.messages import Message
 from overcommit.runtime.mover import Mover

@@ -13,6 +13,7 @@ import pytest
 from worker_rig import FakeModel, FakeProgram, Opened, Programs, Rig, X, opened
 
 from overcommit.runtime import _shm
+from overcommit.runtime.children import Child
 from overcommit.runtime.config import (
     BATCH_SAID_S,
     BATCH_TIMEOUT_S,
@@ -21,7 +22,7 @@ from overcommit.runtime.config import (
     STILL_TIMEOUT_S,
     Settings,
 )
-from overcommit.runtime.fleet import Child, Fleet
+from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.house import House
 from overcommit.runtime.process import Process
 from overcommit.runtime.vigil import Finding, Vigil
