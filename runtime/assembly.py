@@ -147,12 +147,9 @@ def split(
     Return the bytes that each needs; where that is more than its block has, nothing was written.
     """
     arrays = [_checked(spec, outputs) for spec in signature.outputs]
+    check_rows(signature, arrays, forms)
     if len(forms) == 1:
         return [_write(signature, arrays, blocks[0])]
-    rows = sum(form.rows for form in forms)
-    for spec, array in zip(signature.outputs, arrays, strict=True):
-        if not array.ndim or array.shape[0] != rows:
-            raise wrong_rows(spec, array.shape, rows)
     cuts = cuts_of(signature, arrays, forms)
     if not cuts and not any(array.dtype == object for array in arrays):
         return _split_even(signature, arrays, forms, blocks)
@@ -208,12 +205,21 @@ def _checked(spec: TensorSpec, outputs: Mapping[str, Array]) -> Array:
     return array
 
 
-def wrong_rows(spec: TensorSpec, shape: Sequence[int], rows: int) -> ModelError:
-    """Return the error of an output that has not the rows of its batch."""
-    return ModelError(
-        f"output '{spec.name}' has shape {list(shape)} for a batch of {rows} rows: "
-        f"it cannot be split; set max_batch_size = 0 if the model does not batch"
-    )
+def check_rows(signature: Signature, arrays: Sequence[Shaped], forms: Sequence[Form]) -> None:
+    """Raise ModelError for an output that has not the rows of its batch."""
+    if len(forms) == 1:
+        if not signature.batches:
+            return
+        rows = forms[0].rows
+    else:
+        rows = sum(form.rows for form in forms)
+    for spec, array in zip(signature.outputs, arrays, strict=True):
+        shape = array.shape
+        if not shape or shape[0] != rows:
+            raise ModelError(
+                f"output '{spec.name}' has shape {list(shape)} for a batch of {rows} rows: "
+                f"it cannot be split; set max_batch_size = 0 if the model does not batch"
+            )
 
 
 def cuts_of(

@@ -229,7 +229,8 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     in an axis only if `pad` is set on every input that has it, and an output axis of the same name
     is cut back to the request's own size afterwards.  `reshape`: the model's own shape, where that is
     another one than its clients'.  `picture`: clients give UINT8 pixels, [rows, height, width, channels],
-    and the model gets [rows, channels, height, width], normalised.
+    and the model gets [rows, channels, height, width], normalised.  `declared`: the shape that the model's
+    configuration gives an output, which its answers must have; `shape` may be what trials showed, no more.
     """
 
     name: str
@@ -241,6 +242,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     labels: str | None = None  # output: the file, in the model's folder, that names its classes
     reshape: tuple[int, ...] | None = None
     picture: Picture | None = None
+    declared: tuple[int, ...] = ()
 
 
 TimeoutAction = Literal["reject", "delay"]

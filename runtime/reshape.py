@@ -138,7 +138,10 @@ def _client(found: TensorSpec, said: TensorSpec | None) -> TensorSpec:
         return msgspec.structs.replace(
             found, shape=shape, datatype=said.datatype, picture=said.picture, axes=axes, pad=None
         )
-    return msgspec.structs.replace(found, shape=shape, reshape=reshape, axes=axes, pad=None)
+    declared = said.shape if found.declared else ()
+    return msgspec.structs.replace(
+        found, shape=shape, reshape=reshape, axes=axes, pad=None, declared=declared
+    )
 
 
 class Reshaped:

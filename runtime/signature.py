@@ -32,7 +32,7 @@ import numpy as np
 
 from overcommit.runtime import payload
 from overcommit.runtime.config import ModelConfig, TensorSpec
-from overcommit.runtime.errors import BadRequest
+from overcommit.runtime.errors import BadRequest, ModelError
 from overcommit.runtime.payload import TensorPlace
 
 FORMS_MAX: Final = 256  # remembered headers of one version
@@ -136,9 +136,14 @@ class Signature:
     def answer_header(
         self, sizes: tuple[tuple[int, tuple[int, ...]], ...]
     ) -> tuple[bytes, tuple[TensorPlace, ...], int]:
-        """Lay out an answer whose outputs have these (bytes, shape); also return all its bytes."""
+        """Lay out an answer whose outputs have these (bytes, shape); also return all its bytes.
+
+        Raises ModelError when one has not the shape that the model's configuration declares.
+        """
         answer = self._answers.get(sizes)
         if answer is None:
+            for spec, (_, shape) in zip(self.outputs, sizes, strict=True):
+                self._check_declared(spec, shape)
             specs = enumerate(zip(self.outputs, sizes, strict=True))
             places, total = payload.plan(
                 [(index, spec.datatype, *size) for index, (spec, size) in specs]
@@ -158,6 +163,19 @@ class Signature:
         return None
 
     # --- inside ---------------------------------------------------------------------------------
+    def _check_declared(self, spec: TensorSpec, shape: tuple[int, ...]) -> None:
+        if not (want := spec.declared):
+            return
+        # The batch's axis has the rows of the request, which `assembly` looks at.
+        is_right = len(shape) == len(want) and all(
+            size in (-1, got) or (self.batches and not axis)
+            for axis, (size, got) in enumerate(zip(want, shape, strict=True))
+        )
+        if not is_right:
+            raise ModelError(
+                f"output '{spec.name}' has shape {list(shape)}, the model's config says {list(want)}"
+            )
+
     def _find_ragged(self) -> tuple[str, ...]:
         if any(self._unnamed(spec) for spec in self.outputs):
             return ()

@@ -311,7 +311,9 @@ def _chosen(
                 f"output '{spec.name}' of {name} is {other.datatype} {list(other.shape)}, its "
                 f"model.toml says {spec.datatype} {list(spec.shape)}"
             )
-    return tuple(known[spec.name] for spec in config.outputs)
+    return tuple(
+        msgspec.structs.replace(known[spec.name], declared=spec.shape) for spec in config.outputs
+    )
 
 
 def _batching(batching: Batching, batches: bool, rows_max: int) -> Batching:

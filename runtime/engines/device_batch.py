@@ -25,7 +25,7 @@ import torch
 
 from overcommit.kernels.datatypes import bits_of
 from overcommit.kernels.gather import Entry
-from overcommit.runtime.assembly import cuts_of, wrong_rows
+from overcommit.runtime.assembly import check_rows, cuts_of
 from overcommit.runtime.config import TensorSpec
 from overcommit.runtime.device_limits import COPY_FROM_BYTES, GATHER_ROWS_MAX
 from overcommit.runtime.engines.device_kernels import Kernels
@@ -173,11 +173,8 @@ def send(
             )
         tensors.append(tensor.detach().resolve_conj().resolve_neg().contiguous())
     cuts: dict[int, int] = {}
+    check_rows(signature, tensors, forms)
     if len(forms) > 1:
-        rows = sum(form.rows for form in forms)
-        for spec, tensor in zip(signature.outputs, tensors, strict=True):
-            if not tensor.ndim or tensor.shape[0] != rows:
-                raise wrong_rows(spec, tensor.shape, rows)
         found = cuts_of(signature, tensors, forms)
         cuts = {number: position for number, axis, position in found if axis == 1}
         if len(cuts) < len(found):

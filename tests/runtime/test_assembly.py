@@ -332,6 +332,45 @@ def test_outputs_that_do_not_fit_are_the_model_s_fault(
         split(one, outputs, forms, egress(2))
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_one_request_gets_as_many_rows_as_it_has(rows: int) -> None:
+    answer = {"y": np.ones((rows, 4), np.float32)}
+    one = signature([spec("x", (-1, 4))], [spec("y", (-1, 4))])
+    _, forms = gathered(one, block_of((0, "FP32", np.ones((1, 4), np.float32))))
+    with pytest.raises(ModelError, match=rf"\[{rows}, 4\] for a batch of 1 rows"):
+        split(one, answer, forms, egress(1))
+    # What does not batch gives what it likes.
+    one = signature([spec("x", (-1, 4))], [spec("y", (-1, 4))], max_batch_size=0)
+    _, forms = gathered(one, block_of((0, "FP32", np.ones((1, 4), np.float32))))
+    outs = egress(1)
+    assert read_answer(outs[0], split(one, answer, forms, outs)[0])[0].shape == (rows, 4)
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+@pytest.mark.parametrize("shape", [(2,), (4, 1), ()])
+def test_an_answer_has_the_shape_that_the_configuration_declares(
+    requests: int, shape: tuple[int, ...]
+) -> None:
+    output = spec("y", (-1, 4), declared=(-1, 4))
+    one = signature([spec("x", (-1, 4))], [output, spec("free", (-1, 4))])
+    blocks = [block_of((0, "FP32", np.ones((1, 4), np.float32))) for _ in range(requests)]
+    _, forms = gathered(one, *blocks)
+    right, wrong = np.ones((requests, 4), np.float32), np.ones((requests, *shape), np.float32)
+    # Of what trials alone have shown nobody has said that it holds for all values.
+    assert len(split(one, {"y": right, "free": wrong}, forms, egress(requests))) == requests
+    with pytest.raises(ModelError, match=r"output 'y' has shape .* config says \[-1, 4\]"):
+        split(one, {"y": wrong, "free": right}, forms, egress(requests))
+
+
+def test_an_axis_that_is_declared_to_vary_varies() -> None:
+    output = spec("y", (-1, 4, 2), declared=(-1, -1, 2))
+    one = signature([spec("x", (-1, 4))], [output])
+    _, forms = gathered(one, block_of((0, "FP32", np.ones((1, 4), np.float32))))
+    outs = egress(1)
+    needs = split(one, {"y": np.ones((1, 9, 2), np.float32)}, forms, outs)
+    assert read_answer(outs[0], needs[0])[0].shape == (1, 9, 2)
+
+
 def test_an_output_that_was_not_padded_with_its_inputs_is_not_guessed_at() -> None:
     one = signature([IDS, MASK], [HIDDEN])
     _, forms = gathered(one, text_block(2), text_block(4))

@@ -54,6 +54,7 @@ def test_a_model_is_packed_as_it_is_and_served_as_its_clients_see_it(tmp_path: P
     (x,), (y,) = done.config.inputs, done.config.outputs
     assert (x.shape, x.axes, x.reshape) == ((-1, 1), ("batch", None), (-1,))
     assert (y.shape, y.axes, y.reshape) == ((-1, 2, 3), ("batch", None, None), (-1, 6))
+    assert (x.declared, y.declared) == ((), (-1, 2, 3))
     assert done.config.batching.max_batch_size == 8
     model = reshape.Reshaped(Opened(done).model, done.config)
     rows = np.array([[1], [2], [-3]], np.float32)

@@ -206,6 +206,8 @@ def test_outputs_of_the_configuration_are_chosen_and_checked() -> None:
     chosen = found(embed, IDS, outputs=specs("pooled", "FP32", -1, 8))
     assert [spec.name for spec in chosen.outputs] == ["pooled"]
     assert chosen.outputs[0].axes == ("batch", None)
+    assert chosen.outputs[0].declared == (-1, 8)
+    assert not any(spec.declared for spec in found(embed, IDS).outputs)
     for wrong, words in (
         (specs("nothing", "FP32", -1, 8), "no output"),
         (specs("pooled", "FP64", -1, 8), "FP64"),
