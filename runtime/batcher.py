@@ -103,7 +103,7 @@ class Batcher:
     def set_family(self, slot: int, family: Rooms | None) -> None:
         """Say with which other versions this one may share batches."""
         turn = self._turn(slot)
-        turn.in_mates = False  # where it was it is passed over
+        turn.leave_mates()
         turn.rooms = family
         if family is not None:
             turn.mates = self._mates.setdefault(family, deque())
@@ -124,6 +124,7 @@ class Batcher:
             return []
         assert not self._is_out(turn), "a version is not removed while its batch runs"
         jobs = self._take_out(turn, turn.lane.remove(lambda _: True))
+        turn.leave_mates()
         turn.state = State.GONE
         return jobs
 
@@ -321,8 +322,6 @@ class Batcher:
         mates, running = first.mates, self._running
         while left > 0 and mates and len(passed) < PASSED_MAX:
             turn = mates.popleft()
-            if turn.mates is not mates or not turn.in_mates:
-                continue  # it has left the family, or came back and stands here twice
             turn.in_mates = False
             if turn.state is not _DUE:
                 continue

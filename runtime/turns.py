@@ -76,10 +76,15 @@ class Turn:
         self.pace = Pace()  # what its batches cost, over their rows
         self.rooms: Rooms | None = None
         self.rank: Rank | None = None  # of its priority, once it was due
-        # The lanes that it may share batches with and that became due; some are no longer, and
-        # one that has left the family stays until it comes up.
+        # The lanes that it may share batches with and that became due; some are no longer.
         self.mates: deque[Turn] = deque()
-        self.in_mates = False
+        self.in_mates = False  # whether it stands there, once
+
+    def leave_mates(self) -> None:
+        """Its version leaves its family: while no batch is shared nobody passes over who is gone."""
+        if self.in_mates:
+            self.in_mates = False
+            self.mates.remove(self)
 
 
 class Rank:

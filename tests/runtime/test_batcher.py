@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
@@ -18,7 +19,7 @@ from overcommit.runtime.lanes import (
     limits_of,
 )
 from overcommit.runtime.signature import Form
-from overcommit.runtime.turns import LOWER_SHARE
+from overcommit.runtime.turns import LOWER_SHARE, Turn
 
 MS = 1_000_000
 _ids = itertools.count(1)
@@ -443,6 +444,43 @@ def test_another_priority_is_not_taken_along() -> None:
     batcher.set_family(3, rooms)
     add(batcher, like(1), like(3), like(2))
     assert parts(batcher.next(0)) == {1: 1, 2: 1}
+
+
+def test_lanes_that_are_gone_leave_nothing_behind_while_no_batch_is_shared() -> None:
+    batcher = mixable(rooms := Rooms(1), 1)
+
+    def known() -> int:
+        gc.collect()
+        return sum(isinstance(one, Turn) for one in gc.get_objects())
+
+    before = known()
+    for number in range(50):
+        slot = 2 + number % 3
+        batcher.configure(slot, Limits(rows_max=8))
+        batcher.set_family(slot, rooms)
+        batcher.set_runnable(slot, True, 0)
+        add(batcher, like(slot), like(1))
+        assert len(take(batcher)) == len(take(batcher)) == 1
+        if number % 2:
+            batcher.set_family(slot, None)
+        batcher.remove(slot)
+    assert known() == before
+
+
+def test_a_lane_that_changes_its_family_is_taken_along_by_the_new_one_alone() -> None:
+    old, new = Rooms(4), Rooms(4)
+    batcher = mixable(old, 1, 2)
+    batcher.configure(3, Limits(rows_max=8))
+    batcher.set_runnable(3, True, 0)
+    batcher.set_family(3, new)
+    add(batcher, like(1), like(2), like(3))
+    batcher.set_family(2, new)
+    batcher.set_family(2, new)
+    batch = batcher.next(0)
+    assert parts(batch) == {1: 1}
+    assert batch is not None
+    batcher.finish(batch, MS, 0)
+    assert parts(batcher.next(0)) == {2: 1, 3: 1}
 
 
 def test_a_removed_lane_is_not_taken_along() -> None:
