@@ -262,11 +262,7 @@ class Activations:
 
     def terms(self, config: ModelConfig) -> Terms:
         """Return what a model's file says of its stay, and the settings where it says nothing."""
-        stay_s = self._settings.min_resident_s
-        if config.min_resident_s is not None:
-            stay_s = config.min_resident_s
-        ttl_s = self._settings.ttl_s if config.ttl_s is None else config.ttl_s
-        terms = Terms(config.pin, config.priority, int(stay_s * 1e9), int(ttl_s * 1e9))
+        terms = Terms.of(config, self._settings)
         return self._terms.setdefault(terms, terms)  # most versions have the same
 
     def remove(self, slot: int, now_ns: int) -> None:

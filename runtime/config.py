@@ -38,7 +38,6 @@ UNPACK_STEP_BYTES: Final = 2 * MIB  # what is decoded at a time where it can; bl
 READS_IN_FLIGHT: Final = 8  # of one load
 # More than one load may have in flight: a load that begins finds a free one beside a long load.
 READ_THREADS: Final = 12
-PREFETCH_READS_IN_FLIGHT: Final = 2  # what a foreground load may find before it on the disk
 COPY_THREADS_MAX: Final = 4  # or one per core, where there are fewer
 COPY_BYTES_MIN: Final = 4 * MIB  # of one step of a copy between tiers, where so much is left
 COPY_BYTES_MAX: Final = 32 * MIB
@@ -51,7 +50,6 @@ COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who rece
 LOADS_IN_FLIGHT_MAX: Final = 4
 PIN_BYTES: Final = 256 * MIB  # by one call; from 512 MiB on the kernel compacts, under a lock
 COPIES_IN_FLIGHT: Final = 4  # to the GPU; a copy that is under way cannot be overtaken
-PREFETCH_COPIES_IN_FLIGHT: Final = 2
 MEMORY_RESERVE_BYTES: Final = 1 * GIB  # left to everything else when budgets are derived
 PREFETCH_BYTES_PER_S: Final = 256 * MIB  # on average; the disk's and the copy's share for guesses
 PREFETCH_SHARE: Final = 0.5  # of a tier, for what was prefetched and not used yet

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from overcommit.runtime.config import PREFETCH_COPIES_IN_FLIGHT
 from overcommit.runtime.mover_messages import Urgency
+from overcommit.runtime.prefetch_limits import PREFETCH_COPIES_IN_FLIGHT
 
 Place = TypeVar("Place")
 

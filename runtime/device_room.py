@@ -19,10 +19,7 @@ from collections.abc import Callable, Generator
 
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
-from overcommit.runtime.config import (
-    SLAB_MODEL_BYTES_MAX,
-    SMALL_CHUNK_BYTES,
-)
+from overcommit.runtime.config import SLAB_MODEL_BYTES_MAX, SMALL_CHUNK_BYTES
 from overcommit.runtime.placement import STARVING_NS, Room
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.prefetch_limits import PREFETCH_VICTIMS_MAX

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import selectors
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,11 +29,11 @@ from overcommit.runtime.bells import MoverBells, lend_doorbells, make_bell
 from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.children import Child, close_all
 from overcommit.runtime.chunk_feed import ChunkFeed
-from overcommit.runtime.config import BATCH_TIMEOUT_S, FORK_SERVER_PAUSE_S, Settings
+from overcommit.runtime.config import BATCH_TIMEOUT_S, FORK_SERVER_PAUSE_S, STOP_TIMEOUT_S, Settings
 from overcommit.runtime.equipment import link, make_fds, map_page
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import SharedMemory
-from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, Start
+from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, Start, Stop
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 from overcommit.runtime.vigil import Finding, Vigil
@@ -342,6 +343,23 @@ class Fleet:
             self.kill(child, text, now_ns)
         else:
             log.warning("%r %s; after %g s it is killed", child.seat, text, BATCH_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """Ask all but front ends, which drain, to leave; wait a little, and kill who stays."""
+        self.is_closing = True
+        children = [child for child in self.children.values() if child.seat.kind != "front_end"]
+        for child in children:
+            child.post(Stop())
+        deadline_ns = time.monotonic_ns() + int(STOP_TIMEOUT_S * 1e9)
+        with selectors.DefaultSelector() as dying:
+            for child in children:
+                if child.process.pidfd is not None:
+                    dying.register(child.process.pidfd, selectors.EVENT_READ, child)
+            while dying.get_map() and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+                for key, _ in dying.select(left_ns / 1e9):
+                    dying.unregister(key.fileobj)
+            for key in list(dying.get_map().values()):
+                self.kill(key.data, f"did not stop in {STOP_TIMEOUT_S:g} s", time.monotonic_ns())
 
     def close(self) -> None:
         """Kill and reap whatever is left; nothing survives this."""

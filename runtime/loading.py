@@ -51,7 +51,6 @@ from overcommit.runtime.config import (
     COPY_THREADS_MAX,
     PAGE_BYTES,
     PIECE_BYTES_MAX,
-    PREFETCH_READS_IN_FLIGHT,
     READ_BYTES,
     READS_IN_FLIGHT,
     UNPACK_STEP_BYTES,
@@ -63,6 +62,7 @@ from overcommit.runtime.image_file import ImageFile, Span
 from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Urgency
 from overcommit.runtime.packed import BLOCK_BYTES, Head, Pieces, check_decoded, find_pieces
 from overcommit.runtime.places import Base, Places
+from overcommit.runtime.prefetch_limits import PREFETCH_READS_IN_FLIGHT
 from overcommit.runtime.wall import Wall
 
 # Where DEVICE is host memory; more threads than cores copy no faster.

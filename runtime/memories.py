@@ -21,11 +21,7 @@ from pathlib import Path
 
 from overcommit.runtime import demand_file
 from overcommit.runtime.prefetch import Prefetcher
-from overcommit.runtime.prefetch_limits import (
-    PREFETCH_LOOKS,
-    PREFETCH_MODELS_MAX,
-    PREFETCH_SAVE_S,
-)
+from overcommit.runtime.prefetch_limits import PREFETCH_LOOKS, PREFETCH_MODELS_MAX, PREFETCH_SAVE_S
 
 log = logging.getLogger("overcommit.prefetch")
 

@@ -44,7 +44,6 @@ from overcommit.runtime.config import (
     DECISION_SPIN_NS,
     LARGE_CHUNK_BYTES,
     PIN_BYTES,
-    PREFETCH_READS_IN_FLIGHT,
     READ_THREADS,
     READS_IN_FLIGHT,
     VERSIONS_MAX,
@@ -75,6 +74,7 @@ from overcommit.runtime.mover_messages import (
 )
 from overcommit.runtime.numa import move_to_site
 from overcommit.runtime.places import Base
+from overcommit.runtime.prefetch_limits import PREFETCH_READS_IN_FLIGHT
 from overcommit.runtime.publishing import Publisher
 
 log = logging.getLogger("overcommit.mover")

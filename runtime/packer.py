@@ -19,8 +19,6 @@ Invariants
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -28,7 +26,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,29 +33,12 @@ import msgspec
 import torch
 from torch import nn
 
-from overcommit.runtime import (
-    checkpoint,
-    disk_room,
-    engines,
-    foreign,
-    probes,
-    reshape,
-    sources,
-    trials,
-)
+from overcommit.runtime import disk_room, engines, foreign, real_modules, reshape, sources, trials
 from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.control import ControlSocket
-from overcommit.runtime.engines import (
-    archive,
-    hugging_face,
-    manifest,
-    store,
-    torch_export,
-    torch_module,
-    user_code,
-)
-from overcommit.runtime.engines.bound_module import Arguments, BoundModule
+from overcommit.runtime.engines import manifest, store, user_code
+from overcommit.runtime.engines.bound_module import BoundModule
 from overcommit.runtime.errors import (
     ImageError,
     ModelError,
@@ -86,104 +66,6 @@ PROGRESS_S: Final = 0.2
 STALE_S: Final = 3600.0  # a temporary file this old is of a packer that was killed
 
 
-# --- sources, built for real ---------------------------------------------------------------------
-@dataclass(slots=True)
-class Prepared:
-    """A source, built for real, and how its program is named and saved."""
-
-    module: nn.Module
-    call: Callable[[Arguments], object]
-    known: probes.Known
-    program: dict[str, str]
-    key: Callable[[Sequence[TensorFacts]], str]
-    save: Callable[[Path], Path | None] = lambda folder: None
-
-
-def _prepare_hugging_face(job: Pack, source: sources.Source) -> Prepared:
-    where = f"model '{job.name}'"
-    try:
-        config: Any = json.loads(source.main.read_text())
-    except ValueError as error:
-        raise RepositoryError(f"{source.main} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise RepositoryError(f"{source.main} holds no JSON object")
-    tensors = checkpoint.read(source.weights)
-    program = hugging_face.describe(config, tensors, where)
-    with hugging_face.as_loaded(program, where):
-        module = torch_module.build(program)
-    try:
-        checkpoint.fill(module, tensors, where)
-    except RepositoryError as error:
-        # Names that the architecture had in another release; nearly all of the hub's are as they were.
-        try:
-            tensors = hugging_face.read_by_itself(program, job.folder)
-        except RepositoryError as other:
-            log.info("%s: %s", where, other.message)
-            raise error from other
-        checkpoint.fill(module, tensors, where)
-    inputs = hugging_face.inputs_of(module)
-    return Prepared(
-        module=module,
-        call=torch_module.Call(module),
-        known=probes.Known(inputs, hugging_face.sizes_of(inputs)),
-        program=program,
-        key=lambda facts: _key(program, facts),
-    )
-
-
-def _prepare_user(job: Pack, source: sources.Source) -> Prepared:
-    where = f"model '{job.name}'"
-    content = user_code.read_source(source.main)
-    program = user_code.describe(source.main, content, source.class_name, job.config.parameters)
-    module = user_code.build({**program, "file": str(source.main)})
-    checkpoint.fill(module, checkpoint.read(source.weights), where)
-    return Prepared(
-        module=module,
-        call=torch_module.Call(module),
-        known=probes.Known(),
-        program=program,
-        key=lambda facts: _key(program, facts),
-        save=lambda folder: store.save_once(folder / "model.py", lambda: content),
-    )
-
-
-def _prepare_export(job: Pack, source: sources.Source) -> Prepared:
-    modules = archive.inspect(source.main)
-    with torch_export.reading(source.main):
-        exported = torch_export.load(source.main, modules)
-        signature = torch_export.signature_of(exported)
-        module = exported.module()
-    limits = signature.batch_limits
-    return Prepared(
-        module=module,
-        call=torch_export.Call(module, exported.call_spec.in_spec, signature),
-        known=probes.Known(signature.specs, signature.sizes, limits),
-        program={"kind": "export", "modules": ",".join(modules)},
-        key=lambda facts: torch_export.program_key(exported, facts),
-        save=lambda folder: torch_export.save_program(folder, exported),
-    )
-
-
-def _key(program: Mapping[str, str], facts: Sequence[TensorFacts]) -> str:
-    """Name a program: what builds it, and the tensors that it binds (but not their values)."""
-    parts: list[object] = [json.dumps(dict(program), sort_keys=True), torch.__version__, *facts]
-    if program["kind"] == "hugging_face":
-        import transformers
-
-        parts.append(transformers.__version__)
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(str(part).encode() + b"\0")
-    return digest.hexdigest()
-
-
-_PREPARE: Final = {
-    "hugging_face": _prepare_hugging_face,
-    "user": _prepare_user,
-    "export": _prepare_export,
-}
-
-
 # --- packing --------------------------------------------------------------------------------------
 def _pack(job: Pack, on_progress: Progress) -> PackDone:
     def on_step() -> None:
@@ -209,7 +91,7 @@ def _pack(job: Pack, on_progress: Progress) -> PackDone:
             made, tensors_of = foreign.make(job, source, Path(scratch), on_step)
             header = write_image(path, made, tensors_of, on_progress, packs=job.packs)
             return _done(job, path, key, header)
-    prepared = _PREPARE[source.kind](job, source)
+    prepared = real_modules.prepare(job, source)
     on_step()
     # What a tuple's elements are called is for the model's configuration to say.
     names = ModelConfig(inputs=job.config.inputs or prepared.known.inputs)
@@ -247,7 +129,7 @@ def _only_reading(module: nn.Module, job: Pack) -> Iterator[None]:
 def _working_header(
     job: Pack,
     source: sources.Source,
-    prepared: Prepared,
+    prepared: real_modules.Prepared,
     outcome: trials.Outcome,
     facts: Sequence[TensorFacts],
     tensors: Mapping[str, torch.Tensor],

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+PREFETCH_COPIES_IN_FLIGHT: Final = 2
+PREFETCH_READS_IN_FLIGHT: Final = 2  # what a foreground load may find before it on the disk
 PREFETCH_WINDOW_S: Final = 60.0  # over which the average is taken
 PREFETCH_IDLE_S: Final = 60.0  # nobody leaves for a prefetch who was used more recently
 PREFETCH_EXPIRY_S: Final = 3600.0  # not used for so long: it was a mistake

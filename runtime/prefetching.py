@@ -34,10 +34,7 @@ from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.memories import Memories
 from overcommit.runtime.prefetch import Candidate, Prefetcher, PrefetchWish
 from overcommit.runtime.prefetch_books import PrefetchBooks
-from overcommit.runtime.prefetch_limits import (
-    PREFETCH_INTERVAL_S,
-    PREFETCH_LOOKS,
-)
+from overcommit.runtime.prefetch_limits import PREFETCH_INTERVAL_S, PREFETCH_LOOKS
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.residents import (
     Action,

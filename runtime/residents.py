@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Final, Literal, Protocol
 
 from overcommit.runtime.allocator import Extent
+from overcommit.runtime.config import ModelConfig, Settings
 from overcommit.runtime.mover_messages import Urgency
 from overcommit.runtime.parts import Part
 
@@ -38,6 +39,14 @@ class Terms:
     priority: int = 0  # who has more is evicted later, whatever else speaks for others
     min_resident_ns: int = 0  # after its publish, in which only a desperate wish takes its bytes
     ttl_ns: int = 0  # without a use, after which DEVICE is given back; 0: never
+
+    @classmethod
+    def of(cls, config: ModelConfig, settings: Settings) -> Terms:
+        """Return what a model's file says, and the settings where it says nothing."""
+        stay_s, ttl_s = config.min_resident_s, config.ttl_s
+        stay_s = settings.min_resident_s if stay_s is None else stay_s
+        ttl_s = settings.ttl_s if ttl_s is None else ttl_s
+        return cls(config.pin, config.priority, int(stay_s * 1e9), int(ttl_s * 1e9))
 
 
 @dataclass(slots=True, eq=False)

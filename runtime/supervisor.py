@@ -43,7 +43,7 @@ from overcommit.runtime.errors import OvercommitError, ProtocolError
 from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen
-from overcommit.runtime.messages import ArenaMade, Chunks, ChunksTaken, Drain, Ready, Stop
+from overcommit.runtime.messages import ArenaMade, Chunks, ChunksTaken, Drain, Ready
 from overcommit.runtime.mover_messages import LoadDone, Populated
 from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
@@ -107,7 +107,7 @@ class Supervisor:
     def close(self) -> None:
         """End every child and release everything."""
         self.catalogue.close()
-        self._stop_children()
+        self.house.fleet.stop()
         self.house.close()
         signal.set_wakeup_fd(-1)
         self._selector.close()
@@ -365,24 +365,6 @@ class Supervisor:
         for child in house.fleet.of_kind("front_end", ready=False):
             child.post(Drain(timeout_s=timeout_s))
         house.fleet.close_listeners()
-
-    def _stop_children(self) -> None:
-        """Ask politely, wait a little; `Fleet.close` kills what stays."""
-        fleet = self.house.fleet
-        fleet.is_closing = True
-        children = [c for c in fleet.children.values() if c.seat.kind != "front_end"]
-        for child in children:
-            child.post(Stop())
-        deadline_ns = time.monotonic_ns() + int(STOP_TIMEOUT_S * 1e9)
-        with selectors.DefaultSelector() as dying:
-            for child in children:
-                if child.process.pidfd is not None:
-                    dying.register(child.process.pidfd, selectors.EVENT_READ, child)
-            while dying.get_map() and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
-                for key, _ in dying.select(left_ns / 1e9):
-                    dying.unregister(key.fileobj)
-            for key in list(dying.get_map().values()):
-                fleet.kill(key.data, f"did not stop in {STOP_TIMEOUT_S:g} s", time.monotonic_ns())
 
     def _age_s(self) -> str:
         return f"{(time.monotonic_ns() - self._started_ns) / 1e9:.2f}"

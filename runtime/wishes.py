@@ -120,6 +120,12 @@ class Wishes:
         self._told.pop(slot, None)
         self._door.settle(slot)
 
+    def _answer(self, slot: int) -> tuple[int, int]:
+        """The weights are there: end the wish, and return when it was asked for, and now."""
+        now_ns = time.monotonic_ns()
+        self._end_wish(slot)
+        return self._asked.pop(slot, now_ns), now_ns
+
     def note_waiting(self, slot: int) -> None:
         """Tell the page how many jobs wait for this version."""
         waiting = self._batcher.waiting(slot)
@@ -184,9 +190,7 @@ class Wishes:
                 del self.coming[slot]
                 version = self._versions.arrive(coming)
                 if version is not None:
-                    arrived_ns = time.monotonic_ns()
-                    asked_ns = self._asked.pop(slot, arrived_ns)
-                    self._end_wish(slot)
+                    asked_ns, arrived_ns = self._answer(slot)
                     self._attaching[slot] = (asked_ns, arrived_ns, arrived_ns)
                     self._try_bind(version, now_ns)
 
@@ -207,9 +211,7 @@ class Wishes:
         if version is not None and version.generation == placed.generation:
             return  # the word had said so
         self.coming.pop(placed.slot, None)
-        placed_ns = time.monotonic_ns()
-        asked_ns = self._asked.pop(placed.slot, placed_ns)
-        self._end_wish(placed.slot)
+        asked_ns, placed_ns = self._answer(placed.slot)
         if version is None or version.failing(now_ns) is not None:
             return
         try:

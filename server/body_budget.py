@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from overcommit.runtime.errors import Overloaded, PayloadTooLarge
+from overcommit.runtime.errors import PayloadTooLarge
+from overcommit.server import failures
 from overcommit.server.limits import BODIES_BYTES_MAX, SMALL_BODY_BYTES
 
 if TYPE_CHECKING:
@@ -58,11 +59,7 @@ class BodyBudget:
                 front.bodies_bytes += taken - held
                 held = taken
                 if front.bodies_bytes > BODIES_BYTES_MAX:
-                    raise Overloaded(
-                        f"bodies being received take over {BODIES_BYTES_MAX} bytes, which is the "
-                        f"limit; try again",
-                        retry_after_s=1,
-                    )
+                    raise failures.bodies_full()
             return message
 
         try:

@@ -199,12 +199,16 @@ def _decoder(element: type, depth: int) -> msgspec.json.Decoder[list[object]]:
 def flat_text(raw: Raw, shape: tuple[int, ...]) -> bytes:
     """Return the text of a flat list of the same numbers.  Raises BadRequest."""
     text = bytes(raw)
-    opening = _OPENING.match(text)
-    depth = 0 if opening is None else opening.group().count(b"[")
+    depth = _depth(text)
     if depth <= 1:
         return text
     _check_depth(depth, shape)
     return nesting.flatten(text, shape)
+
+
+def _depth(data: bytes | memoryview) -> int:
+    opening = _OPENING.match(data)
+    return 0 if opening is None else opening.group().count(b"[")
 
 
 def _check_depth(depth: int, shape: tuple[int, ...]) -> None:
@@ -216,8 +220,7 @@ def _check_depth(depth: int, shape: tuple[int, ...]) -> None:
 def _flat(raw: Raw, shape: tuple[int, ...], element: type) -> list:  # type: ignore[type-arg]
     """Decode flat or nested data into one list of elements."""
     view = memoryview(raw)
-    opening = _OPENING.match(view)
-    depth = 0 if opening is None else opening.group().count(b"[")
+    depth = _depth(view)
     if depth <= 1:
         return _decoder(element, 1).decode(view)
     _check_depth(depth, shape)
@@ -326,13 +329,13 @@ def encode_fp32(view: memoryview) -> Raw:
 def write_data(view: memoryview, datatype: str) -> bytes:
     """Write a tensor's bytes as JSON.  Raises BadRequest for BYTES not in UTF-8."""
     text = encode(encode_data(view, datatype))
-    return name_specials(text, view, datatype) if datatype in ("FP16", "BF16") else text
+    if datatype in ("FP16", "BF16") and specials.LETTER_OF_NULL in text:
+        return name_specials(text, view, datatype)
+    return text
 
 
 def name_specials(text: bytes, view: memoryview, datatype: str) -> bytes:
     """Write NaN and the infinities into the JSON of these numbers, where it says `null`."""
-    if specials.LETTER_OF_NULL not in text:
-        return text
     if datatype == "BF16":
         return specials.name(text, _widen(view))
     return specials.name(text, np.frombuffer(view, NUMBERS[datatype]))

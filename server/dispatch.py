@@ -361,7 +361,7 @@ class Dispatch:
                 reply.succeed(view)
             except Exception:  # the request boundary: others wait for their completions
                 log.exception("an answer of model '%s' could not be given on", route.name)
-                reply.fail(OvercommitError("internal error; see the server's log"))
+                reply.fail(failures.internal())
             finally:
                 self._release(pending)
         elif (

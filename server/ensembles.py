@@ -28,6 +28,7 @@ from overcommit.runtime import payload, stages
 from overcommit.runtime.config import NEVER_NS, Step
 from overcommit.runtime.errors import DeadlineExceeded, ModelError, OvercommitError
 from overcommit.runtime.sequence_terms import Ask
+from overcommit.server import failures
 from overcommit.server.asking import Tensor, ask, request_of
 from overcommit.server.inference import Data, Prepared, prepare_decoded
 from overcommit.server.limits import ENSEMBLE_DEPTH_MAX
@@ -79,7 +80,7 @@ class Run:
         except Exception:  # the request boundary
             log.exception("a request for the ensemble '%s' failed", prepared.route.name)
             if self._reply is not None:
-                self._reply.fail(OvercommitError("internal error; see the server's log"))
+                self._reply.fail(failures.internal())
         else:
             took_ns = time.monotonic_ns() - self._began_ns
             # Its steps have the times: what an ensemble takes beyond them is in none of its stages.

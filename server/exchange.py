@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from overcommit.runtime.errors import OvercommitError
-from overcommit.server import binary, compression, long_bodies
+from overcommit.server import binary, compression, failures, long_bodies
 from overcommit.server.ensembles import Run
 from overcommit.server.inference import prepare, prepare_again, prepare_head, respond
 from overcommit.server.limits import (
@@ -319,7 +319,7 @@ class Exchange:
 
     def _fail_badly(self) -> None:
         log.exception("a request for model '%s' failed", self.name)
-        self.fail(OvercommitError("internal error; see the server's log"))
+        self.fail(failures.internal())
 
     def _close_header(self) -> bytes:
         if self.protocol.front.is_draining:

@@ -18,6 +18,7 @@ from overcommit.runtime.errors import (
     Unavailable,
 )
 from overcommit.runtime.front_end_messages import Route
+from overcommit.server.limits import BODIES_BYTES_MAX
 
 ROOM_S_MIN: Final = 0.001  # until a place is free in a queue ...
 UNKNOWN_S: Final = 1.0  # ... whose batches were not timed yet
@@ -47,6 +48,19 @@ def stopping(name: str) -> Unavailable:
         f"this one when it is back",
         retry_after_s=UNKNOWN_S,
     )
+
+
+def bodies_full(who: str = "") -> Overloaded:
+    """What clients are sending takes too much memory, all of them together."""
+    return Overloaded(
+        f"{who}bodies being received take over {BODIES_BYTES_MAX} bytes, which is the limit; try again",
+        retry_after_s=1,
+    )
+
+
+def internal() -> OvercommitError:
+    """A defect of ours, which the log has."""
+    return OvercommitError("internal error; see the server's log")
 
 
 def memory_full(name: str, nbytes: int) -> Overloaded:

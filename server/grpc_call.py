@@ -22,7 +22,7 @@ from typing import Final
 
 from overcommit.runtime.config import NEVER_NS
 from overcommit.runtime.errors import OvercommitError
-from overcommit.server import grpc_wire
+from overcommit.server import failures, grpc_wire
 from overcommit.server.grpc_handler import Handler
 from overcommit.server.grpc_inference import Service
 from overcommit.server.grpc_wire import CallFailed, CallHead, Status, failure_of
@@ -270,7 +270,7 @@ class OtherCall(Unary):
             failure = failure_of(error)
         except Exception:  # the request boundary
             log.exception("the gRPC method %s failed", self.head.path)
-            failure = CallFailed(Status.INTERNAL, "internal error; see the server's log")
+            failure = CallFailed(Status.INTERNAL, failures.internal().message)
         else:
             self._task = None
             self.send_message([answer], grpc_wire.TRAILERS_OK)

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from overcommit.runtime.errors import OvercommitError
+from overcommit.server import failures
 from overcommit.server.ensembles import Run
 from overcommit.server.grpc_answers import Answers
 from overcommit.server.grpc_requests import Asked, Requests
@@ -165,4 +166,4 @@ class Inference:
 
     def _fail_badly(self) -> None:
         log.exception("a gRPC inference failed")
-        self.fail(OvercommitError("internal error; see the server's log"))
+        self.fail(failures.internal())

@@ -67,8 +67,8 @@ class Held:
         route, slot = pending.route, where[0]
         count = self._counts.get(slot, 0)
         queue = self._queues.get(where)
-        if lent + count >= route.max_queue_size or len(self._where) >= HELD_REQUESTS_MAX:
-            is_full = lent + count >= route.max_queue_size
+        is_full = lent + count >= route.max_queue_size
+        if is_full or len(self._where) >= HELD_REQUESTS_MAX:
             limit = route.max_queue_size if is_full else HELD_REQUESTS_MAX
             room_s = 0.0
             if queue is not None:

@@ -13,9 +13,7 @@ HEAD_TIMEOUT_S: Final = 30.0  # from the first byte of a request to the end of i
 BODY_TIMEOUT_S: Final = 120.0  # from there to the end of its body
 WRITE_TIMEOUT_S: Final = 60.0  # a client that does not read its answer
 LINGER_S: Final = 1.0  # reading on after a refusal, so that the client gets to see it
-SMALL_BODY_BYTES: Final = (
-    64 * KIB
-)  # of settings, regions, ...; longer ones count against the body budget ...
+SMALL_BODY_BYTES: Final = 64 * KIB  # of settings and the like; longer bodies count against ...
 BODIES_BYTES_MAX: Final = 512 * MIB  # ... which is this, for all connections of a front end
 BULK_BYTES_MIN: Final = 128 * KIB  # binary tensors from here on are received where they are read
 JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their headers
@@ -36,9 +34,7 @@ LINES_MAX: Final = 16_384  # remembered request lines ...
 FIELDS_MAX: Final = 4096  # ... and header lines that follow them ...
 HEAD_BYTES_MAX: Final = 1 * KIB  # ... up to this long, together
 DIMENSION_MAX: Final = 1 << 40
-SPECIAL_STRINGS_MAX: Final = (
-    100_000  # in a request's JSON that has NaN or the infinities beside them
-)
+SPECIAL_STRINGS_MAX: Final = 100_000  # in a request's JSON beside NaN or the infinities
 PARAMETERS_BYTES_MAX: Final = 1 * MIB  # of a request's JSON, all its parameters together
 DECODE_HERE_BYTES: Final = 1 * MIB  # longer JSON is decoded by another thread ...
 DECODE_PIECE_BYTES: Final = 256 * KIB  # ... so much at a time

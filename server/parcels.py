@@ -67,9 +67,7 @@ class Parcels:
         self._in_view, self._out_view = memoryview(ingress), memoryview(egress)
         self.ingress, self.egress = BlockArena(len(self._in_view)), BlockArena(len(self._out_view))
         self._idle: list[Pending] = []
-        self.hints: dict[
-            int, int
-        ] = {}  # slot -> bytes that an answer of it may need, by its last ones
+        self.hints: dict[int, int] = {}  # slot -> bytes that its next answers may need
 
     def open(
         self, request_id: int, route: Route, plan: InputPlan, reply: Reply, now_ns: int

@@ -39,7 +39,7 @@ from overcommit.runtime.errors import (
     Overloaded,
     PayloadTooLarge,
 )
-from overcommit.server import compression, heads
+from overcommit.server import compression, failures, heads
 from overcommit.server.body_kinds import exchange_of
 from overcommit.server.bulk import BulkReceiver
 from overcommit.server.connection import Connection
@@ -319,14 +319,7 @@ class HotProtocol(Connection):
             self.front.bodies_bytes += length - exchange.held_bytes
             exchange.held_bytes = length
             if self.front.bodies_bytes > BODIES_BYTES_MAX:
-                self._refuse(
-                    Overloaded(
-                        f"model '{exchange.name}': bodies being received take over "
-                        f"{BODIES_BYTES_MAX} bytes, which is the limit; try again",
-                        retry_after_s=1,
-                    ),
-                    exchange,
-                )
+                self._refuse(failures.bodies_full(f"model '{exchange.name}': "), exchange)
 
     def on_message_complete(self) -> None:
         if self._has_offer:

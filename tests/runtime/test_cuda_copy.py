@@ -19,11 +19,7 @@ from mover_rig import Memory, flip_byte, make_image
 from overcommit.runtime import _shm, cuda_copy
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.chunks import Chunks
-from overcommit.runtime.config import (
-    COPIES_IN_FLIGHT,
-    MIB,
-    PREFETCH_COPIES_IN_FLIGHT,
-)
+from overcommit.runtime.config import COPIES_IN_FLIGHT, MIB
 from overcommit.runtime.copier import pairs
 from overcommit.runtime.cuda_arena import CudaArena
 from overcommit.runtime.cuda_copy import CudaCopier
@@ -32,6 +28,7 @@ from overcommit.runtime.loading import LoadState
 from overcommit.runtime.messages import Extents
 from overcommit.runtime.mover_messages import Load, LoadDone, Urgency
 from overcommit.runtime.places import Base
+from overcommit.runtime.prefetch_limits import PREFETCH_COPIES_IN_FLIGHT
 
 WATCHDOG_S = 60.0
 HOST_BYTES = 24 * MIB

@@ -19,7 +19,7 @@ from overcommit.kernels.unpack import SOURCE
 from overcommit.runtime import _shm, cuda_copy, gpu_probe
 from overcommit.runtime.chunk_table import ChunkTable
 from overcommit.runtime.chunks import Chunks
-from overcommit.runtime.config import COPIES_IN_FLIGHT, MIB, PREFETCH_COPIES_IN_FLIGHT
+from overcommit.runtime.config import COPIES_IN_FLIGHT, MIB
 from overcommit.runtime.cuda_arena import CudaArena
 from overcommit.runtime.cuda_copy import CudaCopier
 from overcommit.runtime.driver import DriverError, Stream
@@ -27,6 +27,7 @@ from overcommit.runtime.loading import LoadState
 from overcommit.runtime.messages import Extents
 from overcommit.runtime.mover_messages import Load, LoadDone, Urgency
 from overcommit.runtime.places import Base
+from overcommit.runtime.prefetch_limits import PREFETCH_COPIES_IN_FLIGHT
 
 WATCHDOG_S = 60.0
 HOST_BYTES = 24 * MIB

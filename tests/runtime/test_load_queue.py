@@ -11,11 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hypothesis.strategies import integers, sampled_from
 from mover_rig import Memory, make_image
 
-from overcommit.runtime.config import MIB, PREFETCH_READS_IN_FLIGHT, READ_BYTES, READS_IN_FLIGHT
+from overcommit.runtime.config import MIB, READ_BYTES, READS_IN_FLIGHT
 from overcommit.runtime.load_queue import LoadQueue
 from overcommit.runtime.loading import LoadState, Outcome, State, Step, Work
 from overcommit.runtime.mover_messages import Load, Urgency
 from overcommit.runtime.places import Base
+from overcommit.runtime.prefetch_limits import PREFETCH_READS_IN_FLIGHT
 
 ARENA = Base("device", 1 << 40, 1 << 36)  # never touched: steps are not run here
 HOST = Base("host", 1 << 41, 1 << 36)

@@ -22,7 +22,6 @@ from overcommit.runtime.config import (
     KIB,
     MIB,
     PAGE_BYTES,
-    PREFETCH_READS_IN_FLIGHT,
     READ_BYTES,
     READS_IN_FLIGHT,
 )
@@ -32,6 +31,7 @@ from overcommit.runtime.messages import Extents, Message
 from overcommit.runtime.mover import Mover
 from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Populated, Urgency
 from overcommit.runtime.places import Base, Places
+from overcommit.runtime.prefetch_limits import PREFETCH_READS_IN_FLIGHT
 
 ARENA_BYTES = 32 * MIB
 

@@ -157,7 +157,7 @@ def test_a_model_is_packed_in_either_form_and_the_second_is_made_of_the_first(
         done[packs] = pack(job(folder, tmp_path / "cache", packs=packs), lambda done, total: None)
         assert done[packs].ok, done[packs].message
         # The other form needs no model to be built.
-        monkeypatch.setattr("overcommit.runtime.packer._PREPARE", {})
+        monkeypatch.setattr("overcommit.runtime.real_modules._PREPARE", {})
     paths = {packs: each.image_path for packs, each in done.items()}
     assert paths[True] != paths[False]
     assert read_payload(paths[True])[1] == read_payload(paths[False])[1]

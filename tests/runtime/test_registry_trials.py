@@ -9,7 +9,7 @@ import pytest
 from tests.runtime.test_registry import FAILED, make_ready, packed, source
 
 from overcommit.runtime.config import ModelConfig, Naming
-from overcommit.runtime.entries import State
+from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.registry import Registry
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout
@@ -127,13 +127,19 @@ def test_what_an_operator_says_goes_before_the_files_and_outlives_a_start(
     assert names.weights == {}
 
 
-def test_an_image_that_is_gone_is_made_again_once_behind_the_version_that_serves(
-    registry: Registry, tmp_path: Path
-) -> None:
+def renewed(registry: Registry, tmp_path: Path) -> tuple[Entry, Entry]:
+    """A version whose image is gone, and the one that is made again."""
     make_ready(registry, tmp_path, source())
     old = registry.find("minilm")
     new = registry.renew(old)
     assert new is not None
+    return old, new
+
+
+def test_an_image_that_is_gone_is_made_again_once_behind_the_version_that_serves(
+    registry: Registry, tmp_path: Path
+) -> None:
+    old, new = renewed(registry, tmp_path)
     assert (new.state, new.on_trial) == (State.PACKING, True)
     assert registry.renew(old) is None
     assert registry.renew(new) is None
@@ -146,10 +152,7 @@ def test_an_image_that_is_gone_is_made_again_once_behind_the_version_that_serves
 def test_an_image_that_cannot_be_made_again_leaves_the_reason_and_is_tried_once_more(
     registry: Registry, tmp_path: Path
 ) -> None:
-    make_ready(registry, tmp_path, source())
-    old = registry.find("minilm")
-    new = registry.renew(old)
-    assert new is not None
+    old, new = renewed(registry, tmp_path)
     assert registry.on_packed(new.slot, FAILED) == []
     assert registry.find("minilm") is old
     assert FAILED.message in old.reason

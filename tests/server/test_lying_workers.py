@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import model_rig
 import msgspec
 import numpy as np
-from front_end_rig import HEAD, Peer, Rig, answers, body, in_loop, request
+from front_end_rig import HEAD, Client, Peer, Rig, answers, body, in_loop, request
 from serving import Server, is_alive
 
 from overcommit.runtime import _shm, payload
@@ -16,16 +17,31 @@ from overcommit.server.worker_link import incarnation_of, link_key
 TOO_MUCH = 1 << 20
 
 
+def asked(rig: Rig, peer: Peer, count: int) -> tuple[list[Client], list[Any]]:
+    """Clients that have asked, each once, and what the worker has got of them."""
+    clients = [rig.connect() for _ in range(count)]
+    for client in clients:
+        client.send(request(body(1.0)))
+    return clients, peer.take()
+
+
+def given_to_next(rig: Rig, clients: list[Client]) -> list[int]:
+    """What the clients get when the next worker has answered what is left."""
+    assert not rig.dispatch.links
+    after = Peer(rig, 0, 2)
+    while after.answer_all():
+        pass
+    assert rig.is_empty()
+    return [answers(client.written)[0][0] for client in clients]
+
+
 def test_who_lies_is_reported_once_and_its_ring_is_not_looked_at_any_more() -> None:
     def test() -> None:
         rig = Rig()
         broken: list[int] = []
         rig.dispatch.on_broken = broken.append
         peer = Peer(rig, 3, 7)
-        clients = [rig.connect() for _ in range(3)]
-        for client in clients:
-            client.send(request(body(1.0)))
-        first, second, _ = peer.take()
+        _, (first, second, _) = asked(rig, peer, 3)
         peer.answer(first, length=TOO_MUCH)
         rig.dispatch.drain()
         peer.answer(second)
@@ -40,21 +56,13 @@ def test_what_a_liar_had_goes_to_the_next_worker_when_it_is_dead() -> None:
     def test() -> None:
         rig = Rig()
         peer = Peer(rig, 0, 1)
-        clients = [rig.connect() for _ in range(3)]
-        for client in clients:
-            client.send(request(body(1.0)))
-        first, second, third = peer.take()
+        clients, (first, second, third) = asked(rig, peer, 3)
         peer.answer(first, length=TOO_MUCH)
         peer.answer(second)
         rig.dispatch.drain()
         peer.answer(third, length=TOO_MUCH)
         rig.dispatch.link_down(0, 1)
-        assert not rig.dispatch.links
-        after = Peer(rig, 0, 2)
-        while after.answer_all():
-            pass
-        assert [answers(client.written)[0][0] for client in clients] == [500, 200, 200]
-        assert rig.is_empty()
+        assert given_to_next(rig, clients) == [500, 200, 200]
 
     in_loop(test)
 
@@ -63,17 +71,10 @@ def test_a_last_lie_of_a_dead_worker_does_no_harm() -> None:
     def test() -> None:
         rig = Rig()
         peer = Peer(rig, 0, 1)
-        clients = [rig.connect() for _ in range(2)]
-        for client in clients:
-            client.send(request(body(1.0)))
-        peer.answer(peer.take()[0], length=TOO_MUCH)
+        clients, (first, _) = asked(rig, peer, 2)
+        peer.answer(first, length=TOO_MUCH)
         rig.dispatch.link_down(0, 1)
-        assert not rig.dispatch.links
-        after = Peer(rig, 0, 2)
-        while after.answer_all():
-            pass
-        assert [answers(client.written)[0][0] for client in clients] == [500, 200]
-        assert rig.is_empty()
+        assert given_to_next(rig, clients) == [500, 200]
 
     in_loop(test)
 
@@ -84,9 +85,9 @@ def test_an_answer_that_cannot_be_read_is_its_clients_trouble() -> None:
         peer, client = Peer(rig, 0, 1), rig.connect()
         x = np.float32([[1, 2]])
         tensor = {"name": "x", "datatype": "FP32", "shape": x.shape, "data": x.tobytes()}
-        asked = msgspec.msgpack.encode({"inputs": [tensor]})
+        content = msgspec.msgpack.encode({"inputs": [tensor]})
         head = HEAD + b"Content-Type: application/msgpack\r\n"
-        client.send(head + b"Content-Length: %d\r\n\r\n" % len(asked) + asked)
+        client.send(head + b"Content-Length: %d\r\n\r\n" % len(content) + content)
         request_id, _, _, _, out_offset, *_ = peer.take()[0]
         places, total = payload.plan([(5, "FP32", 8, (1, 2))])  # the model has one output
         payload.encode(rig.egress[out_offset : out_offset + total], places)
@@ -135,17 +136,17 @@ def test_a_worker_whose_ring_is_written_over_is_replaced(tmp_path: Path) -> None
     model_rig.add_model(root, "scribbler", SCRIBBLER, {"x": "FP32"})
     model_rig.add_model(root, "echo", model_rig.ECHO, {"x": "FP32"})
     with Server(root, cache=tmp_path / "cache", flags=("--allow-code",)) as server:
-        asked = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}
+        tensor = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}
         (liar,) = server.pids("worker")
-        server.post("/v2/models/scribbler/infer", {"inputs": [{**asked, "data": [500.0]}]})
+        server.post("/v2/models/scribbler/infer", {"inputs": [{**tensor, "data": [500.0]}]})
 
         def is_found() -> bool:
             # What is written over at times is right again at others: it takes some answers.
-            server.post("/v2/models/echo/infer", {"inputs": [asked]})
+            server.post("/v2/models/echo/infer", {"inputs": [tensor]})
             return any("broke the rules of its ring: killed" in line for line in server.log)
 
         server.wait_until(is_found)
         server.wait_until(lambda: not is_alive(liar))
         server.wait_until(
-            lambda: server.post("/v2/models/echo/infer", {"inputs": [asked]}).status == 200
+            lambda: server.post("/v2/models/echo/infer", {"inputs": [tensor]}).status == 200
         )
