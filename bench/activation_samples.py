@@ -6,7 +6,7 @@ Called by the scenario `activation`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ class Sample:
     nbytes: int
     source: str  # "disk", "host", or "device" where it was there already
     instants: dict[str, int]
+    key: tuple[int, int]  # slot and generation
 
     def between(self, first: str, last: str) -> float:
         """Return the seconds from one instant to another."""
@@ -57,7 +58,7 @@ def samples_of(status: dict[str, Any]) -> list[Sample]:
             instants |= {name: ns for name, ns in load.items() if name.endswith("ed_ns")}
             instants |= {"began_ns": load["began_ns"], "done_ns": load["done_ns"]}
         samples.append(
-            Sample(row["nbytes"], "device" if load is None else load["source"], instants)
+            Sample(row["nbytes"], "device" if load is None else load["source"], instants, key)
         )
     return samples
 
@@ -67,9 +68,37 @@ def median(samples: Iterable[Sample], take: Callable[[Sample], float]) -> float:
     return statistics.median(take(sample) for sample in samples)
 
 
-def fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Return (a, B) of t = a + nbytes / B, by least squares of the relative errors.
+@dataclass(slots=True, frozen=True)
+class Pair:
+    """How long loads of one size took, and the raw move of the same bytes: medians, in seconds."""
 
+    nbytes: int
+    seconds: float
+    raw_s: float
+
+    @property
+    def share(self) -> float:
+        """How much of a load's time the raw move is."""
+        return self.raw_s / self.seconds
+
+
+def pair(nbytes: int, samples: Iterable[Sample], raw: Mapping[tuple[int, int], float]) -> Pair:
+    """Hold each load against the raw move that was measured right after it, by slot and generation.
+
+    A machine's speed drifts within a run (its neighbours), so that the ratio of two medians may be
+    that of two moments; the median of the ratios is not.  Loads without a raw move are left out.
+    """
+    known = [(sample.seconds, raw[sample.key]) for sample in samples if sample.key in raw]
+    seconds = statistics.median(one for one, _ in known)
+    share = statistics.median(raw_s / one for one, raw_s in known)
+    return Pair(nbytes, seconds, share * seconds)
+
+
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return (a, B) of t = a + x / B, by least squares of the relative errors, for points (x, t).
+
+    With x in bytes B is a bandwidth; with x the seconds of a raw move of the same bytes B is the
+    share of the raw bandwidth that is left once the fixed cost is paid.
     Absolute errors would let the longest loads alone decide, and `a` would be their noise.
     """
     sizes = np.array([nbytes for nbytes, _ in points], float)

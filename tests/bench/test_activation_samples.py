@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from overcommit.bench.activation_samples import STAGES, fit, median, samples_of
+from overcommit.bench.activation_samples import STAGES, Sample, fit, median, pair, samples_of
 
 
 def a_load(slot: int, generation: int, at_ns: int) -> dict[str, Any]:
@@ -53,3 +53,25 @@ def test_the_line_is_found_again_whatever_the_spread_of_sizes() -> None:
     fixed_s, rate = fit(points)
     assert fixed_s == pytest.approx(3e-4)
     assert rate == pytest.approx(25e9)
+
+
+def test_each_load_is_held_against_the_raw_move_beside_it_however_the_machine_drifts() -> None:
+    def a_sample(number: int, seconds: float) -> Sample:
+        instants = {"asked_ns": 0, "mapped_ns": round(seconds * 1e9)}
+        return Sample(4096, "host", instants, (3, number))
+
+    # Half of the time everything takes twice as long; the raw moves were measured there mostly.
+    samples = [a_sample(number, 10e-3 if number < 4 else 20e-3) for number in range(7)]
+    raw = {(3, number): 9e-3 if number < 4 else 18e-3 for number in range(2, 7)}
+    found = pair(4096, samples, raw)
+    assert found.share == pytest.approx(0.9)
+    assert found.seconds == pytest.approx(20e-3)
+    with pytest.raises(ValueError):
+        pair(4096, samples, {})
+
+
+def test_the_share_of_the_raw_bandwidth_is_found_beside_a_fixed_cost() -> None:
+    raws = [size / 28e9 for size in (1 << 20, 1 << 26, 1 << 28, 1 << 31)]
+    fixed_s, share = fit([(raw_s, 7e-4 + raw_s / 0.97) for raw_s in raws])
+    assert fixed_s == pytest.approx(7e-4)
+    assert share == pytest.approx(0.97)
