@@ -145,11 +145,11 @@ class Administration:
         only_ready = bool(request.arguments.get("ready", False))
         offset = _number(request, "offset", 0)
         limit = _number(request, "limit", VERSIONS_MAX)
-        registry = self.house.registry
+        registry, state_of = self.house.registry, self.catalogue.ensembles.state
         # A filter has to be applied before its pages can be counted.
         entries = (
             itertools.islice(
-                (entry for entry in registry.entries() if entry.state is State.READY),
+                (entry for entry in registry.entries() if state_of(entry) is State.READY),
                 *(offset, offset + limit),
             )
             if only_ready
@@ -159,7 +159,7 @@ class Administration:
             {
                 "name": entry.name,
                 "version": entry.version,
-                "state": _INDEX_STATE[entry.state],
+                "state": _INDEX_STATE[state_of(entry)],
                 **({"reason": reason} if (reason := self._reason(entry)) else {}),
             }
             for entry in entries
@@ -172,7 +172,9 @@ class Administration:
         share = self.catalogue.packing.share_done(slot)
         if share is not None:
             return f"its image is being made: {share:.0%}"
-        return entry.reason or ("unloaded" if entry.state is State.UNLOADED else "")
+        if entry.state is State.UNLOADED and not entry.reason:
+            return "unloaded"
+        return self.catalogue.ensembles.verdict(entry).reason or entry.reason
 
     def _unload(self, request: Admin) -> bytes:
         name = _text(request, "name")
@@ -247,7 +249,7 @@ class Administration:
         return {
             "name": entry.name,
             "version": entry.version,
-            "state": entry.state.name,
+            "state": self.catalogue.ensembles.state(entry).name,
             "reason": self._reason(entry),
             "engine": entry.engine,
             "tier": view.tier.name if view is not None else "DISK" if known else "",

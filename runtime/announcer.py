@@ -80,6 +80,7 @@ class Announcer:
         self._told: set[tuple[int, int]] = set()  # front ends that have the whole table
         self._unsaid: dict[int, Entry] = {}  # by slot
         self._said_ns = 0
+        self.revision = 0  # grows with each change, told or not
 
     def is_unsaid(self, slot: int) -> bool:
         """Whether a change of this version waits to be told."""
@@ -87,6 +88,7 @@ class Announcer:
 
     def note(self, entry: Entry, now_ns: int) -> None:
         """A version has changed, and nobody waits for it."""
+        self.revision += 1
         self._unsaid[entry.slot] = entry
         self.step(now_ns)
 
@@ -97,6 +99,7 @@ class Announcer:
 
     def say(self, changed: Iterable[Entry], removed: Iterable[int], now_ns: int) -> None:
         """Tell these changes now, and those that wait before them."""
+        self.revision += 1
         self._unsaid |= {entry.slot: entry for entry in changed}
         gone = tuple(removed)
         for slot in gone:
@@ -115,6 +118,7 @@ class Announcer:
 
     def say_names(self, names: Iterable[ModelNames]) -> None:
         """Tell what names mean from now on."""
+        self.revision += 1
         for message in name_messages(names):
             for front in self._fleet.of_kind("front_end", ready=False):
                 if front.incarnation in self._told:

@@ -23,11 +23,14 @@ import msgspec
 
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
+from overcommit.runtime.dependents import brought_along
+from overcommit.runtime.ensemble_watch import EnsembleWatch
 from overcommit.runtime.entries import Entry, State, to_route
 from overcommit.runtime.example import example_body, example_request
 from overcommit.runtime.hints import hint_of
 from overcommit.runtime.house import House
 from overcommit.runtime.kept_images import reusable
+from overcommit.runtime.misfits import misfits_of
 from overcommit.runtime.overrides import Overrides
 from overcommit.runtime.pack_retries import PackRetries
 from overcommit.runtime.packer_messages import Pack, PackDone
@@ -58,6 +61,9 @@ class Catalogue:
         self.registry.rehearses = True
         self.rehearsals = Rehearsals(house.fleet, self._on_rehearsed)
         self.rollout = Rollout(settings.cache_dir, self.registry)
+        self.ensembles = EnsembleWatch(
+            self.registry, self.rollout, lambda: self._announcer.revision
+        )
         self.overrides = Overrides(settings.cache_dir, settings.repositories)
         self._sources: list[VersionSource] = []
         self._retries = PackRetries()
@@ -122,14 +128,14 @@ class Catalogue:
         return any(source.name == name for source in self._sources)
 
     def is_settled(self, name: str) -> bool:
-        """Whether every version of a model is what it will be: nothing is packed, nor on trial."""
-        if not self.registry.has(name):
-            return True
+        """Whether a model, and those of its steps, are what they will be: none is packed or on trial."""
+        names = filter(self.registry.has, (name, *brought_along(self.registry, name)))
         return not any(
             entry.state is State.PACKING
             or self.registry.successor_slot(entry) != entry.slot
             or entry.slot in self.rehearsals
-            for entry in self.registry.versions(name)
+            for each in names
+            for entry in self.registry.versions(each)
         )
 
     # --- packing --------------------------------------------------------------------------------
@@ -187,6 +193,8 @@ class Catalogue:
         """A version has all that it needs; one on trial shows that it works first."""
         self.house.add(entry, now_ns)
         self._programs.note(entry)
+        for text in misfits_of(entry.folder, entry.config, entry.source_config):
+            log.warning("%s version %s: %s", entry.name, entry.version, text)
         if not entry.on_trial:
             self._let_go(entry.name, now_ns)
         elif entry.config.steps:
@@ -333,6 +341,7 @@ class Catalogue:
             run("the imports of programs", self._programs.step)
         if self._is_scanned:
             run("telling front ends of models", self._tell, now_ns)
+            run("ensembles", self.ensembles.step, now_ns)
         run("letting versions go", self._retire, now_ns)
 
     def _tell(self, now_ns: int) -> None:

@@ -212,7 +212,7 @@ class ClientLoads:
             newest = next(reversed(entries.values()), None)
             if newest is None or newest.state is State.UNLOADED:
                 return _gone(name)
-            reason = newest.reason
+            reason = newest.reason or self._catalogue.ensembles.verdict(newest).problem
             return RepositoryError(f"failed to load '{name}': {reason}") if reason else None
         sought = self._catalogue.overrides.sought(name)
         if not sought:
@@ -225,10 +225,11 @@ class ClientLoads:
         return None
 
     def _hurry(self, name: str) -> None:
-        """A client waits for its image."""
+        """A client waits for its image, or for those of its steps."""
         registry = self._catalogue.registry
-        for entry in registry.versions(name) if registry.has(name) else ():
-            self._catalogue.packing.hurry(registry.successor_slot(entry))
+        for each in filter(registry.has, (name, *brought_along(registry, name))):
+            for entry in registry.versions(each):
+                self._catalogue.packing.hurry(registry.successor_slot(entry))
 
     def _say(self, load: _Load, problem: OvercommitError | None) -> None:
         if load.is_answered:

@@ -112,7 +112,8 @@ TENSORS_MAX: Final = 256
 RANK_MAX: Final = 16
 PICTURE_CHANNELS_MAX: Final = 4  # as many as `kernels/image.py` does
 ALIASES_MAX: Final = 64  # of one model
-STEPS_MAX: Final = 64  # of one ensemble
+STEPS_MAX: Final = 64  # of one ensemble ...
+ENSEMBLE_DEPTH_MAX: Final = 8  # ... and so many deep lies one in another
 SEQUENCE_IDLE_US: Final = 1_000_000  # without a request, and the sequence is over
 SEQUENCE_CANDIDATES: Final = 128
 SEQUENCE_CANDIDATES_MAX: Final = 65_536
@@ -348,9 +349,7 @@ class Naming(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     latest: int = 0  # so many of the highest versions are served
     specific: tuple[str, ...] = ()  # these versions are served
-    aliases: dict[
-        str, str
-    ] = {}  # further names -> a version, or "" for what the model's name means
+    aliases: dict[str, str] = {}  # further names -> a version, or "": what the model's name means
     weights: dict[str, float] = {}  # version -> percent of the requests that name none
     called: str = ""  # what its files call the version, where that is no whole number
 

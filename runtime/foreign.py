@@ -40,6 +40,7 @@ from overcommit.runtime.image import (
     lay_out,
     layout_hash,
 )
+from overcommit.runtime.misfits import fits
 from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.sources import Source
 
@@ -156,7 +157,7 @@ def _check_inputs(where: str, given: Sequence[TensorSpec], known: Sequence[Tenso
                 f"lists; it takes {has}"
             )
         # A graph that leaves the rank open says the same as one that takes a scalar.
-        if own.shape and not trials.fits(spec.shape, own.shape):
+        if own.shape and not fits(spec.shape, own.shape):
             raise RepositoryError(
                 f"{where}: its input '{spec.name}' is {list(spec.shape)} in its configuration, but the "
                 f"program takes {list(own.shape)}; a batch's axis counts (max_batch_size in config.pbtxt)"

@@ -2,7 +2,7 @@
 
 Only `model.toml` says so: packing finds out what a model's outputs are, and does not look at their labels.
 
-Pure.  Called by the registry and the accounts.
+Pure.  Called by the registry, the accounts and `misfits`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ def label_files(
     names = _names(source)
     if not names:
         return ()
-    places = (folder, os.path.dirname(folder))
     return tuple(
-        tuple(os.path.join(place, names[spec.name]) for place in places)
-        if spec.name in names
-        else ()
+        places_of(folder, names[spec.name]) if spec.name in names else ()
         for spec in visible_outputs(config)
     )
+
+
+def places_of(folder: str, file: str) -> tuple[str, ...]:
+    """Return where a file of labels may be, the first that is there counts; () if it lies elsewhere."""
+    if not _is_inside(file):
+        return ()
+    return tuple(os.path.join(place, file) for place in (folder, os.path.dirname(folder)))
 
 
 def with_labels(config: ModelConfig, source: ModelConfig | None) -> ModelConfig:

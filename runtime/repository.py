@@ -339,7 +339,8 @@ def _find(root: str, name: str, folder: str, file: str) -> str:
             refuse_outside(os.path.realpath(os.path.join(root, name)), path)
             return os.path.realpath(path)
     raise RepositoryError(
-        f"its configuration names the file '{printable(file)}', which is not there"
+        f"its configuration names the file '{printable(file)}', which is not there: put it into "
+        f"{printable(os.path.join(root, name))}, or leave it out"
     )
 
 

@@ -72,6 +72,17 @@ class Rollout:
         """Everything that a new front end must know."""
         return self._told.values()
 
+    def alias(self, name: str) -> tuple[str, str]:
+        """Return the model that a further name means, and a version or ""; else the name itself."""
+        found = (each for each in self._told.values() if name in each.aliases)
+        named = next(found, None)
+        return (name, "") if named is None else (named.name, named.aliases[name])
+
+    def weights(self, name: str) -> Collection[str]:
+        """Return the versions of a model that have shares of their own."""
+        named = self._told.get(name)
+        return () if named is None else named.weights
+
     def changes(self, names: Iterable[str]) -> list[ModelNames]:
         """Return what is no longer as front ends were told."""
         changed = []

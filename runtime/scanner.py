@@ -31,6 +31,7 @@ from typing import Final
 from overcommit.runtime.config import VERSIONS_MAX
 from overcommit.runtime.folder_walk import is_skipped
 from overcommit.runtime.known_configs import FILE_NAME, KnownConfigs
+from overcommit.runtime.misfits import missing_versions
 from overcommit.runtime.repository import (
     SETTLE_NS,
     Folder,
@@ -190,6 +191,9 @@ class Scanner:
         if found == former and name in self._models:
             return False
         self._models[name] = found
+        for model, group in itertools.groupby(found, key=lambda source: source.name):
+            for text in missing_versions([*group]):
+                log.warning("model '%s': %s", model, text)
         for source in found:
             if source.name != name:
                 self._inside[source.name] = name

@@ -24,6 +24,7 @@ class Shelf:
         self._current: dict[tuple[str, str], Entry] = {}
         self._names: dict[str, tuple[Entry, ...]] | None = None
         self._ordered: list[Entry] = []
+        self._ensembles: list[Entry] = []
 
     def __len__(self) -> int:
         return len(self._current)
@@ -32,6 +33,11 @@ class Shelf:
         """Yield what is current, by name and numeric version."""
         self._by_name()
         return iter(self._ordered)
+
+    def ensembles(self) -> list[Entry]:
+        """Return those of `entries` that have steps."""
+        self._by_name()
+        return self._ensembles
 
     def page(self, offset: int, limit: int) -> list[Entry]:
         """Return one page of `entries`."""
@@ -80,6 +86,7 @@ class Shelf:
     def _by_name(self) -> dict[str, tuple[Entry, ...]]:
         if self._names is None:
             self._ordered = sorted(self._current.values(), key=order)
+            self._ensembles = [entry for entry in self._ordered if entry.config.steps]
             groups = itertools.groupby(self._ordered, key=lambda entry: entry.name)
             self._names = {name: tuple(entries) for name, entries in groups}
         return self._names

@@ -31,6 +31,7 @@ import numpy as np
 from overcommit.runtime import sequence_terms
 from overcommit.runtime.config import TENSORS_MAX, Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import ModelError, RepositoryError
+from overcommit.runtime.misfits import fits
 from overcommit.runtime.probes import (
     Array,
     Arrays,
@@ -285,13 +286,6 @@ def _one_row(spec: TensorSpec, firsts: Collection[str]) -> TensorSpec:
     if not spec.axes or spec.axes[0] not in firsts:
         return spec
     return msgspec.structs.replace(spec, shape=(1, *spec.shape[1:]), axes=(None, *spec.axes[1:]))
-
-
-def fits(one: Sequence[int], two: Sequence[int]) -> bool:
-    """Whether some tensor has both shapes; -1 is any size."""
-    return len(one) == len(two) and all(
-        -1 in (a, b) or a == b for a, b in zip(one, two, strict=True)
-    )
 
 
 def _chosen(

@@ -3,6 +3,7 @@
 Invariants
  1. Nothing is written, packed, imported from a model or run; files of weights are not read.
  2. Each model of the roots is in the result exactly once, whatever is wrong with it.
+ 3. A problem is why a version is not served; a fault, what is not as its files mean it where it is.
 
 Called by the command line, in a process of its own.
 """
@@ -22,6 +23,7 @@ from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, Naming, TensorS
 from overcommit.runtime.errors import ConfigurationError, OvercommitError
 from overcommit.runtime.hints import hint_of
 from overcommit.runtime.known_configs import KnownConfigs
+from overcommit.runtime.misfits import misfits_of, missing_versions
 from overcommit.runtime.mlserver_config import SERVER_FILE_NAME
 from overcommit.runtime.model_toml import read_file
 from overcommit.runtime.pack_index import PackIndex
@@ -29,8 +31,10 @@ from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.repository import Folder, VersionSource, model_folders, scan_model
 from overcommit.runtime.rollout import no_shares
 from overcommit.runtime.sequence_terms import slots_of, visible_inputs, visible_outputs
+from overcommit.server.check_steps import step_problems
 
 COMPILERS = ("g++", "clang++")
+_BROKEN = ModelConfig()
 Progress = Callable[[int, int], None]
 
 
@@ -57,6 +61,7 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     left_out: tuple[str, ...]  # versions that the version policy does not choose
     aliases: dict[str, str]
     ignored: tuple[str, ...]
+    faults: tuple[str, ...] = ()  # it is served, but not as its files mean it
 
     @property
     def problems(self) -> list[tuple[str, str]]:
@@ -75,6 +80,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         bad = sum(len(model.problems) for model in self.models)
         return sum(len(model.versions) for model in self.models) - bad, bad
 
+    def faults(self) -> int:
+        """How much is wrong with what will be served."""
+        return sum(len(model.faults) for model in self.models)
+
 
 class Checker:
     """Looks at models; what it has read of equal files is kept."""
@@ -85,6 +94,7 @@ class Checker:
         if cache_dir is not None:
             self._indices = [PackIndex(cache_dir, packs=packs) for packs in (False, True)]
         self._allow_code = allow_code
+        self._found: dict[tuple[str, str], ModelConfig] = {}  # by name and version
 
     def check(
         self, roots: Sequence[str], on_progress: Progress = lambda done, total: None
@@ -123,8 +133,7 @@ class Checker:
                 f"{versions} versions, the limit is {VERSIONS_MAX}: the last are left out"
             )
         remarks += _clashes(found)
-        remarks += _missing(found)
-        return Report(models=tuple(found.values()), remarks=tuple(remarks))
+        return Report(models=self._with_steps(found), remarks=tuple(remarks))
 
     def _models(self, root: str, folder: Folder) -> Iterator[ModelReport]:
         """Report a folder's model; or those further down, where it holds such."""
@@ -140,15 +149,52 @@ class Checker:
 
     def _model(self, name: str, path: str, versions: list[VersionSource]) -> ModelReport:
         served = [each for each in versions if not each.spare]
+        reports = tuple(map(self._version, served))
         naming = next((v.config.naming for v in reversed(versions) if v.config is not None), None)
         return ModelReport(
             name=name,
             folder=path,
-            versions=tuple(map(self._version, served)),
+            versions=reports,
             left_out=tuple(each.version for each in versions if each.spare),
             aliases={} if naming is None else naming.aliases,
             ignored=(*self._ignored(path, served), *_lost_shares(naming, served)),
+            faults=(*missing_versions(versions), *self._misfits(served, reports)),
         )
+
+    def _misfits(
+        self, versions: Sequence[VersionSource], reports: Sequence[VersionReport]
+    ) -> Iterator[str]:
+        """What does not fit the versions that are served."""
+        for each, report in zip(versions, reports, strict=True):
+            config = self._found.get((each.name, each.version))
+            if config is not None:
+                is_packed = report.is_packed
+                for text in misfits_of(each.folder, config, each.config, is_packed=is_packed):
+                    yield f"version {each.version}: {text}"
+
+    def _with_steps(self, found: dict[str, ModelReport]) -> tuple[ModelReport, ...]:
+        """Say of ensembles whether their steps let them be served."""
+        aliases: dict[str, tuple[str, str]] = {}
+        for name, model in found.items():
+            for alias, version in model.aliases.items():
+                aliases.setdefault(alias, (name, version))
+        versions = (
+            (name, each.version, self._found.get((name, each.version), _BROKEN), each.problem)
+            for name, model in found.items()
+            for each in model.versions
+        )
+        problems = step_problems(versions, aliases)
+        for name in {name for name, _ in problems}:
+            found[name] = msgspec.structs.replace(
+                found[name],
+                versions=tuple(
+                    msgspec.structs.replace(
+                        each, problem=problems.get((name, each.version), each.problem)
+                    )
+                    for each in found[name].versions
+                ),
+            )
+        return tuple(found.values())
 
     def _version(self, source: VersionSource) -> VersionReport:
         if source.config is None:
@@ -157,6 +203,9 @@ class Checker:
         known = None
         for index in self._indices:
             known = known or index.take(source.folder, source.fingerprint, config)
+        naming = source.config.naming
+        whole = msgspec.structs.replace(config if known is None else known.config, naming=naming)
+        self._found.setdefault((source.name, source.version), whole)
         if known is not None:
             return VersionReport(
                 version=source.version,
@@ -255,14 +304,6 @@ def _clashes(found: dict[str, ModelReport]) -> Iterator[str]:
             other = alias if alias in found else owners.setdefault(alias, name)
             if other != name:
                 yield f"{name}: its alias '{alias}' already means model '{other}'"
-
-
-def _missing(found: dict[str, ModelReport]) -> Iterator[str]:
-    """Steps of ensembles that lead nowhere."""
-    names = {*found, *(alias for model in found.values() for alias in model.aliases)}
-    for name, model in found.items():
-        for step in {step for version in model.versions for step in version.steps} - names:
-            yield f"{name}: it asks the model '{step}', which is not there"
 
 
 def _sizes(folder: str) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What `overcommit check` prints: a table of models, what is ignored, what will not be served."""
+"""What `overcommit check` prints: a table of models, what is ignored or wrong, what will not be served."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STEP: Final = 64  # models between two steps of the bar
 def check_repositories(
     roots: Sequence[str], cache_dir: str | None, allow_code: bool, as_json: bool, console: Console
 ) -> int:
-    """Print what will be served; return 1 if something that is there will not be."""
+    """Print what will be served; return 1 if something that is there will not be, or not as it is meant."""
     began_s = time.monotonic()
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True) as progress:
@@ -35,18 +35,22 @@ def check_repositories(
 
         report = Checker(cache_dir, allow_code).check(roots, on_progress)
     good, bad = report.counts()
+    faults = report.faults()
     if as_json:
         body: dict[str, Any] = msgspec.to_builtins(report)
         console.file.write(
-            msgspec.json.encode({**body, "served": good, "not_served": bad}).decode()
+            msgspec.json.encode(
+                {**body, "served": good, "not_served": bad, "faults": faults}
+            ).decode()
         )
         console.file.write("\n")
     else:
         _show(report, console)
         taken_s = time.monotonic() - began_s
-        text = f"{good} versions will be served, {bad} will not ({taken_s:.1f} s)"
+        wrong = f", {faults} faults in what their files say" if faults else ""
+        text = f"{good} versions will be served, {bad} will not{wrong} ({taken_s:.1f} s)"
         console.print(text, highlight=False)
-    return 1 if bad else 0
+    return 1 if bad or faults else 0
 
 
 def _show(report: Report, console: Console) -> None:
@@ -83,6 +87,7 @@ def _lines(model: ModelReport) -> list[str]:
         f"[red]{name} version {escape(version)}: {escape(problem)}[/]"
         for version, problem in model.problems
     ]
+    lines += [f"[red]{name}: {escape(fault)}[/]" for fault in model.faults]
     lines += [f"{name}: ignored: {escape(note)}" for note in model.ignored]
     if model.left_out:
         lines.append(f"{name}: left out by its version policy: {', '.join(model.left_out)}")

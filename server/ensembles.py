@@ -25,13 +25,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from overcommit.runtime import payload, stages
-from overcommit.runtime.config import NEVER_NS, Step
+from overcommit.runtime.config import ENSEMBLE_DEPTH_MAX, NEVER_NS, Step
 from overcommit.runtime.errors import DeadlineExceeded, ModelError, OvercommitError
 from overcommit.runtime.sequence_terms import Ask
 from overcommit.server import failures
 from overcommit.server.asking import Tensor, ask, request_of
 from overcommit.server.inference import Data, Prepared, prepare_decoded
-from overcommit.server.limits import ENSEMBLE_DEPTH_MAX
 from overcommit.server.parcels import Reply
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ from overcommit.server.plans import Plans
 from overcommit.server.protocol import HotProtocol, protocol_class
 from overcommit.server.regions import Regions
 from overcommit.server.rehearsing import rehearse
-from overcommit.server.routing import RouteTable, check_usable
+from overcommit.server.routing import RouteTable
 from overcommit.server.worker_link import incarnation_of
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ class FrontEnd:
     # --- routes ---------------------------------------------------------------------------------
     def find(self, name: str, version: str | None) -> Route | None:
         """Return the route that is meant; None: its image is being made.  Raises as the table."""
-        route = self.table.find(name, version)
-        return route if check_usable(route) else None
+        return self.table.find_usable(name, version)
 
     async def wait_for_route(self, name: str, version: str | None) -> Route:
         """Return the route as soon as it serves.  Raises as `find`, and DeadlineExceeded."""

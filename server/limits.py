@@ -64,9 +64,6 @@ GRPC_TIMEOUT_S_MAX: Final = 86_400.0
 GRPC_MESSAGE_CHARS_MAX: Final = 4096  # of an error's text
 GRPC_ANSWERS_MAX: Final = 4096  # remembered layouts of answers
 
-# --- ensembles ------------------------------------------------------------------------------------
-ENSEMBLE_DEPTH_MAX: Final = 8  # an ensemble in an ensemble ...
-
 # --- embeddings of text ---------------------------------------------------------------------------
 EMBEDDINGS_INPUTS_MAX: Final = 2048  # of one request
 EMBEDDINGS_IN_FLIGHT: Final = 64  # of one request at a time: others want batches too

@@ -19,9 +19,9 @@ from typing import Final
 import msgspec
 
 from overcommit.runtime.config import TensorSpec
-from overcommit.runtime.errors import BadRequest, NotFound, Unavailable
+from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError, Unavailable
 from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
-from overcommit.server.limits import ENSEMBLE_DEPTH_MAX
+from overcommit.runtime.steps import Verdict, verdict_of
 
 # Asked for by a header, in a version's place.
 CANARY: Final = "@canary"
@@ -45,6 +45,7 @@ class RouteTable:
         self._shares: dict[str, list[tuple[float, Route]]] = {}  # percent, of a rollout
         self._canary: dict[str, Route] = {}
         self._shared: dict[tuple[TensorSpec, ...], tuple[TensorSpec, ...]] = {}
+        self._verdicts: dict[int, Verdict] = {}  # of ensembles, by slot; since the last change
         self.is_complete = False
 
     def __len__(self) -> int:
@@ -52,6 +53,7 @@ class RouteTable:
 
     def apply(self, message: Routes) -> None:
         """Take over an announcement."""
+        self._verdicts.clear()
         touched = set()
         for route in map(self._lean, message.upsert):
             self._slots[route.slot] = route
@@ -182,19 +184,40 @@ class RouteTable:
             )
         return found
 
-    def is_ready(self, name: str, version: str | None, depth: int = 0) -> bool:
-        """Whether requests would be served; those of an ensemble, by the models of its steps.
+    def find_usable(self, name: str, version: str | None) -> Route | None:
+        """Return the route that is meant; None: its image is being made.
 
-        Raises as `find` and `check_usable`.
+        Raises as `find` and `check_usable`, and of an ensemble whose steps cannot work.
         """
         route = self.find(name, version)
-        return (
-            check_usable(route)
-            and depth <= ENSEMBLE_DEPTH_MAX
-            and all(
-                self.is_ready(step.model, step.version or None, depth + 1) for step in route.steps
-            )
-        )
+        if route.steps and route.state == "ready":
+            self._check_steps(route)
+        return route if check_usable(route) else None
+
+    def is_ready(self, name: str, version: str | None) -> bool:
+        """Whether requests would be served at once.  Raises as `find_usable`."""
+        route = self.find_usable(name, version)
+        if route is None:
+            return False
+        return not route.steps or self._check_steps(route).fate == "ready"
+
+    def _check_steps(self, route: Route) -> Verdict:
+        """Return what an ensemble is good for.  Raises NotFound, Unavailable."""
+        verdict = self._verdicts.get(route.slot)
+        if verdict is None:
+            verdict = self._verdicts[route.slot] = verdict_of(route, self._step)
+        title = f"model '{route.name}' version {route.version} is unavailable"
+        if verdict.fate == "missing":
+            raise NotFound(f"{title}: {verdict.reason}")
+        if verdict.fate == "broken":
+            raise Unavailable(f"{title}: {verdict.reason}", retry_after_s=5)
+        return verdict
+
+    def _step(self, name: str, version: str) -> Route | None:
+        try:
+            return self.find(name, version or STABLE)
+        except OvercommitError:
+            return None
 
 
 def check_usable(route: Route) -> bool:

@@ -261,3 +261,17 @@ def test_a_line_in_a_text_is_no_comment(tmp_path: Path) -> None:
     looking.first()
     texts = [source.config.parameters["text"] for source in looking.sources if source.config]
     assert texts == ["# a\n", "# b\n"]
+
+
+def test_versions_that_only_a_policy_knows_are_logged_when_a_look_sees_a_change(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_model(root, "old/1")
+    (folder.parent / "model.toml").write_text("[versions]\nspecific = [1, 7]\n")
+    settle(root, folder.parent)
+    looking = Scanner([root])
+    looking.first()
+    looking.look()
+    (record,) = caplog.records
+    assert "model 'old': " in record.getMessage()
+    assert "names version 7, which is not in" in record.getMessage()

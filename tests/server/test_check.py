@@ -102,16 +102,134 @@ def test_aliases_that_clash_and_settings_of_a_server_are_remarked(tmp_path: Path
     assert "a: its alias 'b' already means model 'b'" in remarks
 
 
-def test_an_ensemble_whose_step_is_missing_is_remarked(tmp_path: Path) -> None:
-    (tmp_path / "both" / "1").mkdir(parents=True)
-    (tmp_path / "both" / "config.pbtxt").write_text(
-        'input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] } '
-        'output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] } ensemble_scheduling { step { '
-        'model_name: "gone" input_map { key: "a" value: "x" } output_map { key: "b" value: "y" } } }'
-    )
+ENSEMBLE = """
+input { name: "x" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "y" data_type: TYPE_FP32 dims: [ 1 ] }
+ensemble_scheduling { step {
+  model_name: "%s" input_map { key: "a" value: "x" } output_map { key: "b" value: "y" } } }
+"""
+STEP = """
+input { name: "%s" data_type: %s dims: [ 1 ] }
+output { name: "b" data_type: TYPE_FP32 dims: [ 1 ] }
+"""
+
+
+def add_triton(root: Path, name: str, config: str) -> Path:
+    folder = root / name
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(config)
+    if "ensemble_scheduling" not in config:
+        (folder / "1" / "model.onnx").write_bytes(b"x")
+    return folder
+
+
+def problems(root: Path) -> dict[str, str]:
+    return {m.name: each.problem for m in check(root).models for each in m.versions}
+
+
+def test_an_ensemble_whose_step_is_missing_will_not_be_served(tmp_path: Path) -> None:
+    add_triton(tmp_path, "both", ENSEMBLE % "gone")
     report = check(tmp_path)
     assert report.models[0].versions[0].engine == "ensemble"
-    assert report.remarks == ("both: it asks the model 'gone', which is not there",)
+    assert report.counts() == (0, 1)
+    ((_, problem),) = report.models[0].problems
+    assert problem.startswith(
+        "ensemble 'both', step 1 (model 'gone'): there is no model of this name"
+    )
+    add_triton(tmp_path, "real", STEP % ("a", "TYPE_FP32"))
+    (tmp_path / "real" / "model.toml").write_text('[aliases]\ngone = "latest"\n')
+    assert not any(problems(tmp_path).values())
+
+
+def test_an_ensemble_whose_steps_do_not_fit_or_are_broken_will_not_be_served(
+    tmp_path: Path,
+) -> None:
+    add_triton(tmp_path, "outer", ENSEMBLE.replace('"a"', '"x"').replace('"b"', '"y"') % "typed")
+    for name, step in (
+        ("fits", STEP % ("a", "TYPE_FP32")),
+        ("named", STEP % ("z", "TYPE_FP32")),
+        ("typed", STEP % ("a", "TYPE_INT64")),
+        ("torn", "nonsense"),
+        ("unsaid", 'platform: "onnxruntime_onnx"'),
+    ):
+        add_triton(tmp_path, f"{name}-step", step)
+        add_triton(tmp_path, name, ENSEMBLE % f"{name}-step")
+    found = problems(tmp_path)
+    assert (found["fits"], found["unsaid"]) == ("", "")
+    assert "it has no input 'a', but 'z'" in found["named"]
+    assert "its input 'a' takes INT64 [1]" in found["typed"]
+    assert found["torn-step"] in found["torn"]
+    assert found["outer"] == f"ensemble 'outer', step 1 (model 'typed'): {found['typed']}"
+
+
+WARMUP = """
+model_warmup { name: "first" batch_size: 2 inputs { key: "%s" value: { %s dims: [ %s ] %s } } }
+"""
+
+
+@pytest.mark.parametrize(
+    ("warmup", "text"),
+    [
+        (("a", "data_type: TYPE_FP32", "1", "zero_data: true"), ""),
+        (("a", "data_type: TYPE_FP32", "1", 'input_data_file: "good"'), ""),
+        (
+            ("z", "data_type: TYPE_FP32", "1", "zero_data: true"),
+            "input 'z': the model has no such input, but 'a': correct the name",
+        ),
+        (("a", "data_type: TYPE_FP64", "1", "zero_data: true"), "it is FP64, the model takes FP32"),
+        (("a", "data_type: TYPE_FP32", "3", "zero_data: true"), "it is [2, 3], the model takes"),
+        (
+            ("a", "data_type: TYPE_FP32", "1", 'input_data_file: "long"'),
+            "/warmup/long has 9 bytes, the shape [2, 1] of FP32 needs 8",
+        ),
+    ],
+)
+def test_a_warm_up_request_that_does_not_fit_is_a_fault(
+    tmp_path: Path, warmup: tuple[str, ...], text: str
+) -> None:
+    config = "max_batch_size: 4" + STEP % ("a", "TYPE_FP32") + WARMUP % warmup
+    folder = add_triton(tmp_path, "warm", config)
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "good").write_bytes(bytes(8))
+    (folder / "warmup" / "long").write_bytes(bytes(9))
+    report = check(tmp_path)
+    assert report.counts() == (1, 0)
+    assert report.faults() == bool(text)
+    for fault in report.models[0].faults:
+        assert fault.startswith(f"version 1: {folder}/config.pbtxt: model_warmup")
+        assert text in fault
+
+
+def test_a_file_of_a_warm_up_request_that_is_absent_is_a_problem(tmp_path: Path) -> None:
+    given = ("a", "data_type: TYPE_FP32", "1", 'input_data_file: "absent"')
+    folder = add_triton(tmp_path, "warm", STEP % ("a", "TYPE_FP32") + WARMUP % given)
+    assert (
+        f"'warmup/absent', which is not there: put it into {folder}" in problems(tmp_path)["warm"]
+    )
+
+
+def test_labels_that_are_absent_or_lie_elsewhere_are_faults(tmp_path: Path) -> None:
+    labelled = (STEP % ("a", "TYPE_FP32")).replace('"b"', '"b" label_filename: "%s"')
+    folder = add_triton(tmp_path, "labelled", labelled % "labels.txt")
+    ((fault,),) = (model.faults for model in check(tmp_path).models)
+    assert f"there is no file {folder}/1/labels.txt nor {folder}/labels.txt: put it there" in fault
+    (folder / "labels.txt").write_text("cat\n")
+    assert check(tmp_path).faults() == 0
+    (folder / "config.pbtxt").write_text(labelled % "../labels.txt")
+    ((fault,),) = (model.faults for model in check(tmp_path).models)
+    assert "leads out of the model's folder" in fault
+
+
+def test_versions_that_only_the_policy_knows_are_faults(tmp_path: Path) -> None:
+    policy = "version_policy { specific { versions: [ 1, 3, 7 ] } }"
+    folder = add_triton(tmp_path, "old", STEP % ("a", "TYPE_FP32") + policy)
+    (folder / "2").mkdir()
+    (folder / "2" / "model.onnx").write_bytes(b"x")
+    report = check(tmp_path)
+    ((fault,),) = (model.faults for model in report.models)
+    assert fault.startswith(f"{folder}/config.pbtxt: ")
+    assert f"names version 3, 7, which is not in {folder} (there is 1, 2)" in fault
+    assert report.counts() == (1, 0)
 
 
 def test_a_root_that_is_not_there_is_an_error(tmp_path: Path) -> None:
@@ -131,6 +249,14 @@ def test_the_command_prints_json_and_its_status_says_whether_all_is_well(tmp_pat
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["served"] == 1
+    labels = '[[output]]\nname = "y"\ndatatype = "FP32"\nshape = [1]\nlabels = "absent.txt"\n'
+    (tmp_path / "models" / "good" / "model.toml").write_text(labels)
+    result = CliRunner().invoke(cli.app, arguments)
+    assert (result.exit_code, json.loads(result.stdout)["faults"]) == (1, 1)
+    result = CliRunner().invoke(cli.app, arguments[:-1])
+    assert "absent.txt" in result.stdout
+    assert "1 versions will be served, 0 will not, 1 faults" in result.stdout
+    (tmp_path / "models" / "good" / "model.toml").unlink()
     (tmp_path / "models" / "bad").mkdir()
     result = CliRunner().invoke(cli.app, arguments[:-1])
     assert result.exit_code == 1

@@ -12,7 +12,7 @@ from model_rig import ADD, ECHO, FAULTY, SLOW, add_model
 from serving import Server
 
 import overcommit
-from overcommit.runtime.errors import DeadlineExceeded, NotFound
+from overcommit.runtime.errors import BadRequest, DeadlineExceeded, NotFound, Unavailable
 from overcommit.server.clients.exchange import ServerError
 from overcommit.server.limits import BULK_BYTES_MIN
 
@@ -38,9 +38,8 @@ def add_ensemble(
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("ensembles")
-    models = root / "models"
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("ensembles")
     add_model(models, "echo", ECHO, {"x": "FP32"})
     add_model(models, "add", ADD, {"a": "FP32", "b": "FP32"})
     add_model(models, "faulty", FAULTY, {"x": "FP32"})
@@ -61,7 +60,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     add_ensemble(models, "orphan", "x", "y", ("nobody", 'x = "x"', 'y = "y"'))
     add_ensemble(models, "circle", "x", "y", ("circle", 'x = "x"', 'y = "y"'))
     add_ensemble(models, "broken", "x", "y", ("echo", 'x = "nowhere"', 'y = "y"'))
-    with Server(models, cache=root / "cache", flags=("--allow-code",)) as running:
+    add_model(models, "whole", ECHO, {"x": "INT64"})
+    typed = (("echo", 'x = "x"', 'y = "between"'), ("whole", 'x = "between"', 'y = "y"'))
+    add_ensemble(models, "mistyped", "x", "y", *typed)
+    add_ensemble(models, "hungry", "x", "y", ("add", 'a = "x"', 'sum = "y"'))
+    add_ensemble(models, "greedy", "x", "y", ("echo", 'x = "x"', 'z = "y"'))
+    add_model(models, "careless", ECHO, {"x": "FP32"})
+    with (models / "careless" / "model.toml").open("a") as file:
+        file.write(
+            '[[output]]\nname = "y"\ndatatype = "FP32"\nshape = [-1, -1]\nlabels = "l.txt"\n'
+        )
+        file.write('[[warmup]]\nname = "w"\n[warmup.inputs.z]\ndatatype = "FP32"\nshape = [1]\n')
+    return models
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    cache = tmp_path_factory.mktemp("cache")
+    with Server(models, cache=cache, flags=("--allow-code",)) as running:
+        running.wait_until(
+            lambda: not any(row["state"] == "PACKING" for row in running.models().values())
+        )
         yield running
 
 
@@ -107,8 +126,10 @@ def test_an_ensemble_is_described_counted_and_taken_out_of_service(
     client.unload("diamond")
     with pytest.raises(NotFound):
         client.infer("diamond", {"p": [[1.0]], "q": [[1.0]]})
-    with pytest.raises(NotFound, match="model 'nested', step 1"):
+    reason = r"ensemble 'nested', step 1 \(model 'diamond'\): it is unloaded: POST .*/diamond/load"
+    with pytest.raises(NotFound, match=reason):
         client.infer("nested", {"one": [[1.0]]})
+    assert not client.is_ready("nested")
     client.load("diamond")
     assert client.infer("nested", {"one": [[1.0]]})["four"][0, 0] == 4.0
 
@@ -130,7 +151,7 @@ def test_grpc_and_long_binary_bodies_take_the_same_way(
         np.testing.assert_array_equal(answer.as_numpy("four"), 4 * values)
         small = triton.InferInput("x", [1, 1], "FP32")
         small.set_data_from_numpy(values[:1, :1])
-        with pytest.raises(triton.InferenceServerException, match="model 'circle', step 1"):
+        with pytest.raises(triton.InferenceServerException, match="ensemble 'circle', step 1"):
             caller.infer("circle", [small])
 
 
@@ -138,9 +159,11 @@ def test_what_fails_names_the_ensemble_and_the_step(client: overcommit.Client) -
     assert client.infer("hot", {"x": [[1.0]]})["y"][0, 0] == 2.0
     with pytest.raises(ServerError, match=r"model 'hot', step 1: .*too hot"):
         client.infer("hot", {"x": [[1000.0]]})
-    with pytest.raises(NotFound, match=r"model 'orphan', step 1: .*'nobody'"):
+    with pytest.raises(
+        NotFound, match=r"ensemble 'orphan', step 1 \(model 'nobody'\): there is no"
+    ):
         client.infer("orphan", {"x": [[1.0]]})
-    with pytest.raises(ServerError, match="nested more than"):
+    with pytest.raises(Unavailable, match="in a circle"):
         client.infer("circle", {"x": [[1.0]]})
 
 
@@ -153,3 +176,68 @@ def test_steps_that_cannot_run_are_said_in_the_index(client: overcommit.Client) 
     (state,) = [each for each in client.models() if each.name == "broken"]
     assert state.state == "UNAVAILABLE"
     assert "'nowhere', which nothing gives" in state.reason
+
+
+def state_of(client: overcommit.Client, name: str) -> tuple[str, str]:
+    (state,) = [each for each in client.models() if each.name == name]
+    return state.state, state.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("orphan", "step 1 (model 'nobody'): there is no model of this name: put it into"),
+        ("circle", "its steps lead back to ensemble 'circle', in a circle"),
+        ("mistyped", "output 'y' of step 1 is FP32 [-1, -1], its input 'x' takes INT64"),
+        ("hungry", "step 1 (model 'add'): nothing is fed to its input 'b'"),
+        ("greedy", "step 1 (model 'echo'): it has no output 'z', but 'y'"),
+    ],
+)
+def test_an_ensemble_whose_steps_cannot_work_is_not_ready_and_says_why(
+    server: Server, client: overcommit.Client, name: str, text: str
+) -> None:
+    state, reason = state_of(client, name)
+    assert state == "UNAVAILABLE"
+    assert reason.startswith(f"ensemble '{name}'")
+    assert text in reason
+    answer = server.get(f"/v2/models/{name}/ready")
+    assert answer.status == 400
+    assert reason in answer.json()["error"]
+    given = {"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1]}
+    refused_request = server.post(f"/v2/models/{name}/infer", {"inputs": [given]})
+    assert refused_request.status == (404 if name == "orphan" else 503)
+    assert reason in refused_request.json()["error"]
+    with pytest.raises(BadRequest) as refused:
+        client.load(name)
+    assert reason in str(refused.value)
+    assert sum(reason in line for line in server.log) == 1
+    ready = server.post("/v2/repository/index", {"ready": True}).json()
+    assert {row["name"] for row in ready} & {name, "diamond"} == {"diamond"}
+
+
+def test_an_ensemble_is_ready_as_soon_as_its_step_is_there(
+    server: Server, client: overcommit.Client, models: Path, tmp_path: Path
+) -> None:
+    add_ensemble(models, "early", "x", "y", ("late-step", 'x = "x"', 'y = "y"'))
+    server.wait_until(lambda: "early/1" in server.models())
+    assert state_of(client, "early")[0] == "UNAVAILABLE"
+    add_model(tmp_path, "late-step", ECHO, {"x": "FP32"})
+    (tmp_path / "late-step").rename(models / "late-step")
+    server.wait_until(lambda: client.is_ready("early"))
+    assert state_of(client, "early") == ("READY", "")
+    assert client.infer("early", {"x": [[2.0]]})["y"][0, 0] == 2.0
+    client.unload("late-step")
+    assert not client.is_ready("early")
+    assert "it is unloaded" in state_of(client, "early")[1]
+    client.load("early")  # which brings its steps along
+    assert client.is_ready("early")
+
+
+def test_what_does_not_fit_a_model_that_is_served_is_logged(
+    server: Server, client: overcommit.Client, models: Path
+) -> None:
+    assert state_of(client, "careless") == ("READY", "")
+    log = "\n".join(server.log)
+    file = models / "careless" / "model.toml"
+    assert f"careless version 1: {file}: model_warmup ([[warmup]]) 'w', input 'z': the model" in log
+    assert f"careless version 1: {file}: label_filename (labels) of output 'y': there is no" in log

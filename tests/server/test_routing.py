@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from overcommit.runtime.config import TensorSpec
-from overcommit.runtime.errors import BadRequest, NotFound
+from overcommit.runtime.config import Step, TensorSpec
+from overcommit.runtime.errors import BadRequest, NotFound, Unavailable
 from overcommit.runtime.front_end_messages import ModelNames, Route, Routes
 from overcommit.server.routing import CANARY, STABLE, RouteTable
 
@@ -116,3 +116,32 @@ def test_a_version_on_trial_is_for_those_who_name_it_while_there_is_another() ->
     routes.apply(Routes(removed=(1,)))
     assert routes.find("m", None).version == "2"
     assert not routes.is_split("m")
+
+
+def test_an_ensemble_is_usable_as_long_as_its_steps_are() -> None:
+    steps = (Step(model="m", inputs={"x": "x"}, outputs={"x": "y"}),)
+    given = route(1).inputs
+    pair = msgspec.structs.replace(
+        route(9, name="pair"),
+        inputs=given,
+        outputs=(msgspec.structs.replace(given[0], name="y"),),
+        steps=steps,
+    )
+    routes = table(pair)
+    with pytest.raises(NotFound, match=r"model .m.\): there is no model of this name"):
+        routes.find_usable("pair", None)
+    for state in ("packing", "ready"):  # requests wait for an image at the step that needs it
+        routes.apply(
+            Routes(upsert=(msgspec.structs.replace(route(1, state=state), outputs=given),))
+        )
+        found = routes.find_usable("pair", None)
+        assert found is not None
+        assert found.slot == 9
+        assert routes.is_ready("pair", None) is (state == "ready")
+    routes.apply(Routes(upsert=(route(2, state="unloaded"),), removed=(1,)))
+    with pytest.raises(NotFound, match="it is unloaded"):
+        routes.is_ready("pair", None)
+    other = msgspec.structs.replace(route(3, state="unavailable"), reason="it is torn")
+    routes.apply(Routes(upsert=(other,), removed=(2,)))
+    with pytest.raises(Unavailable, match=r"cannot be served.*it is torn"):
+        routes.find_usable("pair", "1")
