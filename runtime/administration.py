@@ -300,6 +300,16 @@ class Administration:
             **msgspec.to_builtins(books.totals),
         }
 
+    def _occupied(self) -> list[dict[str, object]]:
+        return [
+            {
+                "worker": each.seat,
+                **dict(zip(("model", "version"), self.house.names_of(each.slot), strict=True)),
+                "seconds": each.still_ns / 1e9,
+            }
+            for each in self.house.occupied()
+        ]
+
     def _status(self, request: Admin) -> bytes:
         house = self.house
         devices = [describe_site(house, site) for site in house.sites]
@@ -313,6 +323,7 @@ class Administration:
         return msgspec.json.encode(
             {
                 "processes": [*house.fleet.describe(), *self.catalogue.packing.describe()],
+                "occupied": self._occupied(),
                 "failures": house.boundary.failures(),
                 **self._tiers(),
                 "gpu": devices[0]["gpu"],

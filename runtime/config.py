@@ -1,7 +1,8 @@
 """Every limit and every setting, in one place.
 
 Limits are constants of the design: a queue, loop, retry, wait or body that has no entry here has
-no business being unbounded; `device_limits.py` and `prefetch_limits.py` have some of their own.
+no business being unbounded; `device_limits.py`, `prefetch_limits.py` and `vigil_limits.py`
+have some of their own.
 `Settings` is what an operator chooses; it crosses to every child process in its `Start` message.
 `ModelConfig` is what a model's folder says (`model.toml`) or what was inferred.  Units are the last
 word of a name.
@@ -88,11 +89,6 @@ EXTENTS_SHOWN_MAX: Final = 64  # of one activation, in its record
 ATTACHES_KEPT: Final = 1024  # of workers, for status
 ATTACHES_UNSAID_MAX: Final = 256  # of one worker, between two heartbeats
 ADMIN_REPLY_PART_BYTES: Final = 64 * KIB
-BATCH_TIMEOUT_S: Final = 120.0  # a batch that runs longer means a hung worker
-BATCH_SAID_S: Final = 10.0  # of one that runs longer the log speaks
-# A worker that neither starts a batch nor beats for so long is hung.  It does not beat while it collects
-# garbage or loads a program.  Less than REQUEST_TIMEOUT_MS: who waits goes to another one in time.
-STILL_TIMEOUT_S: Final = 45.0
 QUARANTINE_DEATHS: Final = 3  # of workers, by retried requests, within RESTART_WINDOW_S
 QUARANTINE_S: Final = 30.0
 SUSPECTS_KEPT: Final = 1024  # requests remembered from the batches of dead workers

@@ -157,6 +157,23 @@ class _Snapshot(Collector):
             live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))
         yield deaths
         yield live
+        yield from self._occupied()
+
+    def _occupied(self) -> Iterator[Metric]:
+        occupied = self._house.occupied()
+        yield GaugeMetricFamily(
+            "overcommit_workers_occupied", "Workers in one batch for unusually long", len(occupied)
+        )
+        since = GaugeMetricFamily(
+            "overcommit_worker_occupied_seconds",
+            "For how long the worker has been in this batch; while that is unusually long",
+            labels=("worker", *_LABELS),
+        )
+        for each in occupied:
+            since.add_metric(
+                (str(each.seat), *self._house.names_of(each.slot)), each.still_ns / 1e9
+            )
+        yield since
 
     def _failures(self) -> Iterator[Metric]:
         family = CounterMetricFamily(

@@ -29,7 +29,7 @@ from overcommit.runtime.bells import MoverBells, lend_doorbells, make_bell
 from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.children import Child, close_all
 from overcommit.runtime.chunk_feed import ChunkFeed
-from overcommit.runtime.config import BATCH_TIMEOUT_S, FORK_SERVER_PAUSE_S, STOP_TIMEOUT_S, Settings
+from overcommit.runtime.config import FORK_SERVER_PAUSE_S, STOP_TIMEOUT_S, Settings
 from overcommit.runtime.equipment import link, make_fds, map_page
 from overcommit.runtime.errors import ProtocolError
 from overcommit.runtime.memory import SharedMemory
@@ -37,6 +37,7 @@ from overcommit.runtime.messages import ArenaMade, Chunks, Kind, LinkDown, Start
 from overcommit.runtime.process import ForkServer, Process, spawn
 from overcommit.runtime.seats import Seat, SeatState
 from overcommit.runtime.vigil import Finding, Vigil
+from overcommit.runtime.vigil_limits import BATCH_TIMEOUT_S
 
 log = logging.getLogger("overcommit.fleet")
 
@@ -333,8 +334,11 @@ class Fleet:
         if (vigil := child.vigil) is None or child.status is None:
             return
         heartbeat_ns, started_ns, _, slot, _ = child.status.read()
-        finding = vigil.look(heartbeat_ns, started_ns, now_ns)
+        finding = vigil.look(heartbeat_ns, started_ns, now_ns, slot)
         if finding is Finding.MOVES:
+            return
+        if finding is Finding.GOES_ON:
+            log.warning("%r moves again", child.seat)
             return
         text = f"has not moved for {vigil.still_ns // 1_000_000_000} s"
         if started_ns:

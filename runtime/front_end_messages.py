@@ -95,10 +95,19 @@ class Homes(Message, frozen=True):
     homes: dict[int, tuple[int, ...]]
 
 
-class SeatsBroken(Message, frozen=True):
-    """Front end: nobody will sit in these workers' seats again."""
+class Occupied(msgspec.Struct, frozen=True, array_like=True):
+    """This worker incarnation is in one batch for long, of the version in this slot (None: in none)."""
 
-    seats: tuple[int, ...]
+    seat: int
+    epoch: int
+    slot: int | None
+
+
+class SeatNews(Message, frozen=True):
+    """Front end: what is special about workers' seats from now on; all of it."""
+
+    broken: tuple[int, ...] = ()  # nobody will sit there again
+    occupied: tuple[Occupied, ...] = ()
 
 
 class Admin(Message, frozen=True):
@@ -212,7 +221,7 @@ FrontEndMessage = (
     | Admin
     | AdminReply
     | RegionsChanged
-    | SeatsBroken
+    | SeatNews
     | TellCounts
     | Counters
 )

@@ -20,6 +20,7 @@ from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import Pressure
 from overcommit.runtime.ledger import Ledger
+from overcommit.runtime.occupied import Occupation, occupations
 from overcommit.runtime.prefetching import Prefetching, local_s
 from overcommit.runtime.process import Process
 from overcommit.runtime.quarantine import Quarantine
@@ -183,6 +184,16 @@ class House:
             for name in Totals.__slots__:
                 setattr(total, name, getattr(total, name) + getattr(one, name))
         return total
+
+    # --- workers --------------------------------------------------------------------------------
+    def occupied(self) -> list[Occupation]:
+        """Which workers others take the place of at the moment."""
+        return occupations(self.fleet.of_kind("worker"), self.ledger.usual_ns)
+
+    def names_of(self, slot: int | None) -> tuple[str, str]:
+        """Return the name and version of what is in a slot; two empty ones: nothing is."""
+        entry = None if slot is None else self.registry.by_slot(slot)
+        return ("", "") if entry is None else (entry.name, entry.version)
 
     # --- front ends -----------------------------------------------------------------------------
     def greet(self, front: Child) -> None:

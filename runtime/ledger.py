@@ -23,6 +23,8 @@ from typing import Final
 from overcommit.runtime.front_end_messages import BatchCounters, ModelCounters
 
 FIELDS: Final = ModelCounters.__struct_fields__[1:]
+_SUCCESS: Final = FIELDS.index("success")
+_COMPUTE: Final = FIELDS.index("compute_ns")
 # Of the batches of one size: how many, and the time in which they were gathered, computed and split.
 BatchRow = tuple[int, int, int, int]
 
@@ -81,6 +83,11 @@ class Ledger:
         """How many requests for a version were answered, errors included."""
         row = self._rows.get(slot)
         return row[0] + row[1] if row is not None else 0
+
+    def usual_ns(self, slot: int) -> int:
+        """How long the batches of a version take that answer its requests, by their mean; 0: unknown."""
+        row = self._rows.get(slot)
+        return row[_COMPUTE] // row[_SUCCESS] if row is not None and row[_SUCCESS] else 0
 
     def shown(self) -> list[int]:
         """Choose the versions with the most requests anew; return their slots, most asked first."""

@@ -19,7 +19,7 @@ Who sends what, by the room that has it:
                              ActivationFailed, Withdrawn, Forget
                              worker -> supervisor: Activate, BindFailed, Attaches
     `front_end_messages`     supervisor -> front end: Routes, Homes, AdminReply, Pressure,
-                             RegionsChanged, SeatsBroken, TellCounts, Rehearse
+                             RegionsChanged, SeatNews, TellCounts, Rehearse
                              front end -> supervisor: Admin, Counters, Rehearsed
     `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad, WorkerBell
                              mover -> supervisor: LoadDone, Populated

@@ -11,6 +11,10 @@ outstanding requests of all versions, the home among them.
 Where a server has several devices, versions have sites, and all of this is among the workers of a
 version's sites, the home at the first of them: another would load the version for a device of its own.
 
+A worker that is in one batch for long (`occupied`) is as good as gone for all versions but that batch's.
+Of that one it is the only worker: if the version hangs, it would hang the next worker too.  Where nobody
+else is left, it is there as before.
+
 Invariants
  1. `outstanding(worker)` is the number of `on_submit` less the number of `on_done`, never negative.
  2. With the same workers and nothing outstanding, a slot always has the same home.
@@ -67,6 +71,7 @@ class Router:
         self._loads: dict[int, _Load] = {}
         self._homes: dict[int, int] = {}
         self._sites: dict[int, tuple[int, ...]] = {}  # by slot; empty where there is one site
+        self._occupied: dict[int, int | None] = {}  # by worker: in whose batch it is for long
         self.only: int | None = None  # the worker for everything: no other, and no other site
 
     @property
@@ -87,6 +92,11 @@ class Router:
     def spread(self, sites: Mapping[int, tuple[int, ...]]) -> None:
         """These versions, by slot, are served by these sites from now on."""
         self._sites.update(sites)
+        self._on_change()
+
+    def occupy(self, workers: Mapping[int, int | None]) -> None:
+        """These workers are occupied from now on, by this version's batch or by none; the others are not."""
+        self._occupied = dict(workers)
         self._on_change()
 
     def remove(self, worker: int) -> None:
@@ -146,9 +156,14 @@ class Router:
     def among(self, slot: int) -> Collection[int]:
         """Return the workers that may get requests for a version."""
         sites = self._sites.get(slot)
-        if sites is None:
-            return self._loads
-        return [worker for worker, load in self._loads.items() if load.site in sites]
+        among: Collection[int] = self._loads
+        if sites is not None:
+            among = [worker for worker, load in self._loads.items() if load.site in sites]
+        occupied = self._occupied
+        if not occupied:
+            return among
+        by_it = [worker for worker in among if occupied.get(worker) == slot]
+        return by_it or [worker for worker in among if worker not in occupied] or among
 
     def _find_home(self, slot: int) -> int | None:
         among = self.among(slot)

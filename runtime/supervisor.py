@@ -35,7 +35,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from overcommit.runtime.administration import Administration
-from overcommit.runtime.broken_seats import BrokenSeats
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.children import Child
 from overcommit.runtime.config import STOP_TIMEOUT_S, Settings
@@ -47,6 +46,7 @@ from overcommit.runtime.messages import ArenaMade, Chunks, ChunksTaken, Drain, R
 from overcommit.runtime.mover_messages import LoadDone, Populated
 from overcommit.runtime.prefetching import local_s
 from overcommit.runtime.process import Process
+from overcommit.runtime.seat_news import Seats
 from overcommit.runtime.worker_messages import Activate, Attaches, BindFailed
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Supervisor:
             settings, self._watch_forked, self._on_child_gone, wall_s, self._on_unborn
         )
         self._run = self.house.boundary.run
-        self._broken_seats = BrokenSeats(self.house.fleet)
+        self._seats = Seats(self.house.fleet, self.house.occupied)
         self.catalogue = Catalogue(self.house)
         self.administration = Administration(self.house, self.catalogue)
         self._signals, self._signals_write = socket.socketpair()
@@ -167,7 +167,7 @@ class Supervisor:
         run("loads of clients", administration.loads.step, now_ns)
         if self.catalogue.packing.process is not None:
             run("listening to a process", self._watch, self.catalogue.packing.process, None)
-        run("telling front ends of seats", self._broken_seats.step)
+        run("telling front ends of seats", self._seats.step)
         if self.phase is Phase.DRAINING:
             fronts = list(house.fleet.of_kind("front_end", ready=False))
             if not fronts or now_ns >= self._deadline_ns:

@@ -4,7 +4,7 @@ A request's blocks:
 
     FREE -[open]-> FILLING -[send]-> LENT -[completion, copied out]-> FREE
     FILLING -[abandon, deadline]-> FREE
-    LENT -[abandon, deadline]-> ABANDONED -[late completion, link down]-> FREE
+    LENT -[abandon, deadline, detour]-> ABANDONED -[late completion, link down]-> FREE
 
 A request that no worker can take at the moment is HELD (`held.py`): filled, lent to nobody.
 
@@ -13,7 +13,9 @@ Invariants
  2. A block is given back only by a completion on its own link, or when that link's worker is reaped.
  3. A request that was in a dead worker's batch is tried once more, alone; one that was only queued
     moves on without that counting.  One of a sequence goes on only where its START does.
- 4. While requests are held, no worker's link leaves `_avoid`: whoever comes later finds them first.
+ 4. One that waits at an occupied worker (`detours`) leaves its blocks there, abandoned, and goes to
+    another in new ones: whichever answer comes for the former is late.
+ 5. While requests are held, no worker's link leaves `_avoid`: whoever comes later finds them first.
 """
 
 from __future__ import annotations
@@ -22,17 +24,18 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.config import BLOCK_BYTES_MAX, NEVER_NS, RETRIES_MAX
 from overcommit.runtime.errors import OvercommitError, ProtocolError, WorkerLost
-from overcommit.runtime.front_end_messages import Route
+from overcommit.runtime.front_end_messages import Route, SeatNews
 from overcommit.runtime.lanes import LEVEL_SHIFT, RUN_ALONE
 from overcommit.runtime.messages import LinkUp
 from overcommit.runtime.router import Router, short_queue
 from overcommit.server import failures, sequences
+from overcommit.server.detours import Detours
 from overcommit.server.held import Held, Where
 from overcommit.server.limits import REGROWS_MAX, WAKE_REQUESTS
 from overcommit.server.parcels import Parcels, Pending, Reply
@@ -72,6 +75,7 @@ class Dispatch:
         self.tracks = Tracks(seats, self._router.home_site)
         self.pending: dict[int, Pending] = {}
         self._held = Held()
+        self._detours = Detours(self.parcels, self._next_id)
         self.requests = self.errors = self.late = self.retried = 0
         self.tallies = Tallies()
         # Somebody may end a worker that lied: it was not only to us that it could.
@@ -94,10 +98,17 @@ class Dispatch:
         self._router.spread(homes)
         self._push_held()
 
-    def give_up(self, seats: Sequence[int]) -> None:
-        """Nobody will sit in these seats again: their sequences are others' from now on."""
-        self.tracks.broken = frozenset(seats)
+    def hear(self, news: SeatNews) -> None:
+        """Seats are broken: others have their sequences.  Workers are occupied: others are asked."""
+        self.tracks.broken = frozenset(news.broken)
+        self._router.occupy({link_key(each.seat, each.epoch): each.slot for each in news.occupied})
+        for pending in self._detours.take_out(self.links, self.pending, self._router.among):
+            self._push(pending)
         self._push_held()
+
+    def _next_id(self) -> int:
+        self._count = (self._count + 1) & _COUNT_MASK
+        return self._base | self._count
 
     def _push_held(self) -> None:
         for pending in self._held.take_all():
@@ -115,22 +126,17 @@ class Dispatch:
         self._router.remove(key)
         self._avoid.discard(key)
         os.close(link.bell)
-        _, started_ns, _, _, ids = link.status.read()
-        suspects = set(ids) if started_ns else set()
-        # A batch longer than the status page can list makes everything it may hold a suspect.
-        is_listed = len(ids) < _shm.STATUS_BATCH_MAX
+        batch = link.batch()
         head = link.submissions.head()
         mine = [each for each in self.pending.values() if each.link is link]
         lost = sequences.lost_with(self.parcels, mine, head)
         for pending in mine:
-            consumed = pending.position < head
-            in_batch = pending.request_id in suspects or not is_listed
             pending.link = None
             if pending.reply is None:
                 self._release(pending)
             elif pending.request_id in lost:
                 self._fail(pending, lost[pending.request_id])
-            elif not (consumed and bool(started_ns) and in_batch):
+            elif pending.position >= head or not batch.may_have(pending.request_id):
                 self._push(pending)
             elif pending.retries < RETRIES_MAX:
                 pending.retries += 1
@@ -176,10 +182,7 @@ class Dispatch:
         if link is None:
             self._release(pending)
         elif not link.is_broken:
-            # Best effort: a full ring only means that the answer is computed for nobody.
-            link.submissions.push(
-                pending.request_id, 0, 0, 0, 0, 0, _shm.CANCEL, pending.route.slot, 0
-            )
+            link.cancel(pending.request_id, pending.route.slot)
 
     def _push(self, pending: Pending, key: int | None = None) -> None:
         """Send to a worker, to this one if it is given; what none can take is held."""

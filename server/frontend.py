@@ -42,7 +42,7 @@ from overcommit.runtime.front_end_messages import (
     Rehearse,
     Route,
     Routes,
-    SeatsBroken,
+    SeatNews,
     TellCounts,
 )
 from overcommit.runtime.messages import Drain, LinkDown, LinkUp, LogLevel, Ready, Start, Stop
@@ -227,8 +227,8 @@ class FrontEnd:
             elif isinstance(message, Homes):
                 self.dispatch.spread(message.homes)
                 self.on_bell()
-            elif isinstance(message, SeatsBroken):
-                self.dispatch.give_up(message.seats)
+            elif isinstance(message, SeatNews):
+                self.dispatch.hear(message)
                 self.on_bell()
             elif isinstance(message, AdminReply):
                 self._on_reply(message)

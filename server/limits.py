@@ -20,6 +20,7 @@ JOIN_BYTES_MAX: Final = 256 * KIB  # longer answers are not copied behind their 
 
 # --- requests -----------------------------------------------------------------------------------
 HELD_REQUESTS_MAX: Final = CONNECTIONS_MAX  # requests that wait for a place at a worker
+DETOUR_BYTES_MAX: Final = 64 * MIB  # of requests that go on from an occupied worker, at a time
 WAKE_REQUESTS: Final = 4  # a worker that sleeps is woken at the latest when so many were pushed
 IDLE_BLOCKS_MAX: Final = 1024  # pairs of the smallest blocks that stay together between requests
 REGROWS_MAX: Final = 2  # larger egress blocks for one request

@@ -14,6 +14,7 @@ Called by the dispatch.
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -158,6 +159,25 @@ class Parcels:
         pending.out_offset, pending.out_capacity = block
         pending.is_small = False
         return True
+
+    def try_exchange(self, pending: Pending, request_id: int) -> Pending | None:
+        """Give a request other blocks of the same size and content, and another id; None: memory is full.
+
+        Return who has its former ones, under its former id and without a reply: a worker still has them.
+        """
+        try:
+            (at, _), (out_at, capacity) = self._reserve(
+                pending.route, pending.in_length, pending.out_capacity
+            )
+        except Overloaded:
+            return None
+        former = dataclasses.replace(pending, reply=None, deadline_ns=NEVER_NS)
+        view, length = self._in_view, pending.in_length
+        view[at : at + length] = view[pending.in_offset : pending.in_offset + length]
+        pending.request_id, pending.link = request_id, None
+        pending.in_offset, pending.out_offset, pending.out_capacity = at, out_at, capacity
+        pending.is_small = length <= BLOCK_BYTES_MIN and capacity == BLOCK_BYTES_MIN
+        return former
 
     def _expected(self, slot: int) -> int:
         """Return what an answer may need by the last ones: a guess that takes no other's room."""

@@ -23,6 +23,18 @@ def incarnation_of(key: int) -> tuple[int, int]:
     return key >> 16, key & 0xFFFF
 
 
+@dataclass(slots=True, frozen=True)
+class RunningBatch:
+    """What a worker's page says of the batch that it is in; a fact when it is dead."""
+
+    ids: frozenset[int]
+    is_cut: bool  # the page cannot list all that it may hold
+
+    def may_have(self, request_id: int) -> bool:
+        """Whether this request may be in it."""
+        return self.is_cut or request_id in self.ids
+
+
 @dataclass(slots=True, eq=False)
 class WorkerLink:
     """The rings, and how many requests are lent there.  Owns the worker's doorbell."""
@@ -55,3 +67,16 @@ class WorkerLink:
             lent_max=message.slot_count // 2,
             crowded=message.slot_count // 4,  # up to here none has more than there are places free
         )
+
+    def batch(self) -> RunningBatch:
+        """Read the worker's page."""
+        _, started_ns, _, _, ids = self.status.read()
+        is_cut = bool(started_ns) and len(ids) >= _shm.STATUS_BATCH_MAX
+        return RunningBatch(frozenset(ids if started_ns else ()), is_cut)
+
+    def cancel(self, request_id: int, slot: int) -> None:
+        """Tell the worker that nobody waits for this request, if there is room to say so.
+
+        Else its answer is computed for nobody.
+        """
+        self.submissions.push(request_id, 0, 0, 0, 0, 0, _shm.CANCEL, slot, 0)

@@ -74,3 +74,12 @@ def test_no_series_shrinks_and_every_increment_is_in_exactly_one(
         if scrape:
             assert len(ledger.shown()) <= 2
     assert rises == total
+
+
+def test_what_batches_usually_take_is_the_mean_over_requests_that_were_answered() -> None:
+    ledger = Ledger(10)
+    assert ledger.usual_ns(1) == 0
+    ledger.add([more(1, 0, 3)])
+    assert ledger.usual_ns(1) == 0, "what failed tells nothing"
+    ledger.add([ModelCounters(slot=1, success=4, compute_ns=100)])
+    assert ledger.usual_ns(1) == 25

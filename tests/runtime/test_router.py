@@ -177,3 +177,60 @@ def test_where_its_sites_have_no_worker_a_version_has_none() -> None:
 def test_a_versions_home_site_is_the_first_it_was_told() -> None:
     router = spread({10: 0, 20: 1}, {7: (1, 0)})
     assert (router.home_site(7), router.home_site(8)) == (1, 0)
+
+
+# --- occupied workers ---------------------------------------------------------------------------
+def test_an_occupied_worker_gets_nothing_but_what_is_for_the_version_it_is_in(
+    router: Router,
+) -> None:
+    before = {slot: home(router, slot) for slot in range(500)}
+    slot = next(slot for slot, worker in before.items() if worker == 12)
+    router.occupy({12: slot})
+    for each, worker in before.items():
+        assert (home(router, each) == worker) == (worker != 12 or each == slot)
+    router.occupy({})
+    assert {each: home(router, each) for each in range(500)} == before
+
+
+def test_the_version_of_a_long_batch_spills_to_nobody(router: Router) -> None:
+    """It may hang: with every request that spilled, one more worker would."""
+    first = home(router, 7)
+    other = next(worker for worker in router.workers if worker != first)
+    router.occupy({other: 7})
+    for _ in range(5):
+        assert router.choose(7, 1) == other
+        router.on_submit(other, 7)
+    assert router.choose(7, 1, avoid=(other,)) is None
+    router.occupy({other: 7, first: 7})
+    assert set(router.among(7)) == {first, other}
+
+
+def test_where_all_are_occupied_it_is_as_if_none_was(router: Router) -> None:
+    before = {slot: home(router, slot) for slot in range(50)}
+    router.occupy(dict.fromkeys(router.workers, 99))
+    assert {slot: home(router, slot) for slot in range(50)} == before
+
+
+def test_one_that_is_in_no_batch_is_avoided_for_all_versions(router: Router) -> None:
+    router.occupy({10: None})
+    assert 10 not in {home(router, slot) for slot in range(500)}
+    router.remove(10)
+    router.add(10 | 1 << 30)
+    assert 10 | 1 << 30 in {home(router, slot) for slot in range(500)}
+
+
+def test_versions_stay_at_their_sites_while_those_are_occupied() -> None:
+    router = Router()
+    router.add(10, site=0)
+    router.add(20, site=1)
+    router.spread({1: (0,), 2: (0, 1)})
+    router.occupy({10: 9})
+    assert home(router, 1) == 10, "nobody else of its site is there"
+    assert home(router, 2) == 20
+
+
+def test_the_only_worker_stays_the_one_for_everything() -> None:
+    router = Router()
+    router.add(10)
+    router.occupy({10: 3})
+    assert router.only == router.choose(5, 1) == 10

@@ -160,7 +160,7 @@ PARTS = [
     ("administration.loads", "step"),
     ("catalogue.packing", "step"),
     ("catalogue.rehearsals", "step"),
-    ("_broken_seats", "step"),
+    ("_seats", "step"),
 ]
 
 

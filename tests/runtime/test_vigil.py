@@ -14,18 +14,23 @@ from worker_rig import FakeModel, FakeProgram, Opened, Programs, Rig, X, opened
 
 from overcommit.runtime import _shm
 from overcommit.runtime.children import Child
-from overcommit.runtime.config import (
+from overcommit.runtime.config import HEARTBEAT_NS, MIB, Settings
+from overcommit.runtime.fleet import Fleet
+from overcommit.runtime.front_end_messages import Occupied, SeatNews
+from overcommit.runtime.house import House
+from overcommit.runtime.occupied import occupations
+from overcommit.runtime.process import Process
+from overcommit.runtime.seat_news import Seats
+from overcommit.runtime.vigil import Finding, Vigil
+from overcommit.runtime.vigil_limits import (
     BATCH_SAID_S,
     BATCH_TIMEOUT_S,
-    HEARTBEAT_NS,
-    MIB,
+    OCCUPIED_BATCHES,
+    OCCUPIED_BEATS,
+    OCCUPIED_S,
+    OCCUPIED_S_MAX,
     STILL_TIMEOUT_S,
-    Settings,
 )
-from overcommit.runtime.fleet import Fleet
-from overcommit.runtime.house import House
-from overcommit.runtime.process import Process
-from overcommit.runtime.vigil import Finding, Vigil
 from overcommit.runtime.worker_messages import VersionInfo
 
 S = 1_000_000_000
@@ -87,6 +92,45 @@ def test_time_in_which_nobody_looked_does_not_count(started_ns: int) -> None:
     assert vigil.still_ns <= 5 * S + HEARTBEAT_NS
 
 
+def test_a_batch_is_unusually_long_by_what_its_version_takes_within_bounds() -> None:
+    def until_occupied(usual_s: float) -> float:
+        vigil = Vigil(0)
+        for now_ns in range(STEP, int(BATCH_TIMEOUT_S) * S, STEP):
+            assert vigil.look(7, 1, now_ns, 5) is not Finding.STUCK
+            if vigil.is_occupied(int(usual_s * S)):
+                assert vigil.slot == 5
+                return vigil.still_ns / S
+        raise AssertionError("never")
+
+    assert until_occupied(0.0) == OCCUPIED_S
+    assert until_occupied(4.0) == OCCUPIED_BATCHES * 4.0
+    assert until_occupied(100.0) == OCCUPIED_S_MAX
+
+
+def test_who_misses_a_few_beats_in_no_batch_is_occupied_by_none_until_it_beats() -> None:
+    vigil = Vigil(0)
+    vigil.look(7, 0, 0)
+    watched(vigil, 0, OCCUPIED_BEATS - 1, 7)
+    assert not vigil.is_occupied(0)
+    watched(vigil, (OCCUPIED_BEATS - 1) * S, 2, 7)
+    assert vigil.is_occupied(0)
+    assert vigil.slot is None
+    vigil.look(8, 0, 9 * S)
+    assert not vigil.is_occupied(0)
+
+
+def test_the_end_of_a_batch_that_was_spoken_of_is_a_finding_once() -> None:
+    vigil = Vigil(0)
+    assert watched(vigil, 0, BATCH_SAID_S + 1, 7, 1).count(Finding.LONG) == 1
+    end_ns = int((BATCH_SAID_S + 2) * S)
+    assert [vigil.look(8, 0, end_ns), vigil.look(9, 0, end_ns + S)] == [
+        Finding.GOES_ON,
+        Finding.MOVES,
+    ]
+    assert vigil.look(9, end_ns, end_ns + 2 * S) is Finding.MOVES
+    assert vigil.look(9, 0, end_ns + 3 * S) is Finding.MOVES, "of this one nothing was said"
+
+
 # --- the fleet ----------------------------------------------------------------------------------
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
@@ -143,6 +187,42 @@ def test_of_a_batch_that_hangs_the_log_names_the_version_first_and_at_its_end(
     assert all("slow version 3" in record.getMessage() for record in (warning, error))
     assert f"for {BATCH_SAID_S:g} s" in warning.getMessage()
     assert f"for {BATCH_TIMEOUT_S:g} s" in error.getMessage()
+
+
+def test_front_ends_are_told_who_is_occupied_and_when_nobody_is_any_more(fleet: Fleet) -> None:
+    told: list[SeatNews] = []
+    seat = next(seat for seat in fleet.seats if seat.kind == "front_end")
+    control: Any = SimpleNamespace(post=lambda message, fds: told.append(message) or True)
+    front = Child(seat, cast(Process, SimpleNamespace(control=control, pid=2)), seat.epoch)
+    front.is_ready = True
+    page, _ = a_worker(fleet)
+    fleet.children[id(seat)] = front
+    seats = Seats(fleet, lambda: occupations(fleet.of_kind("worker"), lambda slot: 0))
+    now_ns = 0
+
+    def go_on(seconds: float) -> None:
+        nonlocal now_ns
+        end_ns = now_ns + int(seconds * S)
+        while now_ns < end_ns:
+            now_ns += STEP
+            fleet.kill_overdue(now_ns)
+            seats.step()
+
+    page.heartbeat(1)
+    go_on(1)
+    assert told == []
+    page.begin(5, _shm.PHASE_COMPUTE, 1, [9])
+    go_on(OCCUPIED_S + 2)
+    assert [news.occupied for news in told] == [(Occupied(0, 1, 5),)]
+    page.end()
+    go_on(1)
+    assert [news.occupied for news in told[1:]] == [()]
+    page.begin(6, _shm.PHASE_COMPUTE, 2, [9])
+    go_on(OCCUPIED_S + 2)
+    front.seat.epoch += 1
+    front.epoch += 1  # its successor knows nothing yet
+    go_on(1)
+    assert [news.occupied for news in told[2:]] == [(Occupied(0, 1, 6),)] * 2
 
 
 # --- the worker ---------------------------------------------------------------------------------

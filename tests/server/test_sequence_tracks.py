@@ -13,6 +13,7 @@ from tests.server.test_front_end import HEAD, answers
 
 from overcommit.runtime import _shm
 from overcommit.runtime.errors import BadRequest
+from overcommit.runtime.front_end_messages import SeatNews
 from overcommit.runtime.sequence_terms import ASK_BYTES, ASK_ROOM_BYTES, Ask, decode
 from overcommit.server import codec, sequences
 from overcommit.server.sequences import Tracks, can_go_on, read
@@ -215,7 +216,7 @@ def test_requests_of_a_seat_that_broke_for_good_go_to_another() -> None:
         key = next(key for key in range(1, 99) if tracks.seat_of(3, key) == 1)
         world.send(key, 1, start=True)
         assert world.peer.answer_all() == 0
-        world.rig.dispatch.give_up((1,))
+        world.rig.dispatch.hear(SeatNews(broken=(1,)))
         assert world.peer.answer_all() == 1
         assert world.statuses() == [[200]]
 
