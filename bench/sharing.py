@@ -14,7 +14,7 @@ The unit of a trunk is a chunk of 2 MiB, that of a small head a page of 4 KiB.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -57,11 +57,11 @@ class Sizes:
     files: int  # headers included
 
     @classmethod
-    def of(cls, cache: Path) -> Sizes:
-        """Read every image's header."""
+    def of(cls, images: Iterable[Path]) -> Sizes:
+        """Read the headers; the cache folder may hold more, of other releases."""
         parts: dict[str, int] = {}
         heads = files = 0
-        for image in (cache / "images").glob("*.image"):
+        for image in images:
             header, _ = read_header(image)
             heads += header.stored_bytes
             files += image.stat().st_size
@@ -154,7 +154,7 @@ class Sharing:
             screen.bar(self.report.console, "packing images") as advance,
         ):
             server.wait_packed(list(self.seeds), advance)
-        return Sizes.of(self.cache)
+            return Sizes.of([server.image_of(name) for name in self.seeds])
 
     def roomy(self, sizes: Sizes) -> None:
         """Phase 1."""

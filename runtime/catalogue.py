@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from overcommit.runtime.announcer import Announcer
+from overcommit.runtime.cache_keeper import CacheKeeper
 from overcommit.runtime.config import RETIRE_GRACE_S, imaged
 from overcommit.runtime.dependents import brought_along
 from overcommit.runtime.ensemble_watch import EnsembleWatch
@@ -67,6 +68,9 @@ class Catalogue:
         self.overrides = Overrides(settings.cache_dir, settings.repositories)
         self._sources: list[VersionSource] = []
         self._retries = PackRetries()
+        self._keeper = CacheKeeper(
+            settings.cache_dir, settings.cache_keep_days, self.registry.entries
+        )
         self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False
         self._is_serving = False
@@ -82,6 +86,7 @@ class Catalogue:
         """End the packer and the scanner."""
         self.packing.close()
         self.watch.close()
+        self._keeper.close()
         self.overrides.close()
 
     def on_scanned(self, now_ns: int) -> list[int]:
@@ -170,6 +175,8 @@ class Catalogue:
             done = msgspec.structs.replace(done, message=message)
         else:
             self._retries.forget(key)
+        if done.is_full:
+            self._keeper.make_room(now_ns)
         if not done.ok:
             log.error("%s version %s: %s", entry.name, entry.version, done.message)
         name = entry.name
@@ -339,6 +346,7 @@ class Catalogue:
         run("rehearsals", self.rehearsals.step, now_ns)
         if self._is_serving:  # not before the first workers were forked: they would have to wait
             run("the imports of programs", self._programs.step)
+            run("looking after the cache folder", self._keeper.step, now_ns)
         if self._is_scanned:
             run("telling front ends of models", self._tell, now_ns)
             run("ensembles", self.ensembles.step, now_ns)

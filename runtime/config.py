@@ -1,8 +1,8 @@
 """Every limit and every setting, in one place.
 
 Limits are constants of the design: a queue, loop, retry, wait or body that has no entry here has
-no business being unbounded; `device_limits.py`, `prefetch_limits.py` and `vigil_limits.py`
-have some of their own.
+no business being unbounded; `device_limits.py`, `pack_limits.py`, `prefetch_limits.py` and
+`vigil_limits.py` have some of their own.
 `Settings` is what an operator chooses; it crosses to every child process in its `Start` message.
 `ModelConfig` is what a model's folder says (`model.toml`) or what was inferred.  Units are the last
 word of a name.
@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from typing import Final, Literal
 
 import msgspec
+
+from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS
 
 KIB: Final = 1024
 MIB: Final = 1024 * KIB
@@ -78,11 +80,7 @@ FORK_SERVER_PAUSE_S: Final = 1.0  # from one start of the fork server to the nex
 FAILURE_SAID_S: Final = 60.0  # what fails in the supervisor again and again is logged as often
 FAILED_TURNS_PAUSE_S: Final = 0.02  # between turns of its loop that fail one after the other
 STOP_TIMEOUT_S: Final = 5.0  # for a child to leave after Stop, then SIGKILL
-PACKER_IDLE_S: Final = 30.0  # an idle packer is sent home
 PACK_TIMEOUT_S: Final = 600.0  # without progress; then it is ended.  Compilers take minutes
-PACK_RETRY_S: Final = (5.0, 15.0, 60.0, 300.0)  # after failures that are not the model's
-PACK_REMARK_S: Final = 60.0  # after which its silence is logged, and again after as long
-PACK_TRIES_MAX: Final = 2  # a packer that dies twice over one version means a broken version
 RETIRE_GRACE_S: Final = 1.0  # a replaced version stays at least this long after its route is gone
 ACTIVATIONS_KEPT: Final = 4096  # activation records for status
 EXTENTS_SHOWN_MAX: Final = 64  # of one activation, in its record
@@ -195,6 +193,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     spin_ns: int | None = None
     scan_interval_s: float = 2.0
     pack_timeout_s: float = PACK_TIMEOUT_S  # without progress
+    cache_keep_days: float = CACHE_KEEP_DAYS  # of images that nothing needs; 0: for ever
     request_timeout_ms: int = REQUEST_TIMEOUT_MS
     keep_alive_s: int = 75
     drain_timeout_s: float = 30.0

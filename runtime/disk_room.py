@@ -21,12 +21,19 @@ def is_missing(message: str) -> bool:
     return any(text in message for text in _TEXTS)
 
 
+def tightest(cache_dir: str) -> str:
+    """Return the folder on whose disk there is the least room of those that packing writes to."""
+    return min(cache_dir, tempfile.gettempdir(), key=lambda each: shutil.disk_usage(each).free)
+
+
 def missing(name: str, cache_dir: str) -> str:
-    """Name the folder on whose disk there is the least room of those that packing writes to."""
-    folder = min(cache_dir, tempfile.gettempdir(), key=lambda each: shutil.disk_usage(each).free)
+    """Name the folder that has no room."""
+    folder = tightest(cache_dir)
     free = shutil.disk_usage(folder).free / MIB
-    option = "--cache-dir" if folder == cache_dir else "TMPDIR"
+    is_cache = folder == cache_dir
+    option = "--cache-dir" if is_cache else "TMPDIR"
+    hint = " (`overcommit prune` removes packed weights that nothing needs)" if is_cache else ""
     return (
         f"model '{name}' cannot be packed: there is no room left on the disk of {folder} ({free:.0f} "
-        f"MiB free); make room there, or name a larger one by {option}"
+        f"MiB free); make room there{hint}, or name a larger one by {option}"
     )

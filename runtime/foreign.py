@@ -24,7 +24,6 @@ import msgspec
 
 from overcommit.runtime import engines, probes, trials
 from overcommit.runtime.config import ModelConfig, TensorSpec
-from overcommit.runtime.engines import store
 from overcommit.runtime.errors import (
     BadRequest,
     ImageError,
@@ -40,6 +39,7 @@ from overcommit.runtime.image import (
     lay_out,
     layout_hash,
 )
+from overcommit.runtime.image_cache import program_folder
 from overcommit.runtime.misfits import fits
 from overcommit.runtime.packer_messages import Pack
 from overcommit.runtime.sources import Source
@@ -176,7 +176,7 @@ def _guesses(inputs: Sequence[TensorSpec]) -> Iterator[probes.Arrays]:
 
 def _header(job: Pack, source: Source, candidate: Candidate, config: ModelConfig) -> ImageHeader:
     entries, nbytes = lay_out(candidate.facts)
-    file = candidate.save(store.folder_of(job.cache_dir, candidate.key))
+    file = candidate.save(program_folder(job.cache_dir, candidate.key))
     return ImageHeader(
         format_version=FORMAT_VERSION,
         engine=source.engine,

@@ -42,6 +42,7 @@ from overcommit.runtime.container import (
     write_packed_container,
 )
 from overcommit.runtime.errors import ImageError
+from overcommit.runtime.image_cache import touch
 from overcommit.runtime.image_payload import Payload
 from overcommit.runtime.packed import is_worth, pieces_of, unpack_payload, worth_bytes
 from overcommit.runtime.parts import PartInfo, path_of, plan, private_bytes, round_up
@@ -207,6 +208,7 @@ def _write_part(path: Path, payload: Payload, start: int, nbytes: int, packs: bo
     digest = payload.digest(start, nbytes)
     if packs:
         file = path_of(path, digest, is_packed=True)
+        touch(file)
         if (there := _packed_there(path, digest, nbytes)) is not None:
             return there
         done = _try_packed(
@@ -217,6 +219,7 @@ def _write_part(path: Path, payload: Payload, start: int, nbytes: int, packs: bo
         if done is not None:
             return PartInfo(digest, nbytes, sum(done[1]))
     info = PartInfo(digest, nbytes)
+    touch(path_of(path, digest))
     if not is_there(path, info):
         with_digests = functools.partial(Stored, nbytes)
         write_container(path_of(path, digest), with_digests, nbytes, payload.told(start, nbytes))

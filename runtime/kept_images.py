@@ -6,6 +6,7 @@ Called by the packer.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from overcommit.runtime.image import (
     read_payload,
     write_image,
 )
+from overcommit.runtime.image_cache import Needed, renew
 
 log = logging.getLogger("overcommit.packer")
 
 
 def reusable(path: Path) -> ImageHeader | None:
-    """Return the header of an image that is there with all that it needs; None: make it again."""
+    """Return the header of an image that is there with all that it needs; None: make it again.
+
+    All of it is needed from now on.
+    """
     if not path.exists():
         return None
     try:
@@ -30,6 +35,8 @@ def reusable(path: Path) -> ImageHeader | None:
     except ImageError as error:
         log.warning("%s is made again: %s", path, error.message)
         return None
+    cache_dir = str(path.parent.parent)
+    renew(cache_dir, [Needed(str(path), header.program_key, header.parts)], time.time())
     if not Path(header.program.get("file", "/")).exists():
         log.warning("%s is made again: its program is gone", path)
         return None

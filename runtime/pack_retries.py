@@ -9,7 +9,7 @@ Pure.  Called by the catalogue.
 
 from __future__ import annotations
 
-from overcommit.runtime.config import PACK_RETRY_S
+from overcommit.runtime.pack_limits import PACK_RETRY_S
 
 Key = tuple[str, str]  # name and version
 

@@ -37,7 +37,7 @@ from overcommit.runtime import disk_room, engines, foreign, real_modules, reshap
 from overcommit.runtime.config import START_TIMEOUT_S, ModelConfig
 from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.control import ControlSocket
-from overcommit.runtime.engines import manifest, store, user_code
+from overcommit.runtime.engines import manifest, user_code
 from overcommit.runtime.engines.bound_module import BoundModule
 from overcommit.runtime.errors import (
     ImageError,
@@ -54,6 +54,7 @@ from overcommit.runtime.image import (
     layout_hash,
     write_image,
 )
+from overcommit.runtime.image_cache import program_folder
 from overcommit.runtime.kept_images import reusable, rewrite
 from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
@@ -141,7 +142,7 @@ def _working_header(
     for skeleton in ("meta",) if source.kind == "export" else ("meta", "real"):
         prepared.program["skeleton"] = skeleton
         key = prepared.key(facts)
-        file = prepared.save(store.folder_of(job.cache_dir, key))
+        file = prepared.save(program_folder(job.cache_dir, key))
         header = ImageHeader(
             format_version=FORMAT_VERSION,
             engine=source.engine,
@@ -226,10 +227,12 @@ def pack(job: Pack, on_progress: Progress) -> PackDone:
         message = f"model '{job.name}' cannot be packed: {type(error).__name__}: {error}"
     if job.name not in message:
         message = f"model '{job.name}': {message}"
+    is_full = False
     if disk_room.is_missing(message):
         message, may_pass = disk_room.missing(job.name, job.cache_dir), True
+        is_full = disk_room.tightest(job.cache_dir) == job.cache_dir
     message = message[:MESSAGE_CHARS_MAX]
-    return PackDone(job=job.job, ok=False, message=message, may_pass=may_pass)
+    return PackDone(job=job.job, ok=False, message=message, may_pass=may_pass, is_full=is_full)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class PackDone(Message, frozen=True):
     ok: bool
     message: str = ""
     may_pass: bool = False  # it failed for a reason that lies outside of the model
+    is_full: bool = False  # there was no room left on the disk of `cache_dir`
     image_path: str = ""
     content_key: str = ""
     program_key: str = ""

@@ -20,14 +20,9 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from overcommit.runtime.config import (
-    PACK_REMARK_S,
-    PACK_TRIES_MAX,
-    PACKER_IDLE_S,
-    START_TIMEOUT_S,
-    Settings,
-)
+from overcommit.runtime.config import START_TIMEOUT_S, Settings
 from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
+from overcommit.runtime.pack_limits import PACK_REMARK_S, PACK_TRIES_MAX, PACKER_IDLE_S
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.process import Process
 

@@ -1,4 +1,4 @@
-"""The command line: `overcommit serve | pull | check | pack | models | infer | demo`.
+"""The command line: `overcommit serve | pull | check | pack | prune | models | infer | demo`.
 
 Every command imports what it needs when it runs: `serve` must not import torch, and no command must
 wait for another one's imports.
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from overcommit import __version__
 from overcommit.runtime.errors import BadRequest, ConfigurationError, OvercommitError
+from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MIN
 from overcommit.server import flags
 from overcommit.server.urls import DEFAULT_URL
 
@@ -92,6 +93,7 @@ def serve(
     host_memory: flags.HostMemory = None,
     host_packing: flags.HostPacking = None,
     cache_dir: flags.CacheDir = None,
+    cache_keep_days: flags.CacheKeepDays = None,
     allow_code: flags.AllowCode = None,
     policy: flags.Policy = None,
     policy_half_life: flags.PolicyHalfLife = None,
@@ -285,6 +287,27 @@ def infer(
     from overcommit.server import tables
 
     Console().print(tables.answer_table(answer))
+
+
+@app.command()
+def prune(
+    cache_dir: flags.CacheDir = None,
+    keep_days: Annotated[
+        float,
+        typer.Option(min=CACHE_KEEP_DAYS_MIN, max=36_500, help="What was needed since is kept."),
+    ] = CACHE_KEEP_DAYS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how much it is.")] = False,
+) -> None:
+    """Remove packed weights that nothing has needed for days from the cache folder.
+
+    Servers do it by themselves.  Those that run say every hour what they need, which is kept.
+    """
+    from rich.console import Console
+
+    from overcommit.server.prune_command import prune_cache
+    from overcommit.server.settings import chosen_cache_dir
+
+    raise typer.Exit(prune_cache(chosen_cache_dir(cache_dir), keep_days, Console(), is_dry=dry_run))
 
 
 @app.command()

@@ -60,6 +60,13 @@ CacheDir = Annotated[
     str | None,
     Option(metavar="FOLDER", help="Where packed weights are kept (~/.cache/overcommit)."),
 ]
+CacheKeepDays = Annotated[
+    str | None,
+    Option(
+        metavar="DAYS",
+        help="Packed weights that nothing has needed for so long are removed; 0: never (7).",
+    ),
+]
 AllowCode = Annotated[
     bool | None,
     Option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -21,7 +20,7 @@ from rich.progress import (
 from overcommit.runtime.errors import ConfigurationError, OvercommitError, Unavailable
 from overcommit.runtime.telemetry import show_bytes
 from overcommit.server.fetching import Fetcher, is_here, is_url
-from overcommit.server.settings import DEFAULT_CACHE_DIR, ENV_PREFIX
+from overcommit.server.settings import chosen_cache_dir
 
 EXIT_FAILED: Final = 1
 EXIT_BEFORE: Final = 75  # EX_TEMPFAIL
@@ -38,8 +37,7 @@ def pull_repositories(urls: Sequence[str], cache_dir: str | None, console: Conso
             raise ConfigurationError(
                 f"'{url}' is here already: give a URL, as in s3://bucket/models"
             )
-    chosen = cache_dir or os.environ.get(f"{ENV_PREFIX}CACHE_DIR") or DEFAULT_CACHE_DIR
-    folder = os.path.abspath(os.path.expanduser(chosen))
+    folder = chosen_cache_dir(cache_dir)
     status = 0
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(

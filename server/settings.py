@@ -40,6 +40,7 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.device_choice import read_devices
 from overcommit.runtime.errors import ConfigurationError
+from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MIN
 from overcommit.server import tls
 from overcommit.server.fetching import folder_of, is_url
 
@@ -47,6 +48,7 @@ Fetch = Callable[[list[str], str], None]  # URLs, the cache folder
 
 ENV_PREFIX: Final = "OVERCOMMIT_"
 GRPC_PORT: Final = 8001  # where the HTTP port has no next one
+KEEP_DAYS_MAX: Final = 36_500
 DEFAULT_CACHE_DIR: Final = "~/.cache/overcommit"
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -78,6 +80,15 @@ def _split_paths(value: object) -> object:
     return tuple(part for part in re.split(rf"{os.pathsep}(?!//)", value) if part)
 
 
+def _check_keep_days(days: float) -> float:
+    if days and not CACHE_KEEP_DAYS_MIN <= days <= KEEP_DAYS_MAX:
+        raise ValueError(
+            f"it is 0 (nothing is removed) or from {CACHE_KEEP_DAYS_MIN:.3g} to {KEEP_DAYS_MAX:,} days: "
+            "servers that share the folder say every hour what they need"
+        )
+    return days
+
+
 def _check_policy(name: str) -> str:
     from overcommit.runtime.policy import make_policy
 
@@ -95,6 +106,12 @@ GrpcPort = Annotated[
     int, Field(ge=-1, le=65_535), BeforeValidator(lambda given: -1 if given == "auto" else given)
 ]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def chosen_cache_dir(given: str | None) -> str:
+    """Return the cache folder that a command means: that of its flag, of the environment, or ours."""
+    chosen = given or os.environ.get(f"{ENV_PREFIX}CACHE_DIR") or DEFAULT_CACHE_DIR
+    return os.path.abspath(os.path.expanduser(chosen))
 
 
 class ServeSettings(BaseSettings):
@@ -137,6 +154,7 @@ class ServeSettings(BaseSettings):
     request_timeout: Annotated[float, Field(gt=0, le=86_400)] = REQUEST_TIMEOUT_MS / 1000
     drain_timeout: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     scan_interval: Annotated[float, Field(ge=0.05, le=86_400)] = 2.0
+    cache_keep_days: Annotated[float, AfterValidator(_check_keep_days)] = CACHE_KEEP_DAYS
     pack_timeout: Annotated[float, Field(ge=1, le=86_400)] = PACK_TIMEOUT_S
     spin_us: Annotated[float, Field(ge=0, le=1_000_000)] | None = None
     log_level: LogLevel = "info"
@@ -193,6 +211,7 @@ def load_settings(flags: dict[str, object], fetch: Fetch | None = None) -> Setti
         load_overrides=chosen.load_overrides,
         spin_ns=None if chosen.spin_us is None else int(chosen.spin_us * 1000),
         scan_interval_s=chosen.scan_interval,
+        cache_keep_days=chosen.cache_keep_days,
         pack_timeout_s=chosen.pack_timeout,
         request_timeout_ms=max(1, round(chosen.request_timeout * 1000)),
         drain_timeout_s=chosen.drain_timeout,

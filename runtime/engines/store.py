@@ -14,15 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from overcommit.runtime.container import TEMPORARY_PREFIX
-
-
-def folder_of(cache_dir: str, program_key: str) -> Path:
-    """Where a program's files lie."""
-    return Path(cache_dir).absolute() / "programs" / program_key
+from overcommit.runtime.image_cache import touch
 
 
 def save_once(path: Path, make: Callable[[], bytes]) -> Path:
     """Write a file atomically unless it is there; two processes may try at once."""
+    touch(path.parent)
     if path.exists():
         return path
     content = make()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from overcommit.runtime.config import PACK_RETRY_S
+from overcommit.runtime.pack_limits import PACK_RETRY_S
 from overcommit.runtime.pack_retries import PackRetries
 
 SECOND_NS = 1_000_000_000

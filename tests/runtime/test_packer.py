@@ -382,6 +382,7 @@ def test_a_full_disk_is_said_with_its_folder_and_may_pass(
     (tmp_path / "cache").mkdir()
     done = try_pack(tmp_path / "m", tmp_path / "cache")
     assert done.may_pass
+    assert done.is_full
     assert f"no room left on the disk of {tmp_path / 'cache'}" in done.message
     assert "make room there" in done.message
     assert "--cache-dir" in done.message

@@ -8,13 +8,13 @@ import pytest
 
 from overcommit.runtime.config import (
     PACK_TIMEOUT_S,
-    PACKER_IDLE_S,
     START_TIMEOUT_S,
     ModelConfig,
     Settings,
 )
 from overcommit.runtime.control import ControlSocket, socket_pair
 from overcommit.runtime.messages import LogLevel, Ready, Start, Stop
+from overcommit.runtime.pack_limits import PACKER_IDLE_S
 from overcommit.runtime.packer_messages import Pack, PackDone, PackProgress
 from overcommit.runtime.packing import Packing
 from overcommit.runtime.process import Process
