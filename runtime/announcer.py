@@ -99,13 +99,13 @@ class Announcer:
 
     def say(self, changed: Iterable[Entry], removed: Iterable[int], now_ns: int) -> None:
         """Tell these changes now, and those that wait before them."""
-        self.revision += 1
         self._unsaid |= {entry.slot: entry for entry in changed}
         gone = tuple(removed)
         for slot in gone:
             self._unsaid.pop(slot, None)
         if not self._unsaid and not gone:
             return
+        self.revision += 1
         self._said_ns = now_ns
         if self._spreading is not None:
             self._spreading.tell()  # where it is served, before it is asked for

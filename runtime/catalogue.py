@@ -277,7 +277,7 @@ class Catalogue:
     def ensure(self, slot: int) -> None:
         """A request waits for this version's image."""
         if self._announcer.is_unsaid(slot):  # it is packed
-            self._announcer.say((), (), time.monotonic_ns())
+            self.tell()
         elif self.packing.hurry(slot):
             self._awaited.add(slot)
 
@@ -352,6 +352,10 @@ class Catalogue:
             run("ensembles", self.ensembles.step, now_ns)
         run("letting versions go", self._retire, now_ns)
 
+    def tell(self) -> None:
+        """Whoever is answered next may ask for what has changed: front ends hear of it before."""
+        self._announcer.say((), (), time.monotonic_ns())
+
     def _tell(self, now_ns: int) -> None:
         self._announcer.tell_new(self.registry.entries(), self.rollout.told())
         self._announcer.step(now_ns)
@@ -373,7 +377,7 @@ class Catalogue:
         self._is_serving = True
         fleet = self.house.fleet
         entries = list(self.registry.entries())
-        ready = [entry for entry in entries if entry.state is State.READY]
+        ready = [entry for entry in entries if self.ensembles.state(entry) is State.READY]
         if fleet.grpc_port is not None:
             log.info("gRPC on %s:%d", self.house.settings.host, fleet.grpc_port)
         log.info(

@@ -236,6 +236,7 @@ class ClientLoads:
             return
         load.is_answered = True
         if problem is None:
+            self._catalogue.tell()
             self._answer(load.front, load.request, 200, b"{}")
         else:
             body = msgspec.json.encode({"error": problem.message})

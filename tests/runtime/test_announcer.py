@@ -133,3 +133,23 @@ def test_a_long_table_comes_in_messages_that_fit() -> None:
     assert max(encoded_bytes(message) for message in messages) <= CONTROL_MESSAGE_BYTES_MAX
     assert [message.complete for message in messages] == [False] * (len(messages) - 1) + [True]
     assert messages[-1].removed == (5,)
+
+
+def test_its_revision_grows_with_each_change_told_or_not() -> None:
+    announcer = Announcer(fleet(Front()))
+    seen = [announcer.revision]
+
+    def grew() -> bool:
+        seen.append(announcer.revision)
+        return seen[-1] > seen[-2]
+
+    announcer.note(entry(1), 0)
+    assert grew()
+    announcer.say([entry(2)], (), 0)
+    assert grew()
+    announcer.say((), (), 0)
+    assert not grew()
+    announcer.say((), (2,), 0)
+    assert grew()
+    announcer.say_names(())
+    assert grew()

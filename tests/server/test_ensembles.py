@@ -241,3 +241,13 @@ def test_what_does_not_fit_a_model_that_is_served_is_logged(
     file = models / "careless" / "model.toml"
     assert f"careless version 1: {file}: model_warmup ([[warmup]]) 'w', input 'z': the model" in log
     assert f"careless version 1: {file}: label_filename (labels) of output 'y': there is no" in log
+
+
+def test_the_request_to_try_is_for_a_model_that_can_be_asked(server: Server) -> None:
+    def shown() -> list[str]:
+        return [line for line in server.log if line.lstrip().startswith("curl ")]
+
+    server.wait_until(lambda: bool(shown()))
+    (line,) = shown()
+    # It comes before all others, and looks as if it took one row.
+    assert "/v2/models/circle/" not in line
