@@ -18,7 +18,6 @@ Called by the supervisor, from its one thread.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -29,9 +28,9 @@ from msgspec.structs import replace
 from overcommit.runtime import _shm, refusals
 from overcommit.runtime.boundary import Boundary
 from overcommit.runtime.children import Child
-from overcommit.runtime.config import NEVER_NS, QUIET_NS, ModelConfig, Settings
+from overcommit.runtime.config import NEVER_NS, QUIET_NS, Settings
 from overcommit.runtime.entries import Entry, State, to_info
-from overcommit.runtime.errors import Overloaded
+from overcommit.runtime.errors import Overloaded, Unavailable
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.messages import Message
 from overcommit.runtime.mover_messages import (
@@ -52,9 +51,9 @@ from overcommit.runtime.residents import (
     Publish,
     Refuse,
     StartLoad,
-    Terms,
     Withdraw,
 )
+from overcommit.runtime.stays import Stays
 from overcommit.runtime.timings import Timings
 from overcommit.runtime.worker_messages import (
     Activate,
@@ -101,14 +100,13 @@ class Activations:
         self._run = (boundary or Boundary()).run
         self._table = table
         self._site = site
-        self._pins = pins
+        self.stays = Stays(settings, pins)
         self._settings = settings
         self._residency = residency
         self._registry = registry
         self._fleet = fleet
         self._running: dict[int, Running] = {}
         self._verified: set[str] = set()
-        self._terms: dict[Terms, Terms] = {}
         self.quarantine = quarantine
         self._on_action: Callable[[Action, int], None] = lambda action, now_ns: None
         self._on_ready: Callable[[int, str], None] = lambda slot, name: None
@@ -135,6 +133,10 @@ class Activations:
             worker.post(
                 ActivationFailed(slot=slot, code="not_found", message="the version is gone")
             )
+            return
+        if entry.ended:
+            text = refusals.gone(entry.name)
+            worker.post(ActivationFailed(slot=slot, code=Unavailable.code, message=text))
             return
         blocked_s = self.quarantine.blocked(slot, now_ns)
         if blocked_s is not None:
@@ -239,7 +241,7 @@ class Activations:
         if (size := device.footprint(entry.nbytes)) > device.capacity_bytes:
             reason = refusals.never_fits(entry.name, size, device.capacity_bytes, 0)
             log.warning("%s: until then requests for it are refused", reason)
-        is_pinned = entry.config.pin and self._pins(entry.slot)
+        is_pinned = self.stays.of(entry).pinned
         if is_pinned or self._residency.view(entry.slot) is not None:
             self._add(entry, now_ns)
         if is_pinned:
@@ -252,18 +254,16 @@ class Activations:
             self._add(entry, now_ns)
 
     def _add(self, entry: Entry, now_ns: int) -> None:
-        terms = self.terms(entry.config)
-        if terms.pinned and not self._pins(entry.slot):
-            terms = dataclasses.replace(terms, pinned=False)
         self._residency.add(
-            *(entry.slot, entry.name, entry.nbytes, now_ns, terms),
+            *(entry.slot, entry.name, entry.nbytes, now_ns, self.stays.of(entry)),
             *(entry.parts, entry.packed_bytes),
         )
 
-    def terms(self, config: ModelConfig) -> Terms:
-        """Return what a model's file says of its stay, and the settings where it says nothing."""
-        terms = Terms.of(config, self._settings)
-        return self._terms.setdefault(terms, terms)  # most versions have the same
+    def retire(self, slot: int, now_ns: int) -> None:
+        """A version answers what it was asked, and no more: nothing else keeps it in memory."""
+        entry = self._registry.by_slot(slot)
+        if entry is not None and self._residency.view(slot) is not None:
+            self._add(entry, now_ns)
 
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more; workers drop its program and mapping."""

@@ -245,7 +245,7 @@ class Administration:
         known = entry.state is State.READY
         view = self.house.view(entry.slot) if known else None
         last_ns = usage.last_used_ns
-        terms = self.house.sites[0].activations.terms(entry.config)
+        terms = self.house.sites[0].activations.stays.said(entry.config)
         return {
             "name": entry.name,
             "version": entry.version,

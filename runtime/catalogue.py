@@ -6,7 +6,7 @@ tables.
 Invariants
  1. Front ends learn of a version before it may be asked for, and a replaced version's successor is
     announced before the old one's route is taken away.
- 2. A version leaves memory only after its route is gone, nothing waits for it and no worker runs it.
+ 2. A version leaves memory only after its route is gone, as `departures` has it.
  3. A broken model changes nothing but its own entry.
 
 Called by the supervisor, from its one thread.
@@ -23,12 +23,11 @@ import msgspec
 
 from overcommit.runtime.announcer import Announcer
 from overcommit.runtime.cache_keeper import CacheKeeper
-from overcommit.runtime.config import RETIRE_GRACE_S, imaged
+from overcommit.runtime.config import imaged
+from overcommit.runtime.departures import Departures
 from overcommit.runtime.dependents import brought_along
 from overcommit.runtime.ensemble_watch import EnsembleWatch
 from overcommit.runtime.entries import Entry, State, to_route
-from overcommit.runtime.example import example_body, example_request
-from overcommit.runtime.hints import hint_of
 from overcommit.runtime.house import House
 from overcommit.runtime.kept_images import reusable
 from overcommit.runtime.misfits import misfits_of
@@ -42,6 +41,7 @@ from overcommit.runtime.rehearsal import Rehearsals
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout
 from overcommit.runtime.watch import Watch
+from overcommit.runtime.welcome import Welcome
 
 log = logging.getLogger("overcommit.catalogue")
 
@@ -57,7 +57,10 @@ class Catalogue:
         )
         settings = house.settings
         self.watch = Watch(settings.repositories, settings.cache_dir, settings.scan_interval_s)
-        self._retiring: dict[int, int] = {}  # slot -> not before
+        self.departures = Departures(
+            settings.request_timeout_ms * 1_000_000,
+            *(house.usage, lambda: house.fleet.of_kind("front_end"), self._end, self._release),
+        )
         self._announcer = Announcer(house.fleet, house.spreading)
         self.registry.rehearses = True
         self.rehearsals = Rehearsals(house.fleet, self._on_rehearsed)
@@ -73,8 +76,7 @@ class Catalogue:
         )
         self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False
-        self._is_serving = False
-        self._is_example_shown = False
+        self.welcome = Welcome(house)
         self._programs = Programs(house.fleet)
 
     # --- the repository -------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class Catalogue:
         entry = self.registry.by_slot(slot)
         if entry is not None and entry.state is State.READY:
             self._on_usable(entry, now_ns)
-            self._show_example(entry)
+            self.welcome.show_example(entry)
         if not done.ok:
             self._fill_in(name, now_ns)
         if entry is not None and self.registry.is_successor(entry):
@@ -261,12 +263,13 @@ class Catalogue:
         self.try_again(name, now_ns)
 
     def take_out(self, name: str, now_ns: int) -> None:
-        """Take a model out of service.  Raises NotFound."""
-        affected = self.registry.set_unloaded(name)
-        self.announce_routes(affected, [], now_ns)
-        for entry in affected:
-            self.packing.drop(entry.slot)
-            self.house.remove(entry.slot, now_ns)
+        """Take a model out of service; what it was asked before is answered.  Raises NotFound."""
+        changes = self.registry.set_unloaded(name)
+        affected = map(self.registry.by_slot, (*changes.added, *changes.changed))
+        self.announce_routes(list(filter(None, affected)), changes.removed, now_ns)
+        for slot in changes.changed:
+            self.packing.drop(slot)
+            self.house.remove(slot, now_ns)
 
     def try_again(self, name: str, now_ns: int) -> None:
         """Somebody loads a model: its versions on trial get another one.  Raises NotFound."""
@@ -335,7 +338,8 @@ class Catalogue:
             self.packing.drop(slot)
             self.rehearsals.drop(slot)
             self._awaited.discard(slot)
-            self._retiring[slot] = now_ns + int(RETIRE_GRACE_S * 1e9)
+            self.house.retire(slot, now_ns)
+            self.departures.add(slot, now_ns)
 
     # --- time -----------------------------------------------------------------------------------
     def step(self, now_ns: int) -> None:
@@ -344,7 +348,7 @@ class Catalogue:
         run("packing again what failed", self._retry, now_ns)
         run("packing", self.packing.step, now_ns)
         run("rehearsals", self.rehearsals.step, now_ns)
-        if self._is_serving:  # not before the first workers were forked: they would have to wait
+        if self.welcome.is_said:  # the first workers are forked: they would have had to wait
             run("the imports of programs", self._programs.step)
             run("looking after the cache folder", self._keeper.step, now_ns)
         if self._is_scanned:
@@ -362,46 +366,26 @@ class Catalogue:
 
     def _retire(self, now_ns: int) -> None:
         """Let go of versions whose routes are gone and that nobody uses any more."""
-        for slot, not_before_ns in list(self._retiring.items()):
-            usage = self.house.usage(slot)
-            if now_ns >= not_before_ns and not usage.waiting and not usage.leases:
-                del self._retiring[slot]
-                self.house.remove(slot, now_ns)
-                self.house.forget(slot)
-                self.registry.release(slot)
-        if not self._retiring and not self.overrides.is_clear:
+        self.departures.step(now_ns)
+        if not self.departures and not self.overrides.is_clear:
             self.overrides.clear(self.registry.folders())
 
+    def _end(self, slot: int, is_late: bool, now_ns: int) -> None:
+        if is_late:
+            log.warning(
+                "%s was unloaded, replaced or removed over %d ms ago, and no request may take longer: "
+                "what is left is refused",
+                *(self.house.title_of(slot), self.house.settings.request_timeout_ms),
+            )
+        self.registry.end(slot)
+        self.house.remove(slot, now_ns)
+
+    def _release(self, slot: int) -> None:
+        self.house.forget(slot)
+        self.registry.release(slot)
+
     def announce(self, age_s: str) -> None:
-        """Say that the server serves, and show a request to try."""
-        self._is_serving = True
-        fleet = self.house.fleet
+        """Say that the server serves."""
         entries = list(self.registry.entries())
         ready = [entry for entry in entries if self.ensembles.state(entry) is State.READY]
-        if fleet.grpc_port is not None:
-            log.info("gRPC on %s:%d", self.house.settings.host, fleet.grpc_port)
-        log.info(
-            "serving on %s after %s s: %d versions, %d ready to use, %d to pack",
-            *(self._url(), age_s),
-            *(len(entries), len(ready), len(self.packing)),
-        )
-        if not entries:
-            for hint in filter(None, map(hint_of, self.house.settings.repositories)):
-                log.warning("nothing to serve: %s", hint)
-        for site in self.house.sites:
-            log.info("%s", site.residency)
-        for entry in ready:
-            self._show_example(entry)
-
-    def _show_example(self, entry: Entry) -> None:
-        """Print a request to try, once, for the first model that can be asked in one line."""
-        route = to_route(entry)
-        if not self._is_serving or self._is_example_shown or example_body(route) is None:
-            return
-        self._is_example_shown = True
-        print(example_request(self._url(), route), flush=True)
-
-    def _url(self) -> str:
-        settings = self.house.settings
-        scheme = "https" if settings.ssl_certfile else "http"
-        return f"{scheme}://{settings.host}:{self.house.fleet.port}"
+        self.welcome.say(age_s, len(entries), ready, len(self.packing))

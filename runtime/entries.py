@@ -57,7 +57,8 @@ class Entry:
     packed_bytes: int = 0  # of what is in no part; 0: it is not packed
     engine: str = ""
     program_key: str = ""
-    retired: bool = False
+    retired: bool = False  # nobody may name it any more; it answers what had come before
+    ended: bool = False  # and neither does it do that
     source_config: ModelConfig | None = None  # as in model.toml; None: broken on disk
     on_trial: bool = False  # only who names it gets it, while an older version serves
     seen: VersionSource | None = None  # by the last scan; may be what a successor is made from

@@ -164,6 +164,20 @@ class TellCounts(Message, frozen=True):
     id: int
 
 
+class AskUsed(Message, frozen=True):
+    """Front end: for which of these slots, to which no route leads any more, are there requests still?"""
+
+    id: int
+    slots: tuple[int, ...]
+
+
+class Used(Message, frozen=True):
+    """Front end: those of the slots that AskUsed of this id named for which it has requests."""
+
+    id: int
+    slots: tuple[int, ...] = ()
+
+
 class ModelCounters(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What a front end has counted for one version since it said so last; at most 100 bytes long.
 
@@ -223,5 +237,7 @@ FrontEndMessage = (
     | RegionsChanged
     | SeatNews
     | TellCounts
+    | AskUsed
+    | Used
     | Counters
 )

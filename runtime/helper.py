@@ -57,15 +57,18 @@ class Helper(Generic[Key, Result]):
 
     def _run(self) -> None:
         while True:
-            key, work = self._wanted.get()
-            try:
-                with _turn:
-                    result = work()
-                self._done.put((key, result))
-            except Exception as error:  # foreign code runs here: what it raises is its result
-                self._done.put((key, error))
-            except BaseException as error:  # it ends neither this thread nor the process
-                self._done.put((key, ModelError.of(error)))
+            # In a frame of its own: what was made is in no variable here while the next work is waited for.
+            self._do(*self._wanted.get())
             with self._lock:
                 if self._ring is not None:
                     self._ring()
+
+    def _do(self, key: Key, work: Callable[[], Result]) -> None:
+        try:
+            with _turn:
+                result = work()
+            self._done.put((key, result))
+        except Exception as error:  # foreign code runs here: what it raises is its result
+            self._done.put((key, error))
+        except BaseException as error:  # it ends neither this thread nor the process
+            self._done.put((key, ModelError.of(error)))

@@ -76,7 +76,7 @@ class House:
             lambda site: self.sites[site].on_arena_gone(time.monotonic_ns()),
             on_unborn,
             self.boundary,
-            self._title_of,
+            self.title_of,
         )
         self.sites = [
             Site(
@@ -131,7 +131,8 @@ class House:
             self.boundary.run("the tick of a site", site.activations.tick, now_ns)
 
     # --- versions -------------------------------------------------------------------------------
-    def _title_of(self, slot: int) -> str:
+    def title_of(self, slot: int) -> str:
+        """Name the version in a slot for people."""
         entry = self.registry.by_slot(slot)
         return (
             "a version that is gone" if entry is None else f"{entry.name} version {entry.version}"
@@ -143,6 +144,11 @@ class House:
             self.spreading.add(entry)
         for site in self.sites:
             site.activations.add(entry, now_ns)
+
+    def retire(self, slot: int, now_ns: int) -> None:
+        """A version answers what it was asked, and no more."""
+        for site in self.sites:
+            site.activations.retire(slot, now_ns)
 
     def remove(self, slot: int, now_ns: int) -> None:
         """A version is served no more."""

@@ -19,8 +19,8 @@ Who sends what, by the room that has it:
                              ActivationFailed, Withdrawn, Forget
                              worker -> supervisor: Activate, BindFailed, Attaches
     `front_end_messages`     supervisor -> front end: Routes, Homes, AdminReply, Pressure,
-                             RegionsChanged, SeatNews, TellCounts, Rehearse
-                             front end -> supervisor: Admin, Counters, Rehearsed
+                             RegionsChanged, SeatNews, TellCounts, AskUsed, Rehearse
+                             front end -> supervisor: Admin, Counters, Used, Rehearsed
     `mover_messages`         supervisor -> mover: Load, CancelLoad, PromoteLoad, WorkerBell
                              mover -> supervisor: LoadDone, Populated
     `packer_messages`        supervisor -> packer: Pack; packer -> supervisor: PackProgress, PackDone

@@ -204,7 +204,7 @@ class Prefetching:
 
     def _candidates(self, slot: int) -> Iterator[Candidate]:
         entry = self._registry.by_slot(slot)
-        if entry is None or entry.state is not State.READY or entry.config.pin:
+        if entry is None or entry.state is not State.READY or entry.retired or entry.config.pin:
             return
         site = self._home(slot)
         if site.activations.quarantine.blocked(slot, time.monotonic_ns()) is not None:

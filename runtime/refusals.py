@@ -18,7 +18,10 @@ def gone(name: str | None = None) -> str:
     """The version was removed; without a name: before it was asked for."""
     if name is None:
         return "the model was unloaded or replaced; ask again for the version that is current"
-    return f"model '{name}' was unloaded or replaced while requests for it waited"
+    return (
+        f"model '{name}' was unloaded or replaced while requests for it waited; ask again for the "
+        f"version that is current, or load it"
+    )
 
 
 def load_failed(name: str, reason: str, left_s: float) -> str:

@@ -16,11 +16,12 @@ State machine
     (none) -> PACKING     [apply_scan: none is known]
     (none) -> UNAVAILABLE [apply_scan: the folder is broken]
     PACKING -> READY | UNAVAILABLE            [on_packed]
-    PACKING | READY -> UNLOADED               [set_unloaded]
+    PACKING -> UNLOADED                       [set_unloaded]
+    READY -> retired, and an entry like it UNLOADED in its place  [set_unloaded]
     UNLOADED | UNAVAILABLE -> READY | PACKING [set_loaded]
     READY, its image gone -> the same, and a successor PACKING  [renew]
     UNAVAILABLE -> PACKING                    [again]
-    any -> retired -> (none)                  [apply_scan or on_packed, release]
+    any -> retired -> ended -> (none)         [apply_scan, on_packed or set_unloaded; end; release]
 
 Called by the supervisor, from its one thread, and by `overcommit pack`.
 """
@@ -30,6 +31,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 from overcommit.runtime import ensemble
 from overcommit.runtime.config import VERSIONS_MAX, imaged
@@ -67,7 +69,6 @@ class Registry(Shelf):
         self.index = PackIndex(cache_dir, packs=packs)
         self._numbers = Slots(slots_max)
         self._leaving: set[int] = set()
-        self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves
         self.rehearses = False  # whether new versions show that they work before they take over
         self._spares: dict[str, list[VersionSource]] = {}  # left out by version policies
         self._unloaded: set[str] = set()
@@ -120,10 +121,6 @@ class Registry(Shelf):
             other.state is State.READY and not other.on_trial and not self._is_spare(other)
             for other in self._by_name().get(entry.name, ())
         )
-
-    def _works(self, name: str) -> bool:
-        """Whether some version serves or may come to serve."""
-        return any(entry.state is not State.UNAVAILABLE for entry in self._by_name().get(name, ()))
 
     def fill_in(self, name: str) -> int | None:
         """Take in the highest version that the policy leaves out; return its slot, if there is any."""
@@ -275,14 +272,6 @@ class Registry(Shelf):
         entry.reason = "" if done.ok else done.message
         return []
 
-    def successor_slot(self, entry: Entry) -> int:
-        """Return the slot of the entry that waits to take its place; its own where none does."""
-        return self._successors.get(entry.slot, entry).slot
-
-    def is_successor(self, entry: Entry) -> bool:
-        """Whether it waits to take the place of an entry of its name and version."""
-        return any(successor is entry for successor in self._successors.values())
-
     def on_rehearsed(self, slot: int, ok: bool, message: str) -> list[int]:
         """A version on trial works, or not; return the slots that are to be removed now."""
         entry = self._slots.get(slot)
@@ -322,16 +311,34 @@ class Registry(Shelf):
         return [old.slot]
 
     # --- what the operator says -----------------------------------------------------------------
-    def set_unloaded(self, name: str) -> list[Entry]:
-        """Take a model out of service; return the entries that changed.  Raises NotFound."""
+    def set_unloaded(self, name: str) -> RegistryChanges:
+        """Take a model out of service.  Raises NotFound.
+
+        What serves is retired as if it were replaced; in its place is what a load begins anew with.
+        """
         self.find(name)
         self._unloaded.add(name)
-        affected = [
-            entry for entry in self._by_name()[name] if entry.state in (State.READY, State.PACKING)
-        ]
-        for entry in affected:
-            entry.state = State.UNLOADED
-        return affected
+        changes = RegistryChanges()
+        for entry in self._by_name()[name]:
+            if entry.state not in (State.READY, State.PACKING):
+                continue
+            slot = self._numbers.take() if entry.image_path and entry.state is State.READY else None
+            if (
+                slot is None
+            ):  # nobody waits for it in a worker; or there is no slot, and they are refused
+                entry.state = State.UNLOADED
+                changes.changed.append(entry.slot)
+                continue
+            new = replace(entry, slot=slot, state=State.UNLOADED)
+            self._slots[slot] = self._current[name, entry.version] = new
+            if (successor := self._successors.pop(entry.slot, None)) is not None:
+                self._successors[slot] = successor
+            entry.retired = True
+            self._leaving.add(entry.slot)
+            changes.added.append(slot)
+            changes.removed.append(entry.slot)
+        self._names = None
+        return changes
 
     def want(self, name: str) -> bool:
         """What comes of this model from now on is loaded; return whether it was unloaded."""
@@ -362,6 +369,12 @@ class Registry(Shelf):
         return affected
 
     # --- slots ----------------------------------------------------------------------------------
+    def end(self, slot: int) -> None:
+        """A removed version answers no more; its slot stays taken until `release`."""
+        assert slot in self._leaving, f"slot {slot} is ended but was not removed"
+        if (entry := self._slots.get(slot)) is not None:
+            entry.ended = True
+
     def release(self, slot: int) -> None:
         """Nothing uses the slot of a removed version any more."""
         assert slot in self._leaving, f"slot {slot} is released but was not removed"

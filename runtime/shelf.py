@@ -2,7 +2,8 @@
 
 Invariants
  1. `_slots` has every entry until nothing uses it any more, `_current` those that a client can name.
- 2. Who changes `_current` sets `_names` to None; the order is made anew when somebody asks.
+ 2. `_successors` has those that wait to take the place of one in `_current`.
+ 3. Who changes `_current` sets `_names` to None; the order is made anew when somebody asks.
 
 Pure.  Called by the registry, which is one, and through it by the supervisor's rooms.
 """
@@ -22,6 +23,7 @@ class Shelf:
     def __init__(self) -> None:
         self._slots: dict[int, Entry] = {}
         self._current: dict[tuple[str, str], Entry] = {}
+        self._successors: dict[int, Entry] = {}  # by the slot of the entry that still serves
         self._names: dict[str, tuple[Entry, ...]] | None = None
         self._ordered: list[Entry] = []
         self._ensembles: list[Entry] = []
@@ -82,6 +84,18 @@ class Shelf:
         """Return every version of a model, in numeric order.  Raises NotFound."""
         self.find(name)
         return self._by_name()[name]
+
+    def successor_slot(self, entry: Entry) -> int:
+        """Return the slot of the entry that waits to take its place; its own where none does."""
+        return self._successors.get(entry.slot, entry).slot
+
+    def is_successor(self, entry: Entry) -> bool:
+        """Whether it waits to take the place of an entry of its name and version."""
+        return any(successor is entry for successor in self._successors.values())
+
+    def _works(self, name: str) -> bool:
+        """Whether some version serves or may come to serve."""
+        return any(entry.state is not State.UNAVAILABLE for entry in self._by_name().get(name, ()))
 
     def _by_name(self) -> dict[str, tuple[Entry, ...]]:
         if self._names is None:

@@ -39,7 +39,7 @@ from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.children import Child
 from overcommit.runtime.config import STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
-from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed
+from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed, Used
 from overcommit.runtime.house import House
 from overcommit.runtime.listening import listen
 from overcommit.runtime.messages import ArenaMade, Chunks, ChunksTaken, Drain, Ready
@@ -258,6 +258,8 @@ class Supervisor:
             self.administration.on_admin(child, message, now_ns)
         elif isinstance(message, Counters):
             self.administration.on_counters(child, message)
+        elif isinstance(message, Used):
+            self.catalogue.departures.on_used(child, message, now_ns)
         elif isinstance(message, Rehearsed):
             self.catalogue.rehearsals.on_rehearsed(child, message, now_ns)
         elif isinstance(message, LinkBroken):
@@ -328,6 +330,7 @@ class Supervisor:
             self.house.on_worker_gone(child, now_ns)
         elif child.seat.kind == "front_end":
             self.administration.on_front_end_gone(child)
+            self.catalogue.departures.on_front_end_gone(child, now_ns)
 
     def _on_bell(self) -> None:
         """A worker dropped a lease while somebody waits for room."""

@@ -27,7 +27,7 @@ import msgspec
 
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.front_end_messages import Route
-from overcommit.server.ensembles import ask_any
+from overcommit.server.ensembles import ask_any, cast_of, slots_of
 from overcommit.server.limits import (
     EMBEDDINGS_IN_FLIGHT,
     EMBEDDINGS_INPUTS_MAX,
@@ -144,17 +144,20 @@ class Embeddings:
         self, model: TextModel, tokens: Sequence[Array], dimensions: int | None
     ) -> list[Array]:
         front, plans = self._front, self._front.plans.of(model.route)
+        cast = cast_of(front.table, model.route)
         places = asyncio.Semaphore(EMBEDDINGS_IN_FLIGHT)
 
         async def one(ids: Array) -> Array:
             async with places:
                 outputs = [model.recipe.output]
-                answer = await ask_any(front, plans, model.tensors(ids), outputs)
+                answer = await ask_any(front, plans, model.tensors(ids), outputs, cast=cast)
             return model.vector(answer, dimensions)
 
+        used = {model.route.slot} | slots_of(cast)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(ids)) for ids in tokens]
+            with front.uses.keep(used):
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(ids)) for ids in tokens]
         except BaseExceptionGroup as errors:
             for error in errors.exceptions:
                 if isinstance(error, OvercommitError):

@@ -12,6 +12,8 @@ Invariants
  1. The reply gets one answer, or was abandoned.
  2. No step outlives its ensemble's request.
  3. Errors name the ensemble, the step and the step's model.
+ 4. Which versions its steps ask is settled when it is accepted, as far as they serve then (its cast): who
+    is replaced or unloaded meanwhile answers it still.
 
 Called by the exchanges and by whoever asks models from inside.
 """
@@ -19,6 +21,7 @@ Called by the exchanges and by whoever asks models from inside.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -27,11 +30,13 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime import payload, stages
 from overcommit.runtime.config import ENSEMBLE_DEPTH_MAX, NEVER_NS, Step
 from overcommit.runtime.errors import DeadlineExceeded, ModelError, OvercommitError
+from overcommit.runtime.front_end_messages import Route
 from overcommit.runtime.sequence_terms import Ask
 from overcommit.server import failures
 from overcommit.server.asking import Tensor, ask, request_of
 from overcommit.server.inference import Data, Prepared, prepare_decoded
 from overcommit.server.parcels import Reply
+from overcommit.server.routing import RouteTable, check_usable
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
@@ -40,6 +45,30 @@ if TYPE_CHECKING:
 log = logging.getLogger("overcommit.ensembles")
 
 _US: Final = 1000
+
+
+Cast = Mapping[tuple[str, str], Route]  # by a step's model and version
+
+
+def cast_of(table: RouteTable, route: Route) -> Cast:
+    """Return whom the steps of a route mean now, and theirs; without those that do not serve."""
+    cast: dict[tuple[str, str], Route] = {}
+    steps = list(route.steps)
+    while steps:
+        step = steps.pop()
+        key = (step.model, step.version)
+        if key not in cast:
+            with contextlib.suppress(OvercommitError):  # its turn may not come
+                found = table.find(step.model, step.version or None)
+                if check_usable(found):
+                    cast[key] = found
+                    steps += found.steps
+    return cast
+
+
+def slots_of(cast: Cast) -> set[int]:
+    """Return the versions of a cast."""
+    return {route.slot for route in cast.values()}
 
 
 class Run:
@@ -58,6 +87,7 @@ class Run:
         self._reply: Reply | None = reply
         self._began_ns = time.monotonic_ns()
         self._deadline_ns = min(deadline_ns, self._began_ns + front.timeout_ns(prepared))
+        self._cast = cast_of(front.table, prepared.route)
         # What it holds is the task's alone, and let go of when that ends.
         self._task = asyncio.get_running_loop().create_task(self._run(prepared, data))
 
@@ -70,7 +100,8 @@ class Run:
         front, deadline_ns = self._front, self._deadline_ns
         slot = prepared.route.slot
         try:
-            tensors = await _through(front, prepared, data, deadline_ns, 1)
+            with front.uses.keep(slots_of(self._cast)):
+                tensors = await _through(front, prepared, data, deadline_ns, 1, self._cast)
             block = _block_of(prepared, tensors)
         except OvercommitError as error:
             front.dispatch.tallies.count_failure(slot, self._began_ns)
@@ -94,6 +125,7 @@ async def ask_any(
     tensors: Sequence[Tensor],
     outputs: Sequence[str] | None = None,
     *,
+    cast: Cast,
     deadline_ns: int | None = None,
     depth: int = 0,
     sequence: Ask | None = None,
@@ -111,12 +143,17 @@ async def ask_any(
     request, tail = request_of(tensors, outputs, timeout_us=timeout_us, sequence=sequence)
     prepared, data = prepare_decoded(plans, request, tail)
     end_ns = time.monotonic_ns() + front.timeout_ns(prepared)
-    found = await _through(front, prepared, data, end_ns, depth + 1)
+    found = await _through(front, prepared, data, end_ns, depth + 1, cast)
     return [found[name] for name in _wanted(prepared)]
 
 
 async def _through(
-    front: FrontEnd, prepared: Prepared, data: Sequence[Data], deadline_ns: int, depth: int
+    front: FrontEnd,
+    prepared: Prepared,
+    data: Sequence[Data],
+    deadline_ns: int,
+    depth: int,
+    cast: Cast,
 ) -> dict[str, Tensor]:
     """Run all steps; return every tensor.  Raises OvercommitError."""
     route = prepared.route
@@ -136,7 +173,8 @@ async def _through(
     try:
         async with asyncio.TaskGroup() as group:
             for number, step in enumerate(route.steps):
-                group.create_task(_step(front, prepared, number, step, made, deadline_ns, depth))
+                work = _step(front, prepared, number, step, made, deadline_ns, depth, cast)
+                group.create_task(work)
     except BaseExceptionGroup as errors:
         raise _first_of(errors) from None
     return {name: future.result() for name, future in made.items()}
@@ -150,6 +188,7 @@ async def _step(
     made: Mapping[str, asyncio.Future[Tensor]],
     deadline_ns: int,
     depth: int,
+    cast: Cast,
 ) -> None:
     where = f"model '{prepared.route.name}', step {number + 1}: "
     try:
@@ -159,12 +198,15 @@ async def _step(
                 continue  # an optional input that was left out; the model says if it minds
             given = await made[tensor]
             tensors.append(Tensor(model_name, given.datatype, given.shape, given.data))
-        route = await front.wait_for_route(step.model, step.version or None)
+        route = cast.get((step.model, step.version))
+        if route is None:
+            route = await front.wait_for_route(step.model, step.version or None)
         answers = await ask_any(
             front,
             front.plans.of(route),
             tensors,
             list(step.outputs),
+            cast=cast,
             deadline_ns=deadline_ns,
             depth=depth,
             sequence=prepared.sequence,

@@ -34,6 +34,7 @@ from overcommit.runtime.errors import DeadlineExceeded, Overloaded, PayloadTooLa
 from overcommit.runtime.front_end_messages import (
     Admin,
     AdminReply,
+    AskUsed,
     Counters,
     Homes,
     LinkBroken,
@@ -59,14 +60,15 @@ from overcommit.server.limits import (
     DRAIN_GRACE_S,
     DRAIN_ROUNDS_MAX,
     LEASES_PERIOD_S,
-    POPULATE_STEP_BYTES,
     SWEEP_S,
 )
+from overcommit.server.parcels import populate
 from overcommit.server.plans import Plans
 from overcommit.server.protocol import HotProtocol, protocol_class
 from overcommit.server.regions import Regions
 from overcommit.server.rehearsing import rehearse
 from overcommit.server.routing import RouteTable
+from overcommit.server.uses import Uses
 from overcommit.server.worker_link import incarnation_of
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class FrontEnd:
             seats=start.settings.workers,
         )
         self.dispatch.on_broken = self._tell_of_broken
+        self.uses = Uses(self.dispatch.pending)
         self._routes_changed = asyncio.Event()
         self._asked: dict[int, tuple[asyncio.Future[tuple[int, bytes]], list[bytes]]] = {}
         self._ask_id = 0
@@ -238,6 +241,8 @@ class FrontEnd:
                 self.regions.apply(message)
             elif isinstance(message, TellCounts):
                 self.send_counters(message.id)
+            elif isinstance(message, AskUsed):
+                self._control.send(self.uses.answer(message))
             elif isinstance(message, Rehearse):
                 task = asyncio.get_running_loop().create_task(self._rehearse(message.route))
                 self._rehearsals.add(task)
@@ -306,12 +311,6 @@ class FrontEnd:
             log.info("shared memory region '%s' is dropped: its owner is gone", name)
             self._control.send(Admin(id=0, operation="region_remove", arguments={"name": name}))
 
-    def _populate(self) -> None:
-        """Touch the ingress pages before requests do: a fresh page costs ten times a warm one."""
-        view = memoryview(self._ingress)
-        for start in range(0, len(view), POPULATE_STEP_BYTES):
-            self._ingress.madvise(23, start, min(POPULATE_STEP_BYTES, len(view) - start))
-
     # --- life -----------------------------------------------------------------------------------
     async def serve(self) -> None:
         """Serve until drained."""
@@ -336,7 +335,8 @@ class FrontEnd:
         self._server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
         loop.add_reader(self._bell, self.on_bell)
         loop.add_reader(self._control.fileno(), self.on_control)
-        threading.Thread(target=self._swallow_populate, name="populate", daemon=True).start()
+        touch = (self._ingress,)
+        threading.Thread(target=populate, args=touch, name="populate", daemon=True).start()
         tick = loop.create_task(self._tick())
         if self._grpc_listener is not None:
             # Here, for who serves without gRPC need not have protobuf.
@@ -353,11 +353,6 @@ class FrontEnd:
 
     def _tls(self, *protocols: str) -> ssl.SSLContext:
         return tls.context_of(self.settings.ssl_certfile, self.settings.ssl_keyfile, *protocols)
-
-    def _swallow_populate(self) -> None:
-        # An old kernel refuses, and short memory shows later, where it can be answered.
-        with contextlib.suppress(OSError, ValueError):
-            self._populate()
 
     async def _drain(self, timeout_s: float) -> None:
         """Stop accepting, answer what is in flight, let idle connections end in peace."""

@@ -5,7 +5,8 @@ to a version's mapping is cheap, and many versions share one program.  Weights a
 mapping, zero-copy.
 
 Invariants
- 1. Versions with equal program keys get the same program; it is loaded once, whoever asks first.
+ 1. Versions with equal program keys get the same program; it is loaded once, whoever asks first.  One
+    that is a single version's (`Single`) is loaded again while another has it.
  2. A model's own code runs only where the operator and the model both allow it.
  3. At most PROGRAMS_KEPT programs are kept here; one that is in use lives on with its models.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -71,6 +72,15 @@ class Program(Protocol):
         ...
 
 
+@runtime_checkable
+class Single(Protocol):
+    """A program that versions cannot share: it keeps something of the one that it is bound to."""
+
+    def lend(self) -> Program | None:
+        """Return it for one version; None: another has it."""
+        ...
+
+
 class _Programs:
     """Programs by key: each is loaded by one thread while others wait for it."""
 
@@ -89,7 +99,14 @@ class _Programs:
         with slot:
             if not program:  # a load that failed leaves it empty: the next one tries again
                 program.append(_load(header))
-            return program[0]
+            if not isinstance(program[0], Single):
+                return program[0]
+            if (lent := program[0].lend()) is None:
+                program[0] = newer = _load(header)
+                assert isinstance(newer, Single)
+                lent = newer.lend()
+                assert lent is not None, "nobody else has it yet"
+            return lent
 
     def forget(self, header: ImageHeader) -> None:
         with self._lock:

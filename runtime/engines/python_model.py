@@ -6,16 +6,20 @@ read-only arrays over them.  What it keeps otherwise is in no budget; `README.md
 
 Invariants
  1. Nothing of it runs before operator and model have both allowed it.
- 2. `load` runs in the thread that loads programs, where it delays no other model; once for each version.
+ 2. `load` runs in the thread that loads programs, where it delays no other model; once for each version,
+    and again for one that begins anew while the former finishes what it was asked.
+ 3. What was loaded is one version's at a time: it holds views of that version's mapping.
 
 Called by the packer and by workers.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,15 @@ class PythonProgram:
         self.key = header.program_key
         self.hosted = start(header.program)
         self.load = next(_loads)
+        self._lent: weakref.ref[PythonProgram] | None = None
+
+    def lend(self) -> PythonProgram | None:
+        """Return it for a version, and until nobody refers to that any more; None: another has it."""
+        if self._lent is not None and self._lent() is not None:
+            return None
+        lent = copy.copy(self)
+        self._lent = weakref.ref(lent)
+        return lent
 
     def bind(self, header: ImageHeader, memory: Memory) -> PythonModel:
         """Give it its weights.  Raises ImageError, ModelError."""
@@ -83,7 +96,7 @@ class PythonProgram:
             except BaseException as error:  # its own code
                 raise ModelError.of(error) from error
         names = [spec.name for spec in header.config.outputs]
-        return PythonModel(self.hosted, names, self.load)
+        return PythonModel(self, names)
 
     def mixed(self, header: ImageHeader) -> None:
         """What it does with a batch is its own business."""
@@ -93,16 +106,16 @@ class PythonProgram:
 class PythonModel:
     """One version, ready to run."""
 
-    def __init__(self, hosted: Hosted | PythonProcess, names: list[str], load: int) -> None:
-        self._hosted = hosted
+    def __init__(self, program: PythonProgram, names: list[str]) -> None:
+        self._program = program  # lent as long as this lives
+        self._hosted = program.hosted
         self._names = names
-        self._load = load
 
     @property
     def incarnation(self) -> tuple[int, int]:
         """What the model keeps itself is gone when this has changed."""
         hosted = self._hosted
-        return self._load, hosted.starts if isinstance(hosted, PythonProcess) else 0
+        return self._program.load, hosted.starts if isinstance(hosted, PythonProcess) else 0
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run one batch.  Raises ModelError."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -42,6 +43,21 @@ def test_what_means_to_end_the_thread_is_an_error_like_others() -> None:
     assert isinstance(error, ModelError)
     assert "SystemExit: enough" in error.message
     assert helper.try_take() == (2, "two")
+
+
+def test_what_was_made_is_nobodys_but_his_who_took_it() -> None:
+    class Made:
+        """What can be watched."""
+
+    rung = threading.Semaphore(0)
+    helper: Helper[int, Made] = Helper("helper", rung.release)
+    helper.ask(1, Made)
+    assert rung.acquire(timeout=WATCHDOG_S)
+    taken = helper.try_take()
+    assert taken is not None
+    watched = weakref.ref(taken[1])
+    del taken
+    assert watched() is None
 
 
 def test_the_bell_is_left_alone_once_it_is_closed() -> None:

@@ -176,6 +176,31 @@ def test_a_class_that_fails_to_load_says_why(tmp_path: Path) -> None:
         assert "KeyError" in refused(folder, tmp_path / "c2", **options(python=where))
 
 
+def test_what_was_loaded_is_one_versions_at_a_time(tmp_path: Path) -> None:
+    code = """
+        class Model:
+            def bind(self, tensors):
+                self.w = tensors["w"]
+            def infer(self, inputs):
+                return {"y": inputs["x"] * self.w}
+    """
+    folder = write(tmp_path / "twice", code)
+    save_file({"w": torch.ones(2)}, folder / "model.safetensors")
+    done = packed(folder, tmp_path / "cache", **options())
+    first = Opened(done, allow_code=True)
+    second = Opened(done, allow_code=True)
+    assert second.program.hosted is not first.program.hosted
+    # Each reads its own mapping.
+    np.frombuffer(second.memory, np.float32)[:2] = 5
+    assert first.model.run(ones())["y"].tolist() == [[1.0, 1.0]] * 2
+    assert second.model.run(ones())["y"].tolist() == [[5.0, 5.0]] * 2
+    hosted = second.program.hosted
+    del first, second
+    assert Opened(done, allow_code=True).program.hosted is hosted, (
+        "it is loaded once for each version"
+    )
+
+
 def test_a_process_goes_with_its_worker(tmp_path: Path) -> None:
     folder = write(tmp_path / "models" / "scale") if (tmp_path / "models").mkdir() is None else None
     assert folder is not None

@@ -189,14 +189,51 @@ def test_a_version_that_is_gone_is_removed_with_its_successor(
 
 
 # --- load and unload ----------------------------------------------------------------------------
-def test_unload_and_load_keep_the_slot(registry: Registry, tmp_path: Path) -> None:
+def test_what_is_unloaded_is_retired_and_another_like_it_is_loaded(
+    registry: Registry, tmp_path: Path
+) -> None:
     make_ready(registry, tmp_path, source(), source(version="2"))
-    affected = registry.set_unloaded("minilm")
-    assert [entry.version for entry in affected] == ["1", "2"]
-    assert {entry.state for entry in affected} == {State.UNLOADED}
-    assert registry.set_unloaded("minilm") == []
-    assert registry.set_loaded("minilm") == affected
-    assert {entry.state for entry in affected} == {State.READY}
+    former = registry.versions("minilm")
+    changes = registry.set_unloaded("minilm")
+    assert (changes.removed, changes.changed) == ([entry.slot for entry in former], [])
+    current = registry.versions("minilm")
+    assert [entry.slot for entry in current] == changes.added
+    assert [entry.version for entry in current] == ["1", "2"]
+    assert {entry.state for entry in current} == {State.UNLOADED}
+    # Those before serve what they were asked, as if they had been replaced.
+    assert all(entry.retired and entry.state is State.READY for entry in former)
+    assert [registry.by_slot(entry.slot) for entry in former] == list(former)
+    assert registry.set_unloaded("minilm") == RegistryChanges()
+    assert registry.set_loaded("minilm") == list(current)
+    assert {entry.state for entry in current} == {State.READY}
+    assert not any(entry.retired for entry in current)
+    for entry in former:
+        registry.end(entry.slot)
+        assert entry.ended
+        registry.release(entry.slot)
+        assert registry.by_slot(entry.slot) is None
+    assert registry.versions("minilm") == current
+
+
+def test_without_a_slot_that_is_free_an_unload_changes_the_version_in_place(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "cache", slots_max=1)
+    make_ready(registry, tmp_path, source())
+    slot = registry.find("minilm").slot
+    changes = registry.set_unloaded("minilm")
+    assert (changes.changed, changes.added, changes.removed) == ([slot], [], [])
+    assert [entry.slot for entry in registry.set_loaded("minilm")] == [slot]
+
+
+def test_what_was_to_replace_an_unloaded_version_does_and_stays_unloaded(
+    registry: Registry, tmp_path: Path
+) -> None:
+    make_ready(registry, tmp_path, source())
+    (successor,) = registry.apply_scan([source(fingerprint="b")]).to_pack
+    (unloaded,) = registry.set_unloaded("minilm").added
+    assert registry.successor_slot(registry.find("minilm")) == successor
+    assert registry.on_packed(successor, packed(tmp_path, "new")) == [unloaded]
+    assert registry.find("minilm").slot == successor
+    assert registry.find("minilm").state is State.UNLOADED
 
 
 def test_an_unloaded_model_stays_unloaded_when_it_changes(

@@ -89,11 +89,15 @@ class RegistryMachine(RuleBasedStateMachine):
             if load:
                 affected = self.registry.set_loaded(name)
                 self.to_pack += [e.slot for e in affected if e.state is State.PACKING]
+                removed = []
             else:
-                affected = self.registry.set_unloaded(name)
+                changes = self.registry.set_unloaded(name)
+                slots = (*changes.added, *changes.changed)
+                affected = [e for e in map(self.registry.by_slot, slots) if e is not None]
+                removed = changes.removed
         except (NotFound, RepositoryError):
             return
-        self.announce(affected, [])
+        self.announce(affected, removed)
 
     @rule()
     def release(self) -> None:
