@@ -36,6 +36,7 @@ from overcommit.runtime.gathering import Gathering
 from overcommit.runtime.holdings import Forms
 from overcommit.runtime.house import House
 from overcommit.runtime.ledger import FIELDS
+from overcommit.runtime.occupied import Occupation
 from overcommit.runtime.site_status import describe_site, tiers_of
 
 MODELS_PAGE_MAX = 1000
@@ -68,6 +69,9 @@ class Administration:
         self.house = house
         self.catalogue = catalogue
         self._past = Counters()
+        self._long: dict[
+            int | None, Occupation
+        ] = {}  # as of the operation: whose batches take long
         self.books = ClientBooks(house, catalogue.packing.set_level)
         self.gathering = Gathering()
         self.loads = ClientLoads(catalogue, self._reply)
@@ -100,6 +104,7 @@ class Administration:
             operation = self._operations.get(request.operation)
             if operation is None:
                 raise BadRequest(f"unknown operation '{request.operation}'")
+            self._long = {each.slot: each for each in self.house.occupied()}
             body = operation(request)
         except OvercommitError as error:
             status = error.http_status
@@ -174,7 +179,12 @@ class Administration:
             return f"its image is being made: {share:.0%}"
         if entry.state is State.UNLOADED and not entry.reason:
             return "unloaded"
-        return self.catalogue.ensembles.verdict(entry).reason or entry.reason
+        if reason := self.catalogue.ensembles.verdict(entry).reason or entry.reason:
+            return reason
+        long = self._long.get(entry.slot)
+        return (
+            "" if long is None else f"worker {long.seat} is in a batch of it for {long.still_s} s"
+        )
 
     def _unload(self, request: Admin) -> bytes:
         name = _text(request, "name")

@@ -23,6 +23,7 @@ from overcommit.runtime.views import Tier
 if TYPE_CHECKING:
     from overcommit.runtime.entries import Entry
     from overcommit.runtime.house import House
+    from overcommit.runtime.occupied import Occupation
     from overcommit.runtime.prefetching import Prefetching
     from overcommit.runtime.site import Site
 
@@ -157,23 +158,11 @@ class _Snapshot(Collector):
             live.add_metric((kind,), sum(1 for _ in self._house.fleet.of_kind(kind)))
         yield deaths
         yield live
-        yield from self._occupied()
-
-    def _occupied(self) -> Iterator[Metric]:
         occupied = self._house.occupied()
         yield GaugeMetricFamily(
             "overcommit_workers_occupied", "Workers in one batch for unusually long", len(occupied)
         )
-        since = GaugeMetricFamily(
-            "overcommit_worker_occupied_seconds",
-            "For how long the worker has been in this batch; while that is unusually long",
-            labels=("worker", *_LABELS),
-        )
-        for each in occupied:
-            since.add_metric(
-                (str(each.seat), *self._house.names_of(each.slot)), each.still_ns / 1e9
-            )
-        yield since
+        yield _occupied(self._house, occupied)
 
     def _failures(self) -> Iterator[Metric]:
         family = CounterMetricFamily(
@@ -184,6 +173,17 @@ class _Snapshot(Collector):
         for failure in self._house.boundary.failures():
             family.add_metric((failure.what, failure.error), failure.count)
         yield family
+
+
+def _occupied(house: House, occupied: Sequence[Occupation]) -> Metric:
+    family = GaugeMetricFamily(
+        "overcommit_worker_occupied_seconds",
+        "For how long the worker has been in this batch; while that is unusually long",
+        labels=("worker", *_LABELS),
+    )
+    for each in occupied:
+        family.add_metric((str(each.seat), *house.names_of(each.slot)), each.still_ns / 1e9)
+    return family
 
 
 def _gpus(sites: Sequence[Site]) -> Iterator[Metric]:
@@ -277,6 +277,8 @@ class _Detail(Collector):
                 value = 0 if view is None else getattr(view, f"{tier}_bytes")
                 held.add_metric((entry.name, entry.version, tier), value)
         yield held
+        slots = {entry.slot for entry in entries}
+        yield _occupied(self._house, [o for o in self._house.occupied() if o.slot in slots])
 
 
 def rows_of(house: House, entries: Sequence[Entry] | None = None) -> list[Row]:

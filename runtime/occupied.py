@@ -25,6 +25,11 @@ class Occupation:
     slot: int | None
     still_ns: int
 
+    @property
+    def still_s(self) -> int:
+        """Whole seconds."""
+        return self.still_ns // 1_000_000_000
+
 
 def occupations(workers: Iterable[Child], usual_ns: Callable[[int], int]) -> list[Occupation]:
     """Look who is occupied; `usual_ns(slot)` is how long batches of a version take, 0: unknown."""

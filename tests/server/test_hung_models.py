@@ -114,8 +114,13 @@ def test_a_model_that_hangs_holds_up_no_other_and_its_worker_comes_back(tmp_path
         assert row["seconds"] > 0
         assert server.pids("worker")[row["worker"]] == hanging
         label = f'model="hang",version="1",worker="{row["worker"]}"'
-        metrics = server.get("/metrics").body.decode()
-        assert f"overcommit_worker_occupied_seconds{{{label}}}" in metrics
+        for path in ("/metrics", "/metrics?model=hang"):
+            metrics = server.get(path).body.decode()
+            assert f"overcommit_worker_occupied_seconds{{{label}}}" in metrics
+        said = f"worker {row['worker']} is in a batch of it"
+        index = server.post("/v2/repository/index", {}).json()
+        for rows in (index, list(server.models().values())):
+            assert [each["name"] for each in rows if said in each.get("reason", "")] == ["hang"]
         assert server.get("/v2/health/ready").status == 200
 
         # Its own requests wait where it is: they would hang the other worker too.
@@ -127,4 +132,5 @@ def test_a_model_that_hangs_holds_up_no_other_and_its_worker_comes_back(tmp_path
         event.touch()
         assert {pid_of(each.result()) for each in waiting} == {hanging}
         server.wait_until(lambda: not occupied() and hanging in ask_all(pool).values())
+        assert not server.models()["hang/1"]["reason"]
         assert "overcommit_worker_occupied_seconds{" not in server.get("/metrics").body.decode()
