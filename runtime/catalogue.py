@@ -40,6 +40,7 @@ from overcommit.runtime.programs import Programs
 from overcommit.runtime.rehearsal import Rehearsals
 from overcommit.runtime.repository import VersionSource
 from overcommit.runtime.rollout import Rollout
+from overcommit.runtime.version_log import VersionLog
 from overcommit.runtime.watch import Watch
 from overcommit.runtime.welcome import Welcome
 
@@ -71,6 +72,7 @@ class Catalogue:
         self.overrides = Overrides(settings.cache_dir, settings.repositories)
         self._sources: list[VersionSource] = []
         self._retries = PackRetries()
+        self._versions = VersionLog()
         self._keeper = CacheKeeper(
             settings.cache_dir, settings.cache_keep_days, self.registry.entries
         )
@@ -119,6 +121,8 @@ class Catalogue:
             entry = self.registry.by_slot(slot)
             if entry is not None:
                 self._on_usable(entry, now_ns)
+        for entry in filter(None, map(self.registry.by_slot, changes.broken)):
+            self._versions.broken(entry, now_ns)
         for name in changes.lacking:
             self._fill_in(name, now_ns)
         touched = (*changes.added, *changes.changed, *changes.renamed, *changes.removed)
@@ -180,7 +184,7 @@ class Catalogue:
         if done.is_full:
             self._keeper.make_room(now_ns)
         if not done.ok:
-            log.error("%s version %s: %s", entry.name, entry.version, done.message)
+            self._versions.failed(entry.name, entry.version, done.message, now_ns)
         name = entry.name
         removed = self.registry.on_packed(slot, done)
         entry = self.registry.by_slot(slot)
@@ -201,6 +205,7 @@ class Catalogue:
     def _on_usable(self, entry: Entry, now_ns: int) -> None:
         """A version has all that it needs; one on trial shows that it works first."""
         self.house.add(entry, now_ns)
+        self._versions.works(entry)
         self._programs.note(entry)
         for text in misfits_of(entry.folder, entry.config, entry.source_config):
             log.warning("%s version %s: %s", entry.name, entry.version, text)
@@ -217,11 +222,10 @@ class Catalogue:
         entry = self.registry.by_slot(slot)
         if entry is None or entry.retired:
             return
-        title = f"{entry.name} version {entry.version}"
         if ok:
-            log.info("%s works: it takes over", title)
+            self._versions.takes_over(entry, now_ns)
         else:
-            log.error("%s stays on trial, what served before serves on: %s", title, message)
+            self._versions.on_trial(entry, message, now_ns)
         removed = self.registry.on_rehearsed(slot, ok, message)
         current = [self.registry.find(entry.name, entry.version)]
         # Who is new must be known before names lead to it, and old ones leave after that.
@@ -355,6 +359,7 @@ class Catalogue:
             run("telling front ends of models", self._tell, now_ns)
             run("ensembles", self.ensembles.step, now_ns)
         run("letting versions go", self._retire, now_ns)
+        run("the log of versions", self._versions.step, now_ns)
 
     def tell(self) -> None:
         """Whoever is answered next may ask for what has changed: front ends hear of it before."""
@@ -387,5 +392,9 @@ class Catalogue:
     def announce(self, age_s: str) -> None:
         """Say that the server serves."""
         entries = list(self.registry.entries())
-        ready = [entry for entry in entries if self.ensembles.state(entry) is State.READY]
-        self.welcome.say(age_s, len(entries), ready, len(self.packing))
+        states = [self.ensembles.state(entry) for entry in entries]
+        ready = [
+            entry for entry, state in zip(entries, states, strict=True) if state is State.READY
+        ]
+        bad = states.count(State.UNAVAILABLE)
+        self.welcome.say(age_s, len(entries), ready, len(self.packing), bad)

@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from overcommit.runtime.checkpoint_files import cut_off
 from overcommit.runtime.engines import manifest
 from overcommit.runtime.errors import RepositoryError
 
@@ -41,7 +42,8 @@ def read(paths: Sequence[Path]) -> dict[str, torch.Tensor]:
         try:
             tensors |= load_file(path)
         except (SafetensorError, OSError) as error:
-            raise RepositoryError(f"{path} cannot be read as safetensors: {error}") from error
+            text = cut_off(path) or f"{path} cannot be read as safetensors: {error}"
+            raise RepositoryError(text) from error
     return tensors
 
 

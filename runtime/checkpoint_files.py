@@ -8,13 +8,29 @@ Called by `sources`.
 from __future__ import annotations
 
 import json
+import os
+import struct
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from overcommit.runtime.errors import RepositoryError
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 WHOLE_FILE: Final = "model.safetensors"
+HEADER_BYTES_MAX: Final = 100_000_000  # as the safetensors library has it
+_LENGTH: Final = struct.Struct("<Q")  # of the header, which follows
+_ONCE_MORE: Final = "copy it here once more, or wait until it is copied"
+
+
+class _Row(msgspec.Struct):
+    """What matters of a tensor's row."""
+
+    data_offsets: tuple[int, int] = (0, 0)  # from the header's end
+
+
+_TABLE: Final = msgspec.json.Decoder(dict[str, _Row])
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -35,6 +51,33 @@ def files_in(folder: Path) -> list[Path]:
         return [by_name[name] for name in names]
     whole = [path for path in found if path.name == WHOLE_FILE]
     return whole or found or _state_dicts(folder)
+
+
+def cut_off(path: Path) -> str:
+    """Say that a safetensors file ends before its tensors do, as while it is copied; else nothing.
+
+    Reads its header alone.  Raises OSError.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_LENGTH.size)
+        if not size:
+            return f"{path} is empty; {_ONCE_MORE}"
+        if size < _LENGTH.size:
+            return ""  # it is none
+        (length,) = _LENGTH.unpack(head)
+        if length > HEADER_BYTES_MAX:
+            return ""
+        whole = _LENGTH.size + length
+        if size >= whole:
+            try:
+                table = _TABLE.decode(file.read(length))
+            except msgspec.MsgspecError:
+                return ""
+            whole += max((each.data_offsets[1] for each in table.values()), default=0)
+    if size >= whole:
+        return ""
+    return f"{path} is cut off: {size} of {whole} bytes are there; {_ONCE_MORE}"
 
 
 def _state_dicts(folder: Path) -> list[Path]:

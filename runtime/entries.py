@@ -70,7 +70,8 @@ class RegistryChanges:
 
     `added` and `changed` are to be announced (a changed version's new slot, once it is current),
     `removed` leaves when nothing uses it, `to_pack` needs an image; of `renamed` only what names mean
-    has changed.  Of `lacking` models no version that their policy chooses works.
+    has changed.  What is `broken` has files that cannot be served, and says why in its reason; it may serve
+    as it was.  Of `lacking` models no version that their policy chooses works.
     """
 
     added: list[int] = field(default_factory=list)
@@ -80,6 +81,14 @@ class RegistryChanges:
     renamed: list[int] = field(default_factory=list)
     on_trial: list[int] = field(default_factory=list)  # successors that have an image
     lacking: list[str] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
+
+    def sort_in(self, entry: Entry) -> None:
+        """Note what a new entry needs."""
+        if entry.state is State.PACKING:
+            self.to_pack.append(entry.slot)
+        elif entry.state is State.UNAVAILABLE:
+            self.broken.append(entry.slot)
 
 
 def new_entry(slot: int, source: VersionSource) -> Entry:

@@ -3,6 +3,7 @@
 Invariants
  1. No file is opened.  A symlink that leaves the root is refused.
  2. Depth and number of files are bounded.
+ 3. A symlink that leads nowhere is noted (`Files.lost`): its target may be on its way.
 
 Called by the repository scan.
 """
@@ -40,6 +41,7 @@ class Files:
     has_own: bool = False  # files in the folder itself
     nested: list[str] = field(default_factory=list)  # folders further down with an MLServer model
     tomls: list[Toml] = field(default_factory=list)  # of the folder itself
+    lost: str = ""  # the path of a symlink that leads nowhere
 
 
 def walk(
@@ -59,6 +61,10 @@ def walk(
         info = entry.stat(follow_symlinks=False)
         if stat.S_ISLNK(info.st_mode):
             refuse_outside(root, entry.path)
+            if not os.path.exists(entry.path):
+                files.newest_ns = max(files.newest_ns, info.st_mtime_ns)
+                files.lost = entry.path
+                continue
             info = entry.stat()
         if stat.S_ISDIR(info.st_mode):
             walk(root, entry.path, f"{prefix}{name}/", depth + 1, files)
@@ -108,9 +114,23 @@ def refuse_outside(root: str, path: str) -> None:
         )
 
 
+def refuse_lost(path: str) -> None:
+    """Raise RepositoryError for a symlink that leads nowhere."""
+    if not os.path.exists(path):
+        raise RepositoryError(
+            f"'{printable(os.path.basename(path))}' is a symlink that leads nowhere; copy what it should "
+            f"point to into its place, or remove it"
+        )
+
+
 def is_skipped(name: str) -> bool:
     """Whether a name is that of nobody's model."""
     return name.startswith(".") or name in _SKIPPED
+
+
+def is_lost(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a symlink that leads nowhere."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -9,6 +9,7 @@ import os
 from typing import Final
 
 from overcommit.runtime import model_files
+from overcommit.runtime.folder_walk import is_folder
 
 _OF_A_MODEL: Final = frozenset({"config.json", "model.py", *model_files.RANKS})
 _WEIGHTS: Final = (".safetensors", ".pt2", ".onnx", ".aoti", ".lgb", ".ubj", ".pt", ".pth")
@@ -17,11 +18,11 @@ _WEIGHTS: Final = (".safetensors", ".pt2", ".onnx", ".aoti", ".lgb", ".ubj", ".p
 def hint_of(root: str) -> str | None:
     """Say what is wrong with a repository; None: it holds folders that may be models."""
     try:
-        entries = list(os.scandir(root))
+        entries = [(entry.name, is_folder(entry)) for entry in os.scandir(root)]
     except OSError as error:
         return f"{root} cannot be read: {error.strerror or error}"
-    files = sorted(entry.name for entry in entries if not entry.is_dir())
-    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._"]
+    files = sorted(name for name, is_one in entries if not is_one)
+    folders = [name for name, is_one in entries if is_one and name[0] not in "._"]
     ours = [name for name in files if name in _OF_A_MODEL or name.endswith(_WEIGHTS)]
     if ours and all(name.isdecimal() for name in folders):
         return (

@@ -13,6 +13,8 @@ Pure but for `read_file`; called by the repository scan.
 
 from __future__ import annotations
 
+import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Final
@@ -47,12 +49,21 @@ FILE_BYTES_MAX: Final = 256 * KIB
 
 
 def read_file(path: str | Path) -> bytes:
-    """Read one file.  Raises RepositoryError when it is too long, OSError when it cannot be read."""
-    with open(path, "rb") as file:
-        content = file.read(FILE_BYTES_MAX + 1)
+    """Read one file.
+
+    Raises RepositoryError when it is too long or no file, OSError when it cannot be read.
+    """
+    # To open a pipe would wait for whoever writes into it, which may be nobody, ever.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise RepositoryError(f"{Path(path).name} is no file")
+        with open(fd, "rb", closefd=False) as file:
+            content = file.read(FILE_BYTES_MAX + 1)
+    finally:
+        os.close(fd)
     if len(content) > FILE_BYTES_MAX:
-        name = Path(path).name
-        raise RepositoryError(f"{name} is longer than {FILE_BYTES_MAX} bytes")
+        raise RepositoryError(f"{Path(path).name} is longer than {FILE_BYTES_MAX} bytes")
     return content
 
 

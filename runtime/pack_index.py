@@ -10,7 +10,8 @@ Invariants
     packs nothing and reads no image.
  2. A torn or foreign file loses facts, never invents one: reading stops at the first bad record.
     What is lost is learnt again by packing.
- 3. A fact is here or with who took it, not in both places: 20,000 of them are 5 MB.
+ 3. A fact is here or with who took it, not in both places: 20,000 of them are 5 MB.  Of those that nobody
+    takes, of versions that were replaced or removed, the last SPARE_FACTS_MAX stay in memory.
  4. Several processes may append (a server, `overcommit pack`): each record is one `write` under a
     file lock, and the file is replaced by rename under the same lock.
 
@@ -44,6 +45,7 @@ FILE_NAME: Final = "index.msgpack"
 FORMAT: Final = 1
 RECORD_BYTES_MAX: Final = 1 * MIB
 RECORDS_MAX: Final = 4 * VERSIONS_MAX  # after that the file is written anew with what is in use
+SPARE_FACTS_MAX: Final = VERSIONS_MAX // 8
 _HEAD: Final = struct.Struct("<II")
 
 
@@ -127,6 +129,11 @@ class PackIndex:
             parts=fact.parts,
             packed_bytes=fact.packed_bytes,
         )
+
+    def trim(self) -> None:
+        """Who is there has taken what he needs: forget, but not in the file, what was known longest."""
+        for key in list(self._facts)[: max(0, len(self._facts) - SPARE_FACTS_MAX)]:
+            del self._facts[key]
 
     def put_back(
         self, folder: str, fingerprint: str, config: ModelConfig, done: PackDone

@@ -106,6 +106,7 @@ class Registry(Shelf):
                 changes.removed.append(entry.slot)
         self._unloaded.intersection_update(name for name, _ in seen)
         self._names = None
+        self.index.trim()
         changes.lacking = [name for name in self._spares if not self._works(name)]
         return changes
 
@@ -145,7 +146,7 @@ class Registry(Shelf):
                 self._retire(entry)
                 del self._current[name, entry.version]
                 changes.removed.append(entry.slot)
-        self._names = None
+                self._names = None
         return changes.removed
 
     def _add(self, source: VersionSource, changes: RegistryChanges, serving: Entry | None) -> None:
@@ -156,8 +157,7 @@ class Registry(Shelf):
             entry.on_trial = True
         self._current[source.name, source.version] = entry
         changes.added.append(entry.slot)
-        if entry.state is State.PACKING:
-            changes.to_pack.append(entry.slot)
+        changes.sort_in(entry)
 
     def _change(self, entry: Entry, source: VersionSource, changes: RegistryChanges) -> None:
         """The files of a known version are not what they were."""
@@ -169,7 +169,7 @@ class Registry(Shelf):
                 return
             if source.error is not None:
                 entry.reason = f"serving the version from before its last change: {source.error}"
-                log.warning("%s version %s: %s", entry.name, entry.version, entry.reason)
+                changes.broken.append(entry.slot)
                 return
             if source.config is not None and is_renamed(entry, source):
                 entry.fingerprint, entry.source_config = source.fingerprint, source.config
@@ -197,8 +197,7 @@ class Registry(Shelf):
         self._current[entry.name, entry.version] = successor
         changes.changed.append(successor.slot)
         changes.removed.append(entry.slot)
-        if successor.state is State.PACKING:
-            changes.to_pack.append(successor.slot)
+        changes.sort_in(successor)
 
     def again(self, name: str, version: str) -> Entry | None:
         """Return the entry to pack of a version whose packing failed; None: there is none any more."""
@@ -306,8 +305,7 @@ class Registry(Shelf):
         del self._successors[old.slot]
         entry.state = old.state if old.state is State.UNLOADED else State.READY
         self._retire(old)
-        self._current[entry.name, entry.version] = entry
-        self._names = None
+        self._swap(old, entry)
         return [old.slot]
 
     # --- what the operator says -----------------------------------------------------------------

@@ -8,6 +8,7 @@ warm in a worker, or it is known why not, while clients still get the version be
 
 Invariants
  1. `decide` is called once for each version that was added, unless it was dropped.
+ 2. The time that a version has to answer begins when it is first asked: thousands may wait for their turn.
 
 Called by the catalogue.
 """
@@ -33,7 +34,7 @@ Decide = Callable[[int, bool, str], None]  # slot, whether it works, why not
 @dataclass(slots=True)
 class _Trial:
     route: Route
-    began_ns: int
+    began_ns: int = 0  # when it was first asked
     not_before_ns: int = 0
     tries: int = 0
     asked: tuple[int, int] | None = None  # the front end's seat and epoch
@@ -55,7 +56,7 @@ class Rehearsals:
 
     def add(self, route: Route, now_ns: int) -> None:
         """Try this version out."""
-        self._trials[route.slot] = _Trial(route, now_ns)
+        self._trials[route.slot] = _Trial(route)
         self.step(now_ns)
 
     def drop(self, slot: int) -> None:
@@ -79,8 +80,9 @@ class Rehearsals:
             return
         fronts = {front.incarnation: front for front in self._fleet.of_kind("front_end")}
         for slot, trial in list(self._trials.items()):
-            if now_ns - trial.began_ns > REHEARSAL_NS or (
-                trial.tries >= TRIES_MAX and trial.asked not in fronts
+            if trial.tries and (
+                now_ns - trial.began_ns > REHEARSAL_NS
+                or (trial.tries >= TRIES_MAX and trial.asked not in fronts)
             ):
                 del self._trials[slot]
                 self._decide(slot, False, "it was not ready in time")
@@ -90,5 +92,6 @@ class Rehearsals:
         for trial in self._trials.values():
             if free > 0 and fronts and trial.asked is None and now_ns >= trial.not_before_ns:
                 name, front = next(iter(fronts.items()))
+                trial.began_ns = trial.began_ns or now_ns
                 trial.asked, trial.tries, free = name, trial.tries + 1, free - 1
                 front.post(Rehearse(route=trial.route))

@@ -9,8 +9,9 @@ served (`model_files`), and those once per change.  Without version folders the 
 version "1".
 
 Invariants
- 1. Every folder of a root that does not start with "." yields at least one VersionSource: a folder
-    that cannot be served says why in `error`, and never hides another one.
+ 1. Every folder of a root that does not start with "." yields at least one VersionSource, and so does a
+    symlink that leads nowhere: what cannot be served says why in `error`, and never hides another one.
+    While a model's folder cannot be read, each of its versions that were seen before says so.
  2. Two scans with nothing changed between them are equal, so equality means "nothing to do".  What a
     scan is told of the one before is the same object again, if it is equal.
  3. No file outside a root is ever reached: a symlink that leaves its root makes its version broken.
@@ -45,8 +46,10 @@ from overcommit.runtime.folder_walk import (
     Toml,
     fingerprint_of,
     is_folder,
+    is_lost,
     is_skipped,
     outermost,
+    refuse_lost,
     refuse_outside,
     walk,
 )
@@ -131,7 +134,7 @@ def model_folders(root: str) -> list[Folder]:
         return sorted(
             Folder(entry.name, entry.path, entry.is_symlink())
             for entry in itertools.islice(entries, ENTRIES_MAX)
-            if not is_skipped(entry.name) and is_folder(entry)
+            if not is_skipped(entry.name) and (is_folder(entry) or is_lost(entry))
         )
 
 
@@ -201,11 +204,14 @@ def _versions(
     try:
         if is_link:
             refuse_outside(root, path)
-        folders, tomls, entries = _look_at_model(path)
+            refuse_lost(path)
+        folders, tomls, entries = _look_at_model(root, path)
     except FileNotFoundError:
         return
     except (OSError, RepositoryError) as error:
-        yield VersionSource(name, "1", path, "", None, _reason(error))
+        before = [each for each in known.values() if each.name == name and not each.spare]
+        for each in before or (VersionSource(name, "1", path, "", None),):
+            yield replace(each, config=None, error=_reason(error), settling=False)
         return
     for folder in folders:
         try:
@@ -220,7 +226,7 @@ def _versions(
             yield VersionSource(name, folder.name, folder.path, "", None, None, settling=True)
 
 
-def _look_at_model(path: str) -> tuple[list[Folder], list[Toml], Entries | None]:
+def _look_at_model(root: str, path: str) -> tuple[list[Folder], list[Toml], Entries | None]:
     """Return the version folders in numeric order, and the model folder's own model.toml or its like.
 
     Without version folders the model's folder is the version: then also what it holds.
@@ -230,7 +236,7 @@ def _look_at_model(path: str) -> tuple[list[Folder], list[Toml], Entries | None]
     folders = [
         Folder(entry.name, entry.path, entry.is_symlink())
         for entry in entries
-        if entry.name.isdecimal() and entry.name.isascii() and is_folder(entry)
+        if entry.name.isdecimal() and entry.name.isascii() and (is_folder(entry) or is_lost(entry))
     ]
     if not folders:
         # The walk over the version finds model.toml; the model's link was looked at already.
@@ -239,6 +245,9 @@ def _look_at_model(path: str) -> tuple[list[Folder], list[Toml], Entries | None]
     tomls = []
     for entry in entries:
         if entry.name in model_files.RANKS:
+            if entry.is_symlink():
+                refuse_outside(root, entry.path)
+                refuse_lost(entry.path)
             info = entry.stat()
             tomls.append((entry.name, entry.path, info.st_size, info.st_mtime_ns))
     return folders, tomls, None
@@ -265,6 +274,7 @@ def _scan_version(
             )
         if is_link:
             refuse_outside(root, folder)
+            refuse_lost(folder)
         walk(root, folder, "", 0, files, entries)
         if files.nested and not files.has_own and not model_tomls and entries is not None:
             raise _Nested(outermost(files.nested))
@@ -274,6 +284,8 @@ def _scan_version(
         # A time far ahead of our clock is no sign of somebody at work.
         if before_ns is not None and before_ns < files.newest_ns < before_ns + 2 * SETTLE_NS:
             return VersionSource(name, version, folder, digest, None, None, settling=True)
+        if files.lost:
+            refuse_lost(files.lost)
         old = known.get(folder)
         if old is not None and old.fingerprint == digest and old.config is not None:
             return old

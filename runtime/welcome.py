@@ -27,15 +27,18 @@ class Welcome:
         self.is_said = False
         self._is_example_shown = False
 
-    def say(self, age_s: str, versions: int, ready: Sequence[Entry], to_pack: int) -> None:
+    def say(
+        self, age_s: str, versions: int, ready: Sequence[Entry], to_pack: int, broken: int
+    ) -> None:
         """Say that the server serves, after so many seconds."""
         self.is_said = True
         house = self._house
         if house.fleet.grpc_port is not None:
             log.info("gRPC on %s:%d", house.settings.host, house.fleet.grpc_port)
         log.info(
-            "serving on %s after %s s: %d versions, %d ready to use, %d to pack",
+            "serving on %s after %s s: %d versions, %d ready to use, %d to pack%s",
             *(self._url(), age_s, versions, len(ready), to_pack),
+            f", {broken} that cannot be served" if broken else "",
         )
         if not versions:
             for hint in filter(None, map(hint_of, house.settings.repositories)):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from overcommit.runtime import ensemble, model_files, sources
+from overcommit.runtime.checkpoint_files import cut_off
 from overcommit.runtime.config import VERSIONS_MAX, ModelConfig, Naming, TensorSpec, imaged
 from overcommit.runtime.errors import ConfigurationError, OvercommitError
 from overcommit.runtime.hints import hint_of
@@ -153,7 +154,7 @@ class Checker:
         naming = next((v.config.naming for v in reversed(versions) if v.config is not None), None)
         return ModelReport(
             name=name,
-            folder=path,
+            folder=os.fsencode(path).decode("utf-8", "backslashreplace"),
             versions=reports,
             left_out=tuple(each.version for each in versions if each.spare),
             aliases={} if naming is None else naming.aliases,
@@ -240,6 +241,8 @@ class Checker:
             for path in (found.main, *found.weights):
                 if not os.access(path, os.R_OK):
                     problem = f"{path} may not be read: give the server's user the right to"
+                elif path.suffix == ".safetensors":
+                    problem = cut_off(path) or problem
             is_code = found.kind in ("user", "python") or engine == "sklearn"
             is_code = is_code or found.main.suffix == ".aoti"
             if is_code and not (self._allow_code and config.allow_code):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from overcommit.runtime import pack_index
 from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.pack_index import FILE_NAME, PackIndex
 from overcommit.runtime.packer_messages import PackDone
@@ -91,3 +94,19 @@ def test_two_writers_keep_each_others_facts(tmp_path: Path) -> None:
     second.add("/f", "2", ModelConfig(), packed(tmp_path))
     first.add("/f", "3", ModelConfig(), packed(tmp_path))
     assert len(PackIndex(tmp_path)) == 3
+
+
+def test_of_versions_that_are_gone_the_latest_are_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack_index, "SPARE_FACTS_MAX", 2)
+    index, done = PackIndex(tmp_path), packed(tmp_path)
+    for number in range(5):
+        index.put_back(
+            "/f", str(number), ModelConfig(), index.add("/f", str(number), ModelConfig(), done)
+        )
+    index.trim()
+    assert [index.take("/f", str(n), ModelConfig()) is not None for n in range(5)] == [
+        *(False, False, False, True, True)
+    ]
+    assert len(PackIndex(tmp_path)) == 5

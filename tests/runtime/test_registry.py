@@ -368,3 +368,19 @@ def test_a_folder_that_went_and_came_back_needs_no_packing(
     changes = registry.apply_scan([source()])
     assert changes.to_pack == []
     assert registry.find("minilm").state is State.READY
+
+
+def test_what_is_broken_is_reported_once_and_again_when_it_changes(
+    registry: Registry, tmp_path: Path
+) -> None:
+    bad = source("bad", error="no files")
+    changes = registry.apply_scan([bad, source()])
+    (slot,) = changes.broken
+    assert registry.find("bad").slot == slot
+    assert registry.apply_scan([bad, source()]).broken == []
+    registry.on_packed(registry.find("minilm").slot, packed(tmp_path))
+    changes = registry.apply_scan([source("bad", error="no weights"), source(error="cut off")])
+    reasons = [registry.find(name).reason for name in ("bad", "minilm")]
+    assert [entry.reason for entry in map(registry.by_slot, changes.broken) if entry] == reasons
+    assert registry.find("minilm").state is State.READY
+    assert reasons[1].endswith("cut off")

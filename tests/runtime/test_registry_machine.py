@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from overcommit.runtime.config import ModelConfig
-from overcommit.runtime.entries import Entry, State
+from overcommit.runtime.entries import Entry, State, order
 from overcommit.runtime.errors import NotFound, RepositoryError
 from overcommit.runtime.packer_messages import PackDone
 from overcommit.runtime.registry import Registry
@@ -103,6 +103,14 @@ class RegistryMachine(RuleBasedStateMachine):
     def release(self) -> None:
         while self.leaving:
             self.registry.release(self.leaving.pop())
+
+    @invariant()
+    def what_is_listed_is_what_is_current_in_order(self) -> None:
+        registry = self.registry
+        listed = list(registry.entries())
+        assert listed == sorted(registry._current.values(), key=order)
+        for entry in listed:
+            assert any(each is entry for each in registry.versions(entry.name))
 
     @invariant()
     def front_ends_know_exactly_what_is_current(self) -> None:

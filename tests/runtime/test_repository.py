@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from overcommit.runtime.config import NAME_CHARS_MAX, Batching, ModelConfig, TensorSpec
 from overcommit.runtime.errors import RepositoryError
+from overcommit.runtime.known_configs import KnownConfigs
 from overcommit.runtime.model_names import name_error
 from overcommit.runtime.model_toml import merge, to_config
-from overcommit.runtime.repository import SETTLE_NS, VersionSource, scan
+from overcommit.runtime.repository import SETTLE_NS, Folder, VersionSource, scan, scan_model
 
 
 def make_model(root: Path, path: str, toml: str | None = None, age_s: float = 60) -> Path:
@@ -321,3 +323,78 @@ def test_to_config_of_nothing_is_the_default() -> None:
 def test_to_config_refuses_what_toml_can_say_and_json_cannot() -> None:
     with pytest.raises(RepositoryError):
         to_config({"timeout_ms": float("inf")})
+
+
+# --- symlinks that lead nowhere -----------------------------------------------------------------
+@pytest.mark.parametrize("link", ["minilm/vocabulary", "minilm/sub/vocabulary"])
+def test_a_file_link_that_leads_nowhere_is_named(tmp_path: Path, link: str) -> None:
+    folder = make_model(tmp_path, "minilm")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("gone")
+    settle(folder)
+    for is_first in (True, False):
+        assert "'vocabulary' is a symlink that leads nowhere" in str(
+            only(tmp_path, is_first=is_first).error
+        )
+
+
+def test_a_file_link_without_a_target_yet_is_settling(tmp_path: Path) -> None:
+    folder = make_model(tmp_path, "minilm")
+    (folder / "vocabulary").symlink_to("gone")
+    assert only(tmp_path, is_first=False).settling
+
+
+@pytest.mark.parametrize("target", ["gone", "minilm"])
+def test_a_model_that_is_a_link_to_nowhere_is_listed(tmp_path: Path, target: str) -> None:
+    (tmp_path / "minilm").symlink_to(target)
+    source = only(tmp_path)
+    assert (source.name, source.version) == ("minilm", "1")
+    assert "'minilm' is a symlink that leads nowhere" in str(source.error)
+
+
+def test_a_version_that_is_a_link_to_nowhere_is_listed_beside_others(tmp_path: Path) -> None:
+    make_model(tmp_path, "minilm/1")
+    (tmp_path / "minilm" / "2").symlink_to("gone")
+    good, lost = scan([tmp_path])
+    assert (good.version, good.error) == ("1", None)
+    assert lost.version == "2"
+    assert "leads nowhere" in str(lost.error)
+
+
+@pytest.mark.parametrize(("target", "text"), [("gone", "nowhere"), ("../../secret", "leaves")])
+def test_a_models_own_toml_is_no_way_out_of_the_root(
+    tmp_path: Path, target: str, text: str
+) -> None:
+    (tmp_path / "secret").write_text("pin = true")
+    make_model(tmp_path, "root/minilm/1")
+    (tmp_path / "root" / "minilm" / "model.toml").symlink_to(target)
+    assert text in str(only(tmp_path / "root").error)
+
+
+def test_while_a_models_folder_cannot_be_read_each_version_says_so(tmp_path: Path) -> None:
+    for version in ("2", "3"):
+        make_model(tmp_path, f".releases/minilm/{version}")
+    link = tmp_path / "minilm"
+    link.symlink_to(".releases/minilm")
+    folder, configs = Folder("minilm", str(link), True), KnownConfigs()
+    first = scan_model(str(tmp_path), folder, None, configs)
+    (tmp_path / ".releases").rename(tmp_path / ".away")
+    lost = scan_model(str(tmp_path), folder, None, configs, first)
+    assert [each.version for each in lost] == ["2", "3"]
+    assert all("leads nowhere" in str(each.error) for each in lost)
+    assert [each.fingerprint for each in lost] == [each.fingerprint for each in first]
+    (tmp_path / ".away").rename(tmp_path / ".releases")
+    assert scan_model(str(tmp_path), folder, None, configs, lost) == first
+
+
+# --- what is no file ----------------------------------------------------------------------------
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_toml_that_is_no_file_keeps_nobody_waiting(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make_model(tmp_path, "ant/1")
+    make(tmp_path / "ant" / "model.toml")
+    make_model(tmp_path, "bear/1")
+    ant, bear = scan([tmp_path])
+    assert "model.toml is no file" in str(ant.error)
+    assert bear.error is None

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from sequence_rig import add_adder
 from tests.runtime.test_repository import make_model, settle
 from tests.runtime.test_triton_config import CONFIG
@@ -319,3 +321,24 @@ def test_looking_at_folders_does_not_wait_for_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
+def test_weights_that_are_cut_off_will_not_be_served(tmp_path: Path, share: float) -> None:
+    folder = hugging_face(tmp_path, "m")
+    (file,) = folder.glob("*.safetensors")
+    content = safetensors.numpy.save({"w": np.zeros(1000, np.float32)}, {"format": "pt"})
+    file.write_bytes(content)
+    assert check(tmp_path).counts() == (1, 0)
+    file.write_bytes(content[: int(share * len(content))])
+    ((version,),) = (model.versions for model in check(tmp_path).models)
+    assert version.problem.startswith(f"{file} is {'cut off' if share else 'empty'}")
+
+
+def test_a_folder_whose_name_is_no_text_can_be_printed(tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/bad\xff")
+    arguments = ["check", str(tmp_path), "--cache-dir", str(tmp_path / ".cache"), "--json"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    (model,) = json.loads(result.stdout)["models"]
+    assert model["folder"].endswith("bad\\xff")
