@@ -27,6 +27,15 @@ def name_error(name: str) -> str | None:
     return None
 
 
+def is_text(path: str) -> bool:
+    """Whether a path is UTF-8, as all that processes tell each other and write down."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(name: str) -> str:
     """A name that JSON and a terminal can show, whatever bytes the file system holds."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")

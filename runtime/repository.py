@@ -54,7 +54,7 @@ from overcommit.runtime.folder_walk import (
     walk,
 )
 from overcommit.runtime.known_configs import KnownConfigs
-from overcommit.runtime.model_names import VERSION, name_error, printable
+from overcommit.runtime.model_names import VERSION, is_text, name_error, printable
 from overcommit.runtime.model_toml import read_file
 
 SETTLE_NS: Final = 1_000_000_000
@@ -272,6 +272,8 @@ def _scan_version(
                 f"'{version}' is no version: versions are whole numbers from 1 up, without leading "
                 f"zeros; rename the folder"
             )
+        if not is_text(folder):
+            raise RepositoryError(f"its path {printable(folder)} is no UTF-8: rename the folders")
         if is_link:
             refuse_outside(root, folder)
             refuse_lost(folder)

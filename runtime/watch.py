@@ -8,7 +8,8 @@ Invariants
  2. Who asks is told when a look has begun after the question and is over; a change that it saw is told no
     later.
  3. A repository that cannot be read is said once, and that it can be read again; what was seen serves on.
- 4. Only the results, the questions and the bell are shared between the threads.
+ 4. A look that fails is not the last one, whatever it failed by.
+ 5. Only the results, the questions and the bell are shared between the threads.
 
 Called by the catalogue, from the supervisor's one thread.
 """
@@ -86,8 +87,8 @@ class Watch:
         scanner = self._scanner
         try:
             scanner.first()
-        except OSError as error:
-            self._complain(str(error))
+        except Exception as error:
+            self._complain(error)
         self._tell(Seen(scanner.sources))  # an empty repository is a result too
         due_s = time.monotonic() + self._interval_s
         while True:
@@ -103,15 +104,18 @@ class Watch:
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + self._interval_s
                     is_changed = scanner.look() or is_changed
-                    self._complain("")
-            except OSError as error:
-                self._complain(str(error))
+                    self._complain(None)
+            except Exception as error:  # the boundary of the thread: the next look may see it
+                self._complain(error)
             if is_changed or tickets:
                 self._tell(Seen(scanner.sources if is_changed else None, tickets))
 
-    def _complain(self, trouble: str) -> None:
+    def _complain(self, error: Exception | None) -> None:
+        trouble = "" if error is None else str(error) or repr(error)
         if trouble and trouble != self._trouble:
-            log.error("the repository cannot be read, what was there is served: %s", trouble)
+            is_ours = not isinstance(error, OSError)
+            text = "the repository cannot be read, what was there is served: %s"
+            log.error(text, trouble, exc_info=error if is_ours else None)
         elif self._trouble and not trouble:
             log.info("the repository can be read again")
         self._trouble = trouble

@@ -40,6 +40,7 @@ from overcommit.runtime.config import (
 )
 from overcommit.runtime.device_choice import read_devices
 from overcommit.runtime.errors import ConfigurationError
+from overcommit.runtime.model_names import is_text
 from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MIN
 from overcommit.server import tls
 from overcommit.server.fetching import folder_of, is_url
@@ -281,9 +282,19 @@ def _check_repositories(paths: tuple[str, ...]) -> tuple[str, ...]:
             )
         if not os.access(folder, os.R_OK | os.X_OK):
             raise ConfigurationError(f"the model repository {folder} cannot be read: permissions")
+        _check_text("model repository", folder)
         if folder not in checked:
             checked.append(folder)
     return tuple(checked)
+
+
+def _check_text(what: str, folder: str) -> None:
+    """Processes tell each other paths as UTF-8."""
+    if not (is_text(folder) and is_text(os.path.realpath(folder))):
+        raise ConfigurationError(
+            f"the path of the {what} {os.fsencode(folder).decode('utf-8', 'backslashreplace')} is no "
+            f"UTF-8: rename the folder"
+        )
 
 
 def check_cache_dir(path: str, repositories: tuple[str, ...]) -> str:
@@ -292,6 +303,7 @@ def check_cache_dir(path: str, repositories: tuple[str, ...]) -> str:
     Raises ConfigurationError.
     """
     folder = os.path.abspath(os.path.expanduser(path))
+    _check_text("cache", folder)
     for repository in repositories:
         # Its folders would show up as models, and every packed image as a change.
         inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(repository))

@@ -398,3 +398,12 @@ def test_a_toml_that_is_no_file_keeps_nobody_waiting(
     ant, bear = scan([tmp_path])
     assert "model.toml is no file" in str(ant.error)
     assert bear.error is None
+
+
+def test_a_model_below_a_folder_whose_name_is_no_text_says_so(tmp_path: Path) -> None:
+    inner = os.path.join(tmp_path, "team", os.fsdecode(b"t\xff"), "inner")
+    os.makedirs(inner)
+    Path(inner, "model-settings.json").write_text('{"name": "inner", "implementation": "x"}')
+    Path(inner, "model.joblib").write_bytes(b"x")
+    source = only(tmp_path)
+    assert "no UTF-8" in str(source.error)

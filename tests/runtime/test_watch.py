@@ -16,11 +16,11 @@ def test_a_repository_that_cannot_be_read_is_said_once(
 ) -> None:
     caplog.set_level(logging.INFO, "overcommit.catalogue")
     watch = Watch([str(tmp_path)], str(tmp_path / ".cache"), 0.001)
-    troubles = iter(["no such file", "no such file", "no such file", "permission denied"])
+    troubles = iter([OSError("no such file")] * 3 + [OSError("no right"), ValueError("a bug")])
 
     def look() -> bool:
         for trouble in troubles:
-            raise OSError(trouble)
+            raise trouble
         return True
 
     monkeypatch.setattr(watch._scanner, "look", look)
@@ -35,6 +35,8 @@ def test_a_repository_that_cannot_be_read_is_said_once(
     said = [text.removeprefix("the repository can") for text in caplog.messages]
     assert said == [
         "not be read, what was there is served: no such file",
-        "not be read, what was there is served: permission denied",
+        "not be read, what was there is served: no right",
+        "not be read, what was there is served: a bug",
         " be read again",
     ]
+    assert [bool(record.exc_info) for record in caplog.records] == [False, False, True, False]

@@ -271,3 +271,11 @@ def test_without_protobuf_grpc_is_off_or_says_what_it_needs(
     for flags in ({"grpc": True}, {"grpc_port": "8001"}):
         with pytest.raises(ConfigurationError, match=r"pip install 'overcommit\[grpc\]'"):
             load(tmp_path, **flags)
+
+
+def test_paths_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    folder = os.path.join(tmp_path, os.fsdecode(b"bad\xff"))
+    os.mkdir(folder)
+    for flags in ({"repositories": (folder,)}, {"cache_dir": folder}):
+        with pytest.raises(ConfigurationError, match=r"bad\\xff is no UTF-8"):
+            load(tmp_path, **flags)
