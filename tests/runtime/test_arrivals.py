@@ -143,6 +143,7 @@ class Desk:
             image_path="nowhere",
             nbytes=nbytes,
             config=vector_config(),
+            ended=False,
         )
         self.residency.add(slot, f"m{slot}", nbytes, self.now_ns, Terms(), parts)
 
