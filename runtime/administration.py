@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -226,10 +227,12 @@ class Administration:
         else:
             entries = registry.page(offset, limit)
         now_ns = time.monotonic_ns()
+        states = Counter(map(self.catalogue.ensembles.state, registry.entries()))
         return msgspec.json.encode(
             {
                 "models": [self._row(entry, now_ns) for entry in entries],
                 "total": len(self.house.registry),
+                "states": {state.name: count for state, count in states.items()},
                 **self._tiers(),
             }
         )

@@ -74,7 +74,7 @@ class Catalogue:
         self._retries = PackRetries()
         self._versions = VersionLog()
         self._keeper = CacheKeeper(
-            settings.cache_dir, settings.cache_keep_days, self.registry.entries
+            settings.cache_dir, settings.cache_keep_days, self.registry.with_hidden
         )
         self._awaited: set[int] = set()  # slots that are being packed and that requests wait for
         self._is_scanned = False

@@ -77,7 +77,10 @@ def program_folder(cache_dir: str, program_key: str) -> Path:
 def touch(path: str | Path, now_s: float | None = None) -> None:
     """Say that this is needed: now, or at an instant of the wall clock."""
     with contextlib.suppress(OSError):
-        os.utime(path, None if now_s is None else (now_s, now_s))
+        try:
+            os.utime(path, None if now_s is None else (now_s, now_s))
+        except PermissionError:
+            os.utime(path)  # another user's, who lets us write: he lets us say "now" alone
 
 
 def paths_of(cache_dir: str, versions: Iterable[Needed]) -> Iterator[str]:

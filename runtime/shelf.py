@@ -38,6 +38,10 @@ class Shelf:
         self._by_name()
         return iter(self._ordered)
 
+    def with_hidden(self) -> Iterator[Entry]:
+        """Yield every entry, also those that wait to take over, or leave, in no order."""
+        return iter(self._slots.values())
+
     def ensembles(self) -> list[Entry]:
         """Return those of `entries` that have steps."""
         self._by_name()

@@ -55,6 +55,9 @@ def models_table(page: Page) -> RenderableType:
             *(escape(cells[at]) for cells in extras.values()),
         )
     lines = [f"{len(page['models'])} of {page['total']} versions"]
+    states = page.get("states", {})  # a server from before this has none
+    if set(states) - {"READY"}:
+        lines += [f"{count} {state.lower()}" for state, count in sorted(states.items())]
     for tier in ("device", "host"):
         capacity, used = page[tier]["capacity"], page[tier]["used"]
         if capacity:

@@ -188,3 +188,21 @@ def test_names_are_those_that_the_packer_gives(tmp_path: Path, cache: Path) -> N
     age(cache, 8)
     prune(cache, set())
     assert not names(cache)
+
+
+def test_a_file_of_another_user_who_lets_us_write_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.image"
+    file.write_bytes(b"x")
+    os.utime(file, (1, 1))
+    utime = os.utime
+
+    def as_for_others(path: Path, times: tuple[float, float] | None = None) -> None:
+        if times is not None:
+            raise PermissionError
+        utime(path)
+
+    monkeypatch.setattr(os, "utime", as_for_others)
+    image_cache.touch(file, 5.0)
+    assert file.stat().st_mtime > 5.0

@@ -53,6 +53,7 @@ def test_changed_files_take_over_only_when_they_have_worked(
         assert new is not None
         assert registry.find("minilm") is old
         assert registry.is_successor(new)
+        assert {id(old), id(new)} <= set(map(id, registry.with_hidden()))
         assert registry.on_rehearsed(slot, works, "too hot") == [old.slot if works else slot]
         assert registry.find("minilm") is (new if works else old)
         assert works or "too hot" in old.reason

@@ -55,6 +55,7 @@ PAGE = {
         },
     ],
     "total": 12,
+    "states": {"READY": 9, "UNAVAILABLE": 3},
     "device": {"capacity": 4 * 2**20, "used": 2**20},
     "host": {"capacity": 0, "used": 0},
 }
@@ -210,7 +211,7 @@ def test_models_shows_state_tier_and_reason(url: str) -> None:
     assert FakeServer.asked[0][0] == "/v2/overcommit/models?offset=3&limit=5"
     for word in ("minilm", "ready", "device", "1.0 MiB", "3.2 s", "bad[red]", "'pinn'"):
         assert word in result.stdout
-    assert "2 of 12 versions" in result.stdout
+    assert "2 of 12 versions   9 ready   3 unavailable" in result.stdout
     assert "(25%)" in result.stdout
 
 

@@ -429,6 +429,7 @@ def test_health_metadata_and_docs(server: Server) -> None:
     page = server.get("/v2/overcommit/models?offset=0&limit=5").json()
     assert len(page["models"]) == 5
     assert page["total"] == len(DATATYPES) + 2
+    assert page["states"] == {"READY": page["total"]}
 
 
 def test_the_pages_of_the_index_are_the_index(server: Server) -> None:
