@@ -3,10 +3,12 @@
 Invariants
  1. A version that is pinned, leased or on its way out is never a victim.  One that was
     published less than its `min_resident_ns` ago is one only for a desperate wish; one that was
-    published less than the room's `stay_ns` ago, or that requests were told to come back for, only
-    if all others together are not enough.  One that requests wait for is one only for a desperate
-    wish, and that only STARVING_S after it was published.  The last word is the port's `try_evict`:
-    it asks the leases.
+    published less than the room's `stay_ns` ago only if all others together are not enough.  One
+    that requests were told to come back for, and who shares its slab, is one only for a desperate
+    wish while that lasts; but no more than PROMISED_SHARE of DEVICE is kept so, for those who come
+    back first: what is beyond that leaves after all others.  One that requests wait for is one only
+    for a desperate wish, and that only STARVING_S after it was published.  The last word is the
+    port's `try_evict`: it asks the leases.
  2. For the policy a version on DEVICE has the size of what it alone holds there.
 
 Called by residency, its transfers and its idle clock.
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
+from typing import Final
 
 from overcommit.runtime._shm import ABSENT
 from overcommit.runtime.allocator import ChunkAllocator
@@ -24,6 +27,8 @@ from overcommit.runtime.placement import STARVING_NS, Room
 from overcommit.runtime.policy import Policy
 from overcommit.runtime.prefetch_limits import PREFETCH_VICTIMS_MAX
 from overcommit.runtime.residents import Parts, Port, State, Totals, Version
+
+PROMISED_SHARE: Final = 0.75  # of DEVICE that is kept at most for those who were told to come back
 
 # Whether the first has to wait before it may push out the others.
 Objection = Callable[[Version, list[Version], int], bool]
@@ -102,6 +107,8 @@ class DeviceRoom(Room):
         refreshed: set[int] = set()
         fresh: list[Version] = []
         young: list[Version] = []
+        promised: list[tuple[int, Version]] = []
+        slabs: dict[int, int] = {}
         queued_for: list[Version] = []
         with contextlib.closing(self._order.victims()) as slots:
             for slot in slots:
@@ -120,7 +127,9 @@ class DeviceRoom(Room):
                     queued_for.append(version)
                 elif self._is_fresh(version, now_ns):
                     fresh.append(version)
-                elif now_ns < max(version.published_ns + self.stay_ns, version.promised_ns):
+                elif now_ns < (until_ns := self._promised_ns(version, slabs)):
+                    promised.append((until_ns, version))
+                elif now_ns < version.published_ns + self.stay_ns:
                     young.append(version)
                 elif not self._is_spared(version):
                     yield version
@@ -128,11 +137,39 @@ class DeviceRoom(Room):
                     return
         # Not held at any price: while room is waited for, nothing is loaded, and that costs more.
         yield from (version for version in young if not self._is_spared(version))
+        kept, loose = self._divide(promised)
+        yield from (version for version in loose if not self._is_spared(version))
         if desperate:
+            yield from kept
             yield from fresh
             # What was published a moment ago has not had its turn: two models that want the same
             # bytes would evict each other before either runs.
             yield from (v for v in queued_for if now_ns - v.published_ns >= STARVING_NS)
+
+    def _promised_ns(self, version: Version, slabs: dict[int, int]) -> int:
+        """Return until when requests may come back for it, or for one that would leave with it.
+
+        `slabs` is what was found for those who live in slabs.
+        """
+        slab = self.holdings.slab_of(version.device) if self._slabs else None
+        if slab is None:
+            return version.promised_ns
+        if slab not in slabs:
+            mates = self._slabs.get(slab, ())
+            slabs[slab] = max((self.holders[slot].promised_ns for slot in mates), default=0)
+        return slabs[slab]
+
+    def _divide(self, promised: list[tuple[int, Version]]) -> tuple[list[Version], list[Version]]:
+        """Split them into those that are kept and those beyond that, the first to leave first."""
+        promised.sort(key=lambda each: each[0])
+        left = PROMISED_SHARE * self.allocator.capacity_bytes
+        kept: list[Version] = []
+        loose: list[Version] = []
+        for _, version in promised:
+            fits = version.nbytes <= left
+            (kept if fits else loose).append(version)
+            left -= version.nbytes if fits else 0
+        return kept, loose[::-1]
 
     def _may_displace(self, version: Version, victims: list[Version], now_ns: int) -> bool:
         return self.objects is None or not self.objects(version, victims, now_ns)

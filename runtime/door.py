@@ -9,11 +9,15 @@ Invariants
  1. Nobody is refused on a guess: where no cost was measured, everybody may wait.
  2. A request that is retried after a worker's death is not refused: it has had its share of bad luck.
  3. While nothing is congested, this costs one comparison a request, in the worker's loop.
+ 4. Those who are told to come back when weights are there do not all come at once: SPACING_NS apart,
+    as long as the place is kept (`wish_queue.GRACE_NS`).
 
 Called by the worker's loop.
 """
 
 from __future__ import annotations
+
+from typing import Final
 
 from overcommit.runtime import _shm, refusals
 from overcommit.runtime.backlog import Promises
@@ -21,6 +25,9 @@ from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.errors import Overloaded
 from overcommit.runtime.lanes import Job
 from overcommit.runtime.links import Links
+
+SPACING_NS: Final = 250_000  # between those who come back for the same weights
+SPREAD_NS: Final = 15_000_000  # all of them come within this
 
 
 class Door:
@@ -31,9 +38,9 @@ class Door:
         self._links = links
         self.judges = judges
         self._promises: dict[int, Promises] = {}
-        self._expected: dict[
-            int, tuple[int, int]
-        ] = {}  # slot -> when it is resident: least, likely
+        # slot -> when it is resident: least, likely
+        self._expected: dict[int, tuple[int, int]] = {}
+        self._told: dict[int, int] = {}  # slot -> how many were told to come back for these weights
 
     # --- weights --------------------------------------------------------------------------------
     def expect(self, slot: int, ready_ns: int, likely_ns: int) -> None:
@@ -47,10 +54,11 @@ class Door:
     def settle(self, slot: int) -> None:
         """The weights are there, or will not come."""
         self._expected.pop(slot, None)
+        self._told.pop(slot, None)
 
     def forget(self, slot: int) -> None:
         """The version is gone."""
-        self._expected.pop(slot, None)
+        self.settle(slot)
         self._promises.pop(slot, None)
 
     def refuses_absent(self, job: Job, title: str, now_ns: int) -> bool:
@@ -58,9 +66,11 @@ class Door:
         ready_ns, likely_ns = self._expected.get(job.slot, (0, 0))
         if ready_ns <= max(now_ns, job.deadline_ns) or not self.judges or job.alone:
             return False
-        wait_ms, left_ms = _ms(likely_ns - now_ns), _ms(job.deadline_ns - now_ns)
-        text = refusals.not_in_time(title, wait_ms, left_ms)
-        self._refuse(job, text, likely_ns - now_ns)
+        told = self._told.get(job.slot, 0)
+        self._told[job.slot] = told + 1
+        back_ns = likely_ns - now_ns + told * SPACING_NS % SPREAD_NS
+        text = refusals.not_in_time(title, _ms(back_ns), _ms(job.deadline_ns - now_ns))
+        self._refuse(job, text, back_ns)
         return True
 
     # --- compute --------------------------------------------------------------------------------

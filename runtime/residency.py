@@ -103,6 +103,7 @@ from overcommit.runtime.residents import (
     Version,
     Wish,
 )
+from overcommit.runtime.returns import Returns
 from overcommit.runtime.transfers import Transfers
 from overcommit.runtime.views import Tier, View, summary_of, view_of
 from overcommit.runtime.wish_queue import WishQueue
@@ -147,6 +148,7 @@ class Residency:
             *(self._wishes, self._transfers, self._pins, self._parts),
             *(self._on_device, self._on_host, port, self._totals),
         )
+        self._returns = Returns(self._wishes, port, self._versions.get, self.want)
 
     def __repr__(self) -> str:
         tiers = [(room.allocator, len(room.holders)) for room in self._rooms]
@@ -171,9 +173,8 @@ class Residency:
         """
         version = self._versions.get(slot)
         if version is None:
-            generation = self._generations.pop(slot, 0)
             whole = self._parts.parts_of(nbytes, parts, packed_bytes)
-            version = Version(slot, name, nbytes, terms, generation, whole)
+            version = Version(slot, name, nbytes, terms, self._generations.pop(slot, 0), whole)
             self._versions[slot] = version
         assert version.nbytes == nbytes, f"slot {slot} already has another image"
         version.name, version.terms = name, terms
@@ -242,7 +243,7 @@ class Residency:
         version = self._versions.get(slot)
         if version is None or version.state is State.DEVICE:
             return None
-        return self._wishes.expect(version, earliest_ns, now_ns)
+        return self._returns.expect(version, earliest_ns, now_ns)
 
     def on_load_done(
         self, job: int, ok: bool, message: str, now_ns: int, load_ns: int
@@ -292,7 +293,7 @@ class Residency:
         self._idle.expire(now_ns)
         due = self._pins.take_due(now_ns)
         actions = [action for slot in due for action in self.want(slot, NOBODY, now_ns)]
-        return actions + self._pump.run(now_ns)
+        return actions + self._returns.tick(now_ns) + self._pump.run(now_ns)
 
     def clear_from(self, offset: int, now_ns: int) -> list[Action]:
         """Evict who holds bytes of DEVICE from this offset on, unless it runs now: ask again.
@@ -348,8 +349,7 @@ class Residency:
     def next_tick_ns(self) -> int | None:
         """Return when `tick` is due, None if only an event can change something."""
         times = self._pins.times()
-        if (expiry_ns := self._idle.next_ns()) is not None:
-            times.append(expiry_ns)
+        times += [at for at in (self._idle.next_ns(), self._returns.next_ns()) if at is not None]
         if self._pump.is_hungry:
             times.append(self._pump.tried_ns + RETRY_NS)
         elif self._wishes:

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Final, Literal, Protocol
 
 from overcommit.runtime.allocator import Extent
-from overcommit.runtime.config import ModelConfig, Settings
+from overcommit.runtime.config import NEVER_NS, ModelConfig, Settings
 from overcommit.runtime.mover_messages import Urgency
 from overcommit.runtime.parts import Part
 
@@ -103,7 +103,12 @@ class Wish:
     asked_ns: int
     held_until_ns: int = 0  # when it may push out what is worth more, as reckoned last
     not_before_ns: int = 0  # it is not tried: what it would push out is worth more
-    is_promised: bool = False  # requests were told to come back when it is loaded
+    due_ns: int = NEVER_NS  # requests were told to come back: when to begin, so that it is true
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether requests were told to come back when it is loaded."""
+        return self.due_ns < NEVER_NS
 
 
 @dataclass(slots=True)

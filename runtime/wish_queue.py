@@ -12,6 +12,8 @@ Invariants
  1. A version has at most one wish, and a tag that never falls while it is charged for.
  2. Wishes come in the order of their tags; equal tags in order of arrival.  One that has waited
     for FAIR_WAIT_NS comes before all of them: however much its version was charged, it gets on.
+    Next are those that are due: requests were told to come back, reckoned by this order, and it went
+    slower than that; the one that should have begun first goes first.
  3. When nothing waits and nothing loads, all charges are forgotten: nobody pays later for what
     nobody else wanted.
 
@@ -27,16 +29,16 @@ from typing import Final
 
 from overcommit.runtime.admission import Forecast, Need
 from overcommit.runtime.config import FAIR_WAIT_S, MIB, NEVER_NS, RESERVED_S
+from overcommit.runtime.lateness import Lateness
 from overcommit.runtime.parts import Part
 from overcommit.runtime.residents import Version, Wish
 
 FAIR_WAIT_NS: Final = int(FAIR_WAIT_S * 1e9)
 RESERVED_NS: Final = int(RESERVED_S * 1e9)
 LOAD_BYTES_MIN: Final = 1 * MIB  # a load is charged no less: it costs time that has no bytes
-GRACE_NS: Final = 100_000_000  # for those who were told to come back, before it may be evicted
+GRACE_NS: Final = 25_000_000  # for those who were told to come back, before it may be evicted
 FORESEEN_NS_MIN: Final = 1_000_000  # shorter waits say little
-LATENESS_MAX: Final = 4.0
-LATENESS_SHARE: Final = 0.1  # of a new ratio in the mean
+DUE_LOADS: Final = 2.0  # a promised load should begin so many times its own time before its end
 FORESEEN_MAX: Final = 256  # wishes ahead that are looked at one by one
 
 Entry = tuple[float, int, int]  # tag, number of arrival, slot
@@ -53,11 +55,12 @@ class WishQueue:
         self._wishes: dict[int, Wish] = {}  # by slot, in order of arrival
         self._order: list[Entry] = []
         self._entries: dict[int, Entry] = {}
+        self._due: list[tuple[int, int]] = []  # when, slot: of the wishes that are promised
         self._charged: dict[int, float] = {}  # slot -> the tag that it has come to
         self._clock = 0.0
         self._arrivals = itertools.count()
         self._foreseen: dict[int, tuple[int, float]] = {}  # slot -> when, the wait as told then
-        self._lateness = 1.0  # how many times the least wait it takes, of late
+        self._lateness = Lateness()
 
     def __len__(self) -> int:
         return len(self._wishes)
@@ -81,6 +84,12 @@ class WishQueue:
                 break
             early.add(slot)
             yield wish
+        for due_ns, slot in self._due:
+            if due_ns > now_ns:
+                break
+            if slot not in early:
+                early.add(slot)
+                yield self._wishes[slot]
         for _, _, slot in self._order:
             if slot not in early:
                 yield self._wishes[slot]
@@ -100,7 +109,19 @@ class WishQueue:
         if wish is not None:
             entry = self._entries.pop(slot)
             del self._order[bisect.bisect_left(self._order, entry)]
+            if wish.is_promised:
+                del self._due[bisect.bisect_left(self._due, (wish.due_ns, slot))]
         return wish
+
+    def _promise(self, wish: Wish, due_ns: int) -> None:
+        """Requests are told to come back; what they were told before stays true."""
+        slot = wish.version.slot
+        if due_ns >= wish.due_ns:
+            return
+        if wish.is_promised:
+            del self._due[bisect.bisect_left(self._due, (wish.due_ns, slot))]
+        wish.due_ns = due_ns
+        bisect.insort(self._due, (due_ns, slot))
 
     def start(self, slot: int, nbytes: int) -> None:
         """The wish's loads begin: it is charged for so many bytes."""
@@ -161,29 +182,42 @@ class WishQueue:
         None: it is not, or nothing is known.  Its wish, if it has one, is then a promise.
         """
         wish = self._wishes.get(version.slot)
+        own_ns = 0.0
         if wish is None:
             jobs = [part.job for part in version.parts if part.job]
             wait_ns = self._forecast.loading_ns(jobs, now_ns)
         else:
             foreseen = self.wait_ns(version, now_ns)
-            wait_ns = None if foreseen is None else foreseen[0]
-            if foreseen is not None and wish.not_before_ns > now_ns:
-                wait_ns = max(foreseen[0], wish.held_until_ns - now_ns + foreseen[1])
+            wait_ns, own_ns = (None, 0.0) if foreseen is None else foreseen
+            if wait_ns is not None and wish.not_before_ns > now_ns:
+                wait_ns = max(wait_ns, wish.held_until_ns - now_ns + own_ns)
         if wait_ns is None or now_ns + wait_ns <= earliest_ns:
             return None
-        if wish is not None:
-            wish.is_promised = True
         self._foreseen.setdefault(version.slot, (now_ns, wait_ns))
-        likely_ns = now_ns + int(wait_ns * self._lateness)
-        version.promised_ns = likely_ns + GRACE_NS
+        likely_ns = now_ns + self.likely_ns(wait_ns)
+        if wish is not None:
+            self._promise(wish, likely_ns - int(DUE_LOADS * own_ns))
+        version.promised_ns = max(version.promised_ns, likely_ns + GRACE_NS)
         return now_ns + int(wait_ns), likely_ns
+
+    def likely_ns(self, wait_ns: float) -> int:
+        """Return within which time what takes so long at least has nearly always been done."""
+        return int(wait_ns * self._lateness.factor)
+
+    def load_ns(self, version: Version) -> float:
+        """Return what a load of the whole version takes by itself, 0 while unknown."""
+        return self._forecast.cost_ns([("host" if version.host else "disk", version.nbytes)]) or 0.0
+
+    def promise(self, version: Version, at_ns: int) -> None:
+        """A version's wish, if it has one, is for requests that come at this time."""
+        if (wish := self._wishes.get(version.slot)) is not None:
+            self._promise(wish, at_ns - int(DUE_LOADS * self.load_ns(version)))
 
     def on_published(self, slot: int, now_ns: int) -> None:
         """A version is on DEVICE: learn how much longer than foreseen it took."""
         at_ns, wait_ns = self._foreseen.pop(slot, (0, 0.0))
         if wait_ns >= FORESEEN_NS_MIN:
-            ratio = min(LATENESS_MAX, max(1.0, (now_ns - at_ns) / wait_ns))
-            self._lateness += LATENESS_SHARE * (ratio - self._lateness)
+            self._lateness.note((now_ns - at_ns) / wait_ns)
 
     def back_s(self, version: Version, latest_ns: int, now_ns: int) -> float | None:
         """Return None if the version may be queued, else in how many seconds to ask again.

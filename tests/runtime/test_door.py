@@ -11,6 +11,7 @@ from worker_rig import Rig, X, info, ready
 
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
+from overcommit.runtime.door import SPACING_NS
 from overcommit.runtime.lanes import RUN_ALONE, Job, Limits
 from overcommit.runtime.worker_messages import Activate, Expected, Withdrawn
 
@@ -238,3 +239,18 @@ def test_a_door_that_does_not_judge_lets_everybody_in(
     requests = [front.submit(3, [X], timeout_ns=5 * SECOND) for _ in range(3)]
     rig.answered(front, *requests)
     assert {front.status(request) for request in requests} == {_shm.OK}
+
+
+def test_those_who_wait_for_the_same_weights_are_told_to_come_back_one_after_the_other(
+    rig: Rig, front: Front
+) -> None:
+    rig.control.send(info(5))
+    rig.settle()
+    requests = [front.submit(5, [X], timeout_ns=20 * SECOND) for _ in range(24)]
+    rig.settle()
+    ready_ns = time.monotonic_ns() + 30 * SECOND
+    rig.control.send(Expected(slot=5, ready_ns=ready_ns, likely_ns=ready_ns))
+    rig.answered(front, *requests)
+    # All were refused at one time; each four are a millisecond after the four before.
+    backs_ms = sorted(front.answers[request][7] for request in requests)
+    assert backs_ms[-1] - backs_ms[0] == pytest.approx(23 * SPACING_NS / MS, abs=1)
