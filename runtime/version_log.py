@@ -51,8 +51,8 @@ class VersionLog:
         """Say how many were counted."""
         if more := self._broken.take_more(now_ns):
             log.error(
-                "%d more versions cannot be served, or not as their files are now: /v2/repository/index "
-                "says why, and so does `overcommit check`",
+                "%d more lines as these are left out: /v2/repository/index says which versions cannot be "
+                "served, or not as their files are now, and why; so does `overcommit check`",
                 more,
             )
         if more := self._taking_over.take_more(now_ns):

@@ -27,7 +27,7 @@ def test_of_a_thousand_broken_models_some_are_named_and_all_counted(
     versions.step(1)
     assert caplog.messages == [f"m{n} version 1: no layer {n}" for n in range(LINES_MAX)]
     versions.step(PERIOD_NS)
-    assert caplog.messages[LINES_MAX].startswith(f"{1000 - LINES_MAX} more versions")
+    assert caplog.messages[LINES_MAX].startswith(f"{1000 - LINES_MAX} more lines")
     assert {record.levelno for record in caplog.records} == {logging.ERROR}
 
 
