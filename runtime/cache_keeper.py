@@ -22,6 +22,7 @@ from overcommit.runtime import image_cache
 from overcommit.runtime.entries import Entry
 from overcommit.runtime.image_cache import Needed
 from overcommit.runtime.pack_limits import (
+    CACHE_CLOSE_S,
     CACHE_FIRST_S,
     CACHE_FULL_KEEP_S,
     CACHE_FULL_PERIOD_S,
@@ -75,9 +76,9 @@ class CacheKeeper:
             self._is_full = True
 
     def close(self) -> None:
-        """Wait for the thread."""
+        """Wait for the thread; not for long, it may remove large files, and the next one goes on."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CACHE_CLOSE_S)
 
     # --- in the thread --------------------------------------------------------------------------
     def _look_after(self, needed: list[Needed], keep_s: float) -> None:

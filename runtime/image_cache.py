@@ -32,12 +32,13 @@ from typing import Final
 
 import msgspec
 
+from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.parts import PACKED_SUFFIX, SUFFIX, PartInfo, path_of
 
 BLOCK_BYTES: Final = 512  # in which `st_blocks` counts
 _IMAGE: Final = re.compile(r"[0-9a-f]+p?\.image")
 _PART: Final = re.compile(rf"[0-9a-f]+({re.escape(SUFFIX)}|{re.escape(PACKED_SUFFIX)})")
-_PROGRAM: Final = re.compile(r"[0-9a-f]+")
+_PROGRAM: Final = re.compile(rf"({re.escape(TEMPORARY_PREFIX)})?[0-9a-f]+")
 
 
 class Needed(msgspec.Struct, frozen=True, gc=False):
@@ -153,6 +154,11 @@ def _disk_bytes(entry: os.DirEntry[str], facts: os.stat_result) -> int:
 
 def _remove(entry: os.DirEntry[str]) -> None:
     if entry.is_dir(follow_symlinks=False):
-        shutil.rmtree(entry.path)
+        # Whole or gone, whoever looks meanwhile; of a process that dies here the next one finds it.
+        path = entry.path
+        if not entry.name.startswith(TEMPORARY_PREFIX):
+            path = os.path.join(os.path.dirname(path), f"{TEMPORARY_PREFIX}{entry.name}")
+            os.rename(entry.path, path)
+        shutil.rmtree(path)
     else:
         os.unlink(entry.path)

@@ -15,3 +15,4 @@ CACHE_RENEW_S: Final = 3600.0  # each server says so often what it needs
 CACHE_KEEP_DAYS_MIN: Final = 2 * CACHE_RENEW_S / 86_400  # less takes from others what they need
 CACHE_FULL_KEEP_S: Final = 2 * CACHE_RENEW_S  # when a disk is full
 CACHE_FULL_PERIOD_S: Final = 60.0
+CACHE_CLOSE_S: Final = 5.0

@@ -12,7 +12,8 @@ Invariants
  2. `sources` is ordered by root and name, and changes only when a look has seen a change: then it is
     another list, in which what has not changed are the same objects.
  3. A name that two roots hold is the first root's; more than VERSIONS_MAX versions are cut off.
- 4. What somebody asks for is taken as it is now: he says that nobody is copying into it.
+ 4. A root that was unmounted is one that cannot be read, not one without models.
+ 5. What somebody asks for is taken as it is now: he says that nobody is copying into it.
 
 Called from the thread of `watch`.
 """
@@ -54,6 +55,7 @@ class _Root:
     path: str  # real
     listed_ns: int = 0  # when the listing began
     changed_ns: int = 0  # the folder's own time then
+    device: int | None = None  # the file system it was in when it was listed
 
 
 class Scanner:
@@ -167,8 +169,16 @@ class Scanner:
         folders: dict[str, tuple[int, bool]] = {}
         for number, root in enumerate(self._roots):
             here = ((number, False), (number, True))  # two objects, however many folders
-            root.listed_ns, root.changed_ns = time.time_ns(), os.stat(root.path).st_mtime_ns
-            for folder in model_folders(root.path):
+            listed_ns, facts = time.time_ns(), os.stat(root.path)
+            found = model_folders(root.path)
+            if not found and root.device not in (None, facts.st_dev):
+                raise OSError(
+                    f"{root.path} is empty and in another file system than before: what was mounted "
+                    "there is gone"
+                )
+            root.listed_ns, root.changed_ns = listed_ns, facts.st_mtime_ns
+            root.device = facts.st_dev
+            for folder in found:
                 folders.setdefault(folder.name, here[folder.is_link])
         former, self._folders = self._folders, folders
         gone = [name for name in former if name not in folders]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from overcommit.runtime import image_cache
 from overcommit.runtime.config import ModelConfig, TensorSpec
+from overcommit.runtime.container import TEMPORARY_PREFIX
 from overcommit.runtime.image import read_header
 from overcommit.runtime.image_cache import Needed
 from overcommit.runtime.kept_images import reusable
@@ -206,3 +207,22 @@ def test_a_file_of_another_user_who_lets_us_write_is_renewed(
     monkeypatch.setattr(os, "utime", as_for_others)
     image_cache.touch(file, 5.0)
     assert file.stat().st_mtime > 5.0
+
+
+def test_what_a_removal_that_died_has_left_goes_with_the_next_one(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, cache, 1.0)
+    age(cache, 8)
+
+    def die(_path: str) -> None:
+        raise OSError("killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_cache.shutil, "rmtree", die)
+        prune(cache, set())
+    left = [path.name for path in (cache / "programs").iterdir()]
+    assert len(left) == 1
+    assert left[0].startswith(TEMPORARY_PREFIX)
+    prune(cache, set())
+    assert not names(cache)

@@ -275,3 +275,41 @@ def test_versions_that_only_a_policy_knows_are_logged_when_a_look_sees_a_change(
     (record,) = caplog.records
     assert "model 'old': " in record.getMessage()
     assert "names version 7, which is not in" in record.getMessage()
+
+
+def test_a_root_that_was_unmounted_takes_no_model_away(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = Scanner([root])
+    looking.first()
+    before = looking.sources
+    away = root.with_name("away")
+    root.rename(away)
+    root.mkdir()  # as the folder that something was mounted over
+    stat = os.stat
+
+    def below(path: Path | str, *arguments: object, **more: object) -> os.stat_result:
+        facts = stat(path, *arguments, **more)  # type: ignore[arg-type]
+        if str(path) == str(root):
+            return os.stat_result((*facts[:2], facts.st_dev + 1, *facts[3:]))
+        return facts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scanner.os, "stat", below)
+        for _ in range(2):
+            with pytest.raises(OSError, match="what was mounted there is gone"):
+                looking.look()
+    assert looking.sources == before
+    root.rmdir()
+    away.rename(root)
+    assert not looking.look()
+    assert looking.sources == before
+
+
+def test_a_root_that_is_emptied_where_it_is_has_no_models(root: Path) -> None:
+    looking = Scanner([root])
+    looking.first()
+    for name in ("ant", "bear", "cat"):
+        shutil.rmtree(root / name)
+    assert looking.look()
+    assert not looking.sources
