@@ -281,7 +281,7 @@ class Supervisor:
             worker=lambda seat: worker,
             mover_bells=SimpleNamespace(ring=self.rung.append),
         )
-        entry = SimpleNamespace(slot=3, image_path="nowhere", nbytes=CHUNK)
+        entry = SimpleNamespace(slot=3, image_path="nowhere", nbytes=CHUNK, ended=False)
         registry = SimpleNamespace(by_slot=lambda slot: entry)
         self.residency = Residency(
             *(ChunkAllocator(4 * CHUNK), ChunkAllocator(4 * CHUNK), lambda: make_policy("lru")),
