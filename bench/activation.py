@@ -11,8 +11,8 @@ so asking for each in turn, the largest first, loads each once a round.
  * others `torch.load` and three other loaders, for a file as long
 
 Loads are judged as t = a + n / B: B, the bandwidth that is left once the fixed cost `a` is paid, against
-that of a raw copy of the same bytes right after each load, and `a` for itself.  Where `a` is small, from
-1 GiB up, the whole time is judged too; the shares of all sizes are shown.
+that of a raw copy of the same bytes right after each load, and `a` for itself.  The shares of the whole time
+are shown, for each size.
 
 A time is from the worker's wish until the weights are mapped and can be leased.  The first touch of
 each page by a fresh worker comes later, in its first batch; it is measured, and added where ours is
@@ -29,8 +29,8 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from overcommit.bench import loader_rows, plots, processes, successors
-from overcommit.bench.activation_samples import STAGES, Pair, Sample, fit, median, pair, samples_of
+from overcommit.bench import activation_rows, loader_rows, plots, processes, successors
+from overcommit.bench.activation_samples import STAGES, Sample, fit, median, pair, samples_of
 from overcommit.bench.errors import BenchError
 from overcommit.bench.models_repo import ALLOW_CODE, make_long_table
 from overcommit.bench.prepare import Options, run_folder
@@ -46,7 +46,6 @@ SIZES: Final = tuple(size * MIB for size in (1, 8, 64, 256, 1024, 2048))
 QUICK_SIZES: Final = tuple(size * MIB for size in (1, 8, 64, 256, 1024))
 SLACK_BYTES: Final = 128 * MIB  # HOST beyond the models
 JUDGED_FROM: Final = 256 * MIB
-WHOLE_FROM: Final = 1024 * MIB  # where the whole time of a warm load is judged, fixed cost and all
 WARM_SHARE: Final = 0.95
 COLD_SHARE: Final = 0.92
 FIXED_S_MAX: Final = 1e-3
@@ -222,7 +221,9 @@ class Bed:
                 raw[record["slot"], record["generation"]] = statistics.mean(both)
         found = self._by_size([s for s in self.new_samples() if s.source == "host"])
         pairs = {size: pair(size, found[size], raw) for size in self.sizes}
-        limit = self._show("warm", "host", pairs)
+        limit = self.limits["host"] = activation_rows.show(
+            report, "warm", "host", pairs, JUDGED_FROM
+        )
         fixed_s, share = fit([(one.raw_s, one.seconds) for one in pairs.values()])
         rate = share * limit
         report.add(
@@ -240,7 +241,6 @@ class Bed:
         report.expect(
             f"warm: B is {WARM_SHARE:.0%} of the raw copy", share >= WARM_SHARE, f"{share:.1%}"
         )
-        self._judge("warm", pairs, WHOLE_FROM, WARM_SHARE)
         shown = (min(self.sizes), JUDGED_FROM, max(self.sizes))
         for name, first, last in STAGES:
             us = [
@@ -267,9 +267,7 @@ class Bed:
         lost = 0
         for _ in range(rounds):
             for size in self.sizes:
-                for what in ("unload", "load"):
-                    self.server.request("POST", f"/v2/repository/models/{_name(size)}/{what}")
-                self._wait_ready(size)
+                self._forget(size)
                 record = self.activate(size, "disk")
                 if how is None:  # the largest comes first
                     how = self.raw.best_reading(self._stored[size], record)
@@ -280,8 +278,10 @@ class Bed:
                 lost += row["host_bytes"] < size or row["loads_from_disk"] != 1
         found = self._by_size([s for s in self.new_samples() if s.source == "disk"])
         pairs = {size: pair(size, found[size], raw) for size in self.sizes}
-        limit = self._show("cold", "disk", pairs)
-        self._judge("cold", pairs, JUDGED_FROM, COLD_SHARE)
+        limit = self.limits["disk"] = activation_rows.show(
+            report, "cold", "disk", pairs, JUDGED_FROM
+        )
+        activation_rows.judge(report, "cold", pairs, JUDGED_FROM, COLD_SHARE)
         report.expect("cold: HOST keeps its copy", lost == 0, f"{lost} times not")
         rate = max(size / one.seconds for size, one in pairs.items())
         report.headlines.append(
@@ -358,29 +358,6 @@ class Bed:
         report.add("kills", Figure("answers that were wrong", self.wrong - wrong))
 
     # --- pieces ---------------------------------------------------------------------------------
-    def _show(self, phase: str, source: str, pairs: dict[int, Pair]) -> float:
-        """Show each size beside the raw figure; return the best raw rate, in bytes a second."""
-        limit = 0.0
-        for size in sorted(pairs):
-            one = pairs[size]
-            raw = size / one.raw_s
-            if size >= JUDGED_FROM:  # a shorter one says nothing of memory's bandwidth
-                limit = max(limit, raw)
-            note = f"{one.seconds * 1e3:.2f} ms"
-            figure = Figure(f"{size // MIB} MiB", size / one.seconds / 1e9, "GB/s", raw / 1e9, note)
-            self.report.add(f"{phase}: {source.upper()} -> DEVICE, beside the raw figure", figure)
-        self.limits[source] = limit
-        return limit
-
-    def _judge(self, phase: str, pairs: dict[int, Pair], first: int, share: float) -> None:
-        """Expect a share of the raw figure, over the whole time, of all sizes from `first` up."""
-        judged = {size: one.share for size, one in sorted(pairs.items()) if size >= first}
-        self.report.expect(
-            f"{phase}: {share:.0%} of the raw figure over the whole time from {first // MIB} MiB up",
-            all(ratio >= share for ratio in judged.values()),
-            ", ".join(f"{size // MIB} MiB {ratio:.1%}" for size, ratio in judged.items()),
-        )
-
     def _by_size(self, samples: list[Sample]) -> dict[int, list[Sample]]:
         found: dict[int, list[Sample]] = {size: [] for size in self.sizes}
         for sample in samples:
@@ -390,9 +367,21 @@ class Bed:
             raise self.server.blame(f"says nothing of activations of {', '.join(missing)}")
         return found
 
-    def _wait_ready(self, size: int) -> None:
+    def _forget(self, size: int) -> None:
+        """Have the weights leave both tiers, and the model served again."""
+        name = _name(size)
+        before = self._in_host()
+        self.server.request("POST", f"/v2/repository/models/{name}/unload")
+        # What was accepted before is answered first, so weights leave a while after the answer.
+        if not processes.wait_for(lambda: self._in_host() <= before - size, LIVE_LIMIT_S):
+            raise self.server.blame(f"does not let the weights of {name} go")
+        self.server.request("POST", f"/v2/repository/models/{name}/load")
+
         def is_ready() -> bool:
-            return self.server.request("GET", f"/v2/models/{_name(size)}/ready")[0] == 200
+            return self.server.request("GET", f"/v2/models/{name}/ready")[0] == 200
 
         if not processes.wait_for(is_ready, LIVE_LIMIT_S):
-            raise self.server.blame(f"does not get {_name(size)} ready")
+            raise self.server.blame(f"does not get {name} ready")
+
+    def _in_host(self) -> int:
+        return int(self.server.status()["host"]["used"])
