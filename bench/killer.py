@@ -14,10 +14,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
+from overcommit.bench import processes
 from overcommit.bench.server import Server
 
 INTERVAL_S: Final = (0.2, 1.0)
-
+LIVE_LIMIT_S: Final = 30.0  # until a seat has somebody again
 SeatName = tuple[str, int]
 
 
@@ -63,10 +64,19 @@ class Killer:
         self._next_s = time.monotonic() + pause_s
 
     def kill_all(self) -> None:
-        """Kill whoever lives in one of the seats now."""
-        live = self._live()
-        for name in sorted(self._seats & live.keys()):
-            self._kill(*name, live[name])
+        """Kill whoever lives in each of the seats; where one has just died, the next one."""
+        left = set(self._seats)
+
+        def is_done() -> bool:
+            live = self._live()
+            for name in sorted(left & live.keys()):
+                before = len(self.kills)
+                self._kill(*name, live[name])
+                if len(self.kills) > before:
+                    left.discard(name)
+            return not left
+
+        processes.wait_for(is_done, LIVE_LIMIT_S)
 
     def _live(self) -> dict[SeatName, int]:
         rows = self._server.status()["processes"]
