@@ -70,9 +70,7 @@ class Killer:
         def is_done() -> bool:
             live = self._live()
             for name in sorted(left & live.keys()):
-                before = len(self.kills)
-                self._kill(*name, live[name])
-                if len(self.kills) > before:
+                if self._kill(*name, live[name]):
                     left.discard(name)
             return not left
 
@@ -82,19 +80,22 @@ class Killer:
         rows = self._server.status()["processes"]
         return {(row["kind"], row["seat"]): row["pid"] for row in rows if row["state"] == "LIVE"}
 
-    def _kill(self, kind: str, seat: int, pid: int) -> None:
+    def _kill(self, kind: str, seat: int, pid: int) -> bool:
+        """Return whether it was there to be killed."""
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            return
+            return False
         try:
             # The pidfd is taken before the check: the pid cannot pass to a stranger in between.
             if any(row.pid == pid for row in self._server.family()):
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     self.kills.append(Kill(time.monotonic_ns(), kind, seat, pid))
+                    return True
         finally:
             os.close(pidfd)
+        return False
 
     def count(self, kind: str) -> int:
         """How many of a kind were killed."""

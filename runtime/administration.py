@@ -70,9 +70,7 @@ class Administration:
         self.house = house
         self.catalogue = catalogue
         self._past = Counters()
-        self._long: dict[
-            int | None, Occupation
-        ] = {}  # as of the operation: whose batches take long
+        self._occupied: list[Occupation] = []  # as of the operation
         self.books = ClientBooks(house, catalogue.packing.set_level)
         self.gathering = Gathering()
         self.loads = ClientLoads(catalogue, self._reply)
@@ -105,7 +103,7 @@ class Administration:
             operation = self._operations.get(request.operation)
             if operation is None:
                 raise BadRequest(f"unknown operation '{request.operation}'")
-            self._long = {each.slot: each for each in self.house.occupied()}
+            self._occupied = self.house.occupied()
             body = operation(request)
         except OvercommitError as error:
             status = error.http_status
@@ -182,9 +180,9 @@ class Administration:
             return "unloaded"
         if reason := self.catalogue.ensembles.verdict(entry).reason or entry.reason:
             return reason
-        long = self._long.get(entry.slot)
+        long = [each for each in self._occupied if each.slot == entry.slot]
         return (
-            "" if long is None else f"worker {long.seat} is in a batch of it for {long.still_s} s"
+            f"worker {long[-1].seat} is in a batch of it for {long[-1].still_s} s" if long else ""
         )
 
     def _unload(self, request: Admin) -> bytes:
@@ -313,14 +311,14 @@ class Administration:
             **msgspec.to_builtins(books.totals),
         }
 
-    def _occupied(self) -> list[dict[str, object]]:
+    def _occupied_rows(self) -> list[dict[str, object]]:
         return [
             {
                 "worker": each.seat,
                 **dict(zip(("model", "version"), self.house.names_of(each.slot), strict=True)),
                 "seconds": each.still_ns / 1e9,
             }
-            for each in self.house.occupied()
+            for each in self._occupied
         ]
 
     def _status(self, request: Admin) -> bytes:
@@ -336,7 +334,7 @@ class Administration:
         return msgspec.json.encode(
             {
                 "processes": [*house.fleet.describe(), *self.catalogue.packing.describe()],
-                "occupied": self._occupied(),
+                "occupied": self._occupied_rows(),
                 "failures": house.boundary.failures(),
                 **self._tiers(),
                 "gpu": devices[0]["gpu"],

@@ -27,11 +27,10 @@ from overcommit.runtime.pack_limits import (
     CACHE_FULL_KEEP_S,
     CACHE_FULL_PERIOD_S,
     CACHE_RENEW_S,
+    DAY_S,
 )
 
 log = logging.getLogger("overcommit.cache")
-
-DAY_S = 86_400.0
 
 
 class CacheKeeper:
@@ -83,11 +82,10 @@ class CacheKeeper:
     # --- in the thread --------------------------------------------------------------------------
     def _look_after(self, needed: list[Needed], keep_s: float) -> None:
         try:
-            now_s = time.time()
-            used = image_cache.renew(self._cache_dir, needed, now_s)
+            used = image_cache.renew(self._cache_dir, needed)
             if not keep_s:
                 return
-            removed = image_cache.prune(self._cache_dir, used, now_s, keep_s)
+            removed = image_cache.prune(self._cache_dir, used, time.time(), keep_s)
         except Exception:  # the boundary of the thread: nothing is lost but room
             log.exception("the cache folder %s cannot be looked after", self._cache_dir)
             return

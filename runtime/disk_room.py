@@ -26,9 +26,8 @@ def tightest(cache_dir: str) -> str:
     return min(cache_dir, tempfile.gettempdir(), key=lambda each: shutil.disk_usage(each).free)
 
 
-def missing(name: str, cache_dir: str) -> str:
-    """Name the folder that has no room."""
-    folder = tightest(cache_dir)
+def missing(name: str, folder: str, cache_dir: str) -> str:
+    """Say that this folder has no room."""
     free = shutil.disk_usage(folder).free / MIB
     is_cache = folder == cache_dir
     option = "--cache-dir" if is_cache else "TMPDIR"

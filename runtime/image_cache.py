@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -57,7 +57,7 @@ class Removed:
     parts: int = 0
     programs: int = 0
     nbytes: int = 0
-    kept: int = field(default=0)  # files and programs that are still there
+    kept: int = 0  # files and programs that are still there
     failed: str = ""  # why something could not be removed
 
     def __bool__(self) -> bool:
@@ -75,22 +75,19 @@ def program_folder(cache_dir: str, program_key: str) -> Path:
     return Path(cache_dir).absolute() / "programs" / program_key
 
 
-def touch(path: str | Path, now_s: float | None = None) -> None:
-    """Say that this is needed: now, or at an instant of the wall clock."""
+def touch(path: str | Path) -> None:
+    """Say that this is needed now: of another user's file, who lets us write, no other time may be said."""
     with contextlib.suppress(OSError):
-        try:
-            os.utime(path, None if now_s is None else (now_s, now_s))
-        except PermissionError:
-            os.utime(path)  # another user's, who lets us write: he lets us say "now" alone
+        os.utime(path)
 
 
 def paths_of(cache_dir: str, versions: Iterable[Needed]) -> Iterator[str]:
     """Yield the files and folders that these versions are made of, shared ones once."""
-    shared: set[str] = set()
+    shared: set[str | PartInfo] = set()
     for version in versions:
         for part in version.parts:
-            if part.digest not in shared:
-                shared.add(part.digest)
+            if part not in shared:
+                shared.add(part)
                 is_packed = bool(part.packed_bytes)
                 yield str(path_of(version.image_path, part.digest, is_packed=is_packed))
         if version.program_key not in shared:
@@ -99,12 +96,12 @@ def paths_of(cache_dir: str, versions: Iterable[Needed]) -> Iterator[str]:
         yield version.image_path
 
 
-def renew(cache_dir: str, versions: Iterable[Needed], now_s: float) -> set[str]:
+def renew(cache_dir: str, versions: Iterable[Needed]) -> set[str]:
     """Say that these versions are needed now; return what they are made of."""
     used = set()
     for path in paths_of(cache_dir, versions):
         used.add(path)
-        touch(path, now_s)
+        touch(path)
     return used
 
 

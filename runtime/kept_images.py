@@ -6,7 +6,6 @@ Called by the packer.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def reusable(path: Path) -> ImageHeader | None:
         log.warning("%s is made again: %s", path, error.message)
         return None
     cache_dir = str(path.parent.parent)
-    renew(cache_dir, [Needed(str(path), header.program_key, header.parts)], time.time())
+    renew(cache_dir, [Needed(str(path), header.program_key, header.parts)])
     if not Path(header.program.get("file", "/")).exists():
         log.warning("%s is made again: its program is gone", path)
         return None

@@ -229,8 +229,9 @@ def pack(job: Pack, on_progress: Progress) -> PackDone:
         message = f"model '{job.name}': {message}"
     is_full = False
     if disk_room.is_missing(message):
-        message, may_pass = disk_room.missing(job.name, job.cache_dir), True
-        is_full = disk_room.tightest(job.cache_dir) == job.cache_dir
+        folder = disk_room.tightest(job.cache_dir)
+        message, may_pass = disk_room.missing(job.name, folder, job.cache_dir), True
+        is_full = folder == job.cache_dir
     message = message[:MESSAGE_CHARS_MAX]
     return PackDone(job=job.job, ok=False, message=message, may_pass=may_pass, is_full=is_full)
 

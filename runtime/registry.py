@@ -321,9 +321,8 @@ class Registry(Shelf):
             if entry.state not in (State.READY, State.PACKING):
                 continue
             slot = self._numbers.take() if entry.image_path and entry.state is State.READY else None
-            if (
-                slot is None
-            ):  # nobody waits for it in a worker; or there is no slot, and they are refused
+            if slot is None:
+                # Nobody waits for it in a worker; or there is no slot, and they are refused.
                 entry.state = State.UNLOADED
                 changes.changed.append(entry.slot)
                 continue
@@ -331,8 +330,7 @@ class Registry(Shelf):
             self._slots[slot] = self._current[name, entry.version] = new
             if (successor := self._successors.pop(entry.slot, None)) is not None:
                 self._successors[slot] = successor
-            entry.retired = True
-            self._leaving.add(entry.slot)
+            self._leave(entry)
             changes.added.append(slot)
             changes.removed.append(entry.slot)
         self._names = None
@@ -380,9 +378,12 @@ class Registry(Shelf):
         self._slots.pop(slot, None)
         self._numbers.give_back(slot)
 
-    def _retire(self, entry: Entry) -> None:
+    def _leave(self, entry: Entry) -> None:
         entry.retired = True
         self._leaving.add(entry.slot)
+
+    def _retire(self, entry: Entry) -> None:
+        self._leave(entry)
         if not entry.image_path:
             # It never served, so nobody may ask for it; only its slot stays taken until `release`.
             del self._slots[entry.slot]

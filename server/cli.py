@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from overcommit import __version__
 from overcommit.runtime.errors import BadRequest, ConfigurationError, OvercommitError
-from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MIN
+from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MAX, CACHE_KEEP_DAYS_MIN
 from overcommit.server import flags
 from overcommit.server.urls import DEFAULT_URL
 
@@ -294,7 +294,9 @@ def prune(
     cache_dir: flags.CacheDir = None,
     keep_days: Annotated[
         float,
-        typer.Option(min=CACHE_KEEP_DAYS_MIN, max=36_500, help="What was needed since is kept."),
+        typer.Option(
+            min=CACHE_KEEP_DAYS_MIN, max=CACHE_KEEP_DAYS_MAX, help="What was needed since is kept."
+        ),
     ] = CACHE_KEEP_DAYS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how much it is.")] = False,
 ) -> None:

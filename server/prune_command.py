@@ -13,6 +13,7 @@ from rich.console import Console
 
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.image_cache import prune
+from overcommit.runtime.pack_limits import DAY_S
 
 
 def prune_cache(cache_dir: str, keep_days: float, console: Console, *, is_dry: bool) -> int:
@@ -23,7 +24,7 @@ def prune_cache(cache_dir: str, keep_days: float, console: Console, *, is_dry: b
     if not Path(cache_dir).is_dir():
         raise ConfigurationError(f"there is no cache folder {cache_dir}: name one by --cache-dir")
     with console.status(f"looking through {cache_dir}"):
-        removed = prune(cache_dir, set(), time.time(), keep_days * 86_400, is_dry=is_dry)
+        removed = prune(cache_dir, set(), time.time(), keep_days * DAY_S, is_dry=is_dry)
     verb = "would remove" if is_dry else "removed"
     console.print(f"{cache_dir}: {verb} {removed}; {removed.kept:,} are kept", soft_wrap=True)
     if removed.failed:

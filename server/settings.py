@@ -41,7 +41,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.device_choice import read_devices
 from overcommit.runtime.errors import ConfigurationError
 from overcommit.runtime.model_names import is_text
-from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MIN
+from overcommit.runtime.pack_limits import CACHE_KEEP_DAYS, CACHE_KEEP_DAYS_MAX, CACHE_KEEP_DAYS_MIN
 from overcommit.server import tls
 from overcommit.server.fetching import folder_of, is_url
 
@@ -49,7 +49,6 @@ Fetch = Callable[[list[str], str], None]  # URLs, the cache folder
 
 ENV_PREFIX: Final = "OVERCOMMIT_"
 GRPC_PORT: Final = 8001  # where the HTTP port has no next one
-KEEP_DAYS_MAX: Final = 36_500
 DEFAULT_CACHE_DIR: Final = "~/.cache/overcommit"
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -82,10 +81,10 @@ def _split_paths(value: object) -> object:
 
 
 def _check_keep_days(days: float) -> float:
-    if days and not CACHE_KEEP_DAYS_MIN <= days <= KEEP_DAYS_MAX:
+    if days and not CACHE_KEEP_DAYS_MIN <= days <= CACHE_KEEP_DAYS_MAX:
         raise ValueError(
-            f"it is 0 (nothing is removed) or from {CACHE_KEEP_DAYS_MIN:.3g} to {KEEP_DAYS_MAX:,} days: "
-            "servers that share the folder say every hour what they need"
+            f"it is 0 (nothing is removed) or from {CACHE_KEEP_DAYS_MIN:.3g} to {CACHE_KEEP_DAYS_MAX:,} "
+            "days: servers that share the folder say every hour what they need"
         )
     return days
 

@@ -18,7 +18,7 @@ from overcommit.runtime.image_cache import Needed
 from overcommit.runtime.kept_images import reusable
 from overcommit.runtime.packer import pack
 from overcommit.runtime.packer_messages import Pack, PackDone
-from overcommit.runtime.parts import path_of
+from overcommit.runtime.parts import PartInfo, path_of
 
 DAY_S = 86_400.0
 MODEL = """
@@ -88,7 +88,7 @@ def test_what_shares_a_trunk_goes_without_it(tmp_path: Path, cache: Path) -> Non
     assert len(first.parts) == 1, "the trunk is a part"
     before = names(cache)
     age(cache, 8)
-    used = image_cache.renew(str(cache), [needed(first)], time.time())
+    used = image_cache.renew(str(cache), [needed(first)])
     counted = prune(cache, used, is_dry=True)
     assert names(cache) == before
     removed = prune(cache, used)
@@ -107,7 +107,7 @@ def test_what_shares_a_trunk_goes_without_it(tmp_path: Path, cache: Path) -> Non
 def test_what_another_server_renews_stays(tmp_path: Path, cache: Path) -> None:
     done = make(tmp_path, cache, 1.0)
     age(cache, 8)
-    image_cache.renew(str(cache), [needed(done)], time.time())
+    image_cache.renew(str(cache), [needed(done)])
     assert not prune(cache, set())
     assert reusable(Path(done.image_path)) is not None
 
@@ -141,7 +141,7 @@ def test_what_is_in_use_stays_where_its_times_cannot_be_renewed(
         raise PermissionError("not the owner")
 
     monkeypatch.setattr(image_cache.os, "utime", refuse)
-    used = image_cache.renew(str(cache), [needed(done)], time.time())
+    used = image_cache.renew(str(cache), [needed(done)])
     assert not prune(cache, used)
 
 
@@ -205,7 +205,7 @@ def test_a_file_of_another_user_who_lets_us_write_is_renewed(
         utime(path)
 
     monkeypatch.setattr(os, "utime", as_for_others)
-    image_cache.touch(file, 5.0)
+    image_cache.touch(file)
     assert file.stat().st_mtime > 5.0
 
 
@@ -226,3 +226,11 @@ def test_what_a_removal_that_died_has_left_goes_with_the_next_one(
     assert left[0].startswith(TEMPORARY_PREFIX)
     prune(cache, set())
     assert not names(cache)
+
+
+def test_a_part_in_both_its_forms_is_two_files(tmp_path: Path) -> None:
+    image = str(tmp_path / "images" / "a.image")
+    forms = (PartInfo("ab", 4096), PartInfo("ab", 4096, 1000))
+    versions = [Needed(image, "cd", (form,)) for form in forms]
+    paths = list(image_cache.paths_of(str(tmp_path), versions))
+    assert {path.rpartition(".")[2] for path in paths if "/parts/" in path} == {"part", "packed"}

@@ -93,12 +93,18 @@ def test_who_shares_a_slab_with_what_was_promised_leaves_after_others() -> None:
     assert world.port.evicted == [0]
 
 
-def test_a_promised_load_that_is_due_goes_before_its_turn() -> None:
+def busy_world() -> World:
+    """One in which all loads are under way that may be, and ten wait."""
     world = known_world(device_chunks=40, models=30)
     for slot in range(LOADS_IN_FLIGHT_MAX):
         world.want(slot)
     for slot in range(10, 20):
         world.want(slot)
+    return world
+
+
+def test_a_promised_load_that_is_due_goes_before_its_turn() -> None:
+    world = busy_world()
     until_ns = promise(world, 20)
     assert until_ns - world.now_ns > 100 * MS
     world.now_ns = until_ns - int(DUE_LOADS * 10 * MS) - 1
@@ -110,11 +116,7 @@ def test_a_promised_load_that_is_due_goes_before_its_turn() -> None:
 
 
 def test_of_two_that_are_due_the_one_that_was_told_an_earlier_time_goes_first() -> None:
-    world = known_world(device_chunks=40, models=30)
-    for slot in range(LOADS_IN_FLIGHT_MAX):
-        world.want(slot)
-    for slot in range(10, 20):
-        world.want(slot)
+    world = busy_world()
     times = [promise(world, slot) for slot in (20, 21)]
     assert times[0] < times[1]
     world.now_ns = times[1]
@@ -126,11 +128,7 @@ def test_of_two_that_are_due_the_one_that_was_told_an_earlier_time_goes_first() 
 
 
 def test_a_time_that_was_told_stays_true_when_others_are_told_a_later_one() -> None:
-    world = known_world(device_chunks=40, models=30)
-    for slot in range(LOADS_IN_FLIGHT_MAX):
-        world.want(slot)
-    for slot in range(10, 20):
-        world.want(slot)
+    world = busy_world()
     promise(world, 20)
     wish = world.residency._wishes.get(20)
     assert wish is not None
