@@ -26,6 +26,7 @@ from overcommit.runtime.cache_keeper import CacheKeeper
 from overcommit.runtime.config import imaged
 from overcommit.runtime.departures import Departures
 from overcommit.runtime.dependents import brought_along
+from overcommit.runtime.ensemble_trials import EnsembleTrials
 from overcommit.runtime.ensemble_watch import EnsembleWatch
 from overcommit.runtime.entries import Entry, State, to_route
 from overcommit.runtime.house import House
@@ -64,11 +65,12 @@ class Catalogue:
         )
         self._announcer = Announcer(house.fleet, house.spreading)
         self.registry.rehearses = True
-        self.rehearsals = Rehearsals(house.fleet, self._on_rehearsed)
         self.rollout = Rollout(settings.cache_dir, self.registry)
         self.ensembles = EnsembleWatch(
             self.registry, self.rollout, lambda: self._announcer.revision
         )
+        ensembles = EnsembleTrials(self.registry, self.ensembles, self._on_rehearsed)
+        self.rehearsals = Rehearsals(house.fleet, ensembles, self._on_rehearsed)
         self.overrides = Overrides(settings.cache_dir, settings.repositories)
         self._sources: list[VersionSource] = []
         self._retries = PackRetries()
@@ -142,11 +144,9 @@ class Catalogue:
         """Whether a model, and those of its steps, are what they will be: none is packed or on trial."""
         names = filter(self.registry.has, (name, *brought_along(self.registry, name)))
         return not any(
-            entry.state is State.PACKING
-            or self.registry.successor_slot(entry) != entry.slot
-            or entry.slot in self.rehearsals
+            entry.state is State.PACKING or entry.slot in self.rehearsals
             for each in names
-            for entry in self.registry.versions(each)
+            for entry in self.registry.with_successors(each)
         )
 
     # --- packing --------------------------------------------------------------------------------
@@ -211,20 +211,18 @@ class Catalogue:
             log.warning("%s version %s: %s", entry.name, entry.version, text)
         if not entry.on_trial:
             self._let_go(entry.name, now_ns)
-        elif entry.config.steps:
-            self._on_rehearsed(entry.slot, True, "")
         else:
             self.rehearsals.add(to_route(entry), now_ns)
 
     def _on_rehearsed(self, slot: int, ok: bool, message: str) -> None:
-        """A version on trial works, or not."""
+        """A version on trial works, or not; or (`ok`, and why not) nothing of its name does."""
         now_ns = time.monotonic_ns()
         entry = self.registry.by_slot(slot)
         if entry is None or entry.retired:
             return
-        if ok:
+        if ok and not message:
             self._versions.takes_over(entry, now_ns)
-        else:
+        elif not ok:
             self._versions.on_trial(entry, message, now_ns)
         removed = self.registry.on_rehearsed(slot, ok, message)
         current = [self.registry.find(entry.name, entry.version)]

@@ -47,7 +47,7 @@ class EnsembleWatch:
     def __init__(self, registry: Registry, rollout: Rollout, revision: Callable[[], int]) -> None:
         self._registry = registry
         self._rollout = rollout
-        self._revision = revision
+        self.revision = revision
         self._seen = -1
         self._verdicts: dict[int, Verdict] = {}  # by slot
         self._routes: dict[int, Route] = {}  # of steps
@@ -59,8 +59,8 @@ class EnsembleWatch:
         """Say what a version is good for as far as its steps go; ready, if it has none."""
         if not entry.config.steps or entry.state is not State.READY:
             return READY
-        if self._seen != self._revision():
-            self._seen = self._revision()
+        if self._seen != self.revision():
+            self._seen = self.revision()
             self._verdicts.clear()
             self._routes.clear()
         found = self._verdicts.get(entry.slot)
@@ -76,12 +76,14 @@ class EnsembleWatch:
 
     def step(self, now_ns: int) -> None:
         """Log which ensembles cannot be asked, and which can again."""
-        if self._looked == self._revision() or now_ns < self._not_before_ns:
+        if self._looked == self.revision() or now_ns < self._not_before_ns:
             return
-        self._looked = self._revision()
+        self._looked = self.revision()
         began_ns = time.monotonic_ns()
         said: dict[int, str] = {}
         for entry in self._registry.ensembles():
+            if entry.on_trial:
+                continue  # another one serves
             before, verdict = self._said.get(entry.slot, ""), self.verdict(entry)
             reason = before if verdict.fate == "waits" else verdict.reason
             if reason:

@@ -28,6 +28,7 @@ from overcommit.runtime.sequence_terms import visible_inputs, visible_outputs
 from overcommit.runtime.worker_messages import VersionInfo
 
 _BROKEN_CONFIG: Final = ModelConfig()
+SERVES_ON: Final = "serving the version from before its last change"  # and why, behind a colon
 
 
 class State(enum.Enum):

@@ -19,7 +19,8 @@ State machine
     PACKING -> UNLOADED                       [set_unloaded]
     READY -> retired, and an entry like it UNLOADED in its place  [set_unloaded]
     UNLOADED | UNAVAILABLE -> READY | PACKING [set_loaded]
-    READY, its image gone -> the same, and a successor PACKING  [renew]
+    READY -> the same, and a successor, PACKING or READY  [apply_scan: files changed; renew: no image]
+    successor -> READY, in its place | retired            [on_packed, on_rehearsed]
     UNAVAILABLE -> PACKING                    [again]
     any -> retired -> ended -> (none)         [apply_scan, on_packed or set_unloaded; end; release]
 
@@ -36,6 +37,7 @@ from dataclasses import replace
 from overcommit.runtime import ensemble
 from overcommit.runtime.config import VERSIONS_MAX, imaged
 from overcommit.runtime.entries import (
+    SERVES_ON,
     Entry,
     RegistryChanges,
     State,
@@ -153,8 +155,8 @@ class Registry(Shelf):
         entry = self._make(source)
         if entry is None:
             return
-        if self.rehearses and serving is not None and order(serving) < order(entry):
-            entry.on_trial = True
+        is_newer = serving is not None and order(serving) < order(entry)
+        entry.on_trial = self.rehearses and is_newer
         self._current[source.name, source.version] = entry
         changes.added.append(entry.slot)
         changes.sort_in(entry)
@@ -168,7 +170,7 @@ class Registry(Shelf):
                 entry.reason = ""  # the old files are back
                 return
             if source.error is not None:
-                entry.reason = f"serving the version from before its last change: {source.error}"
+                entry.reason = f"{SERVES_ON}: {source.error}"
                 changes.broken.append(entry.slot)
                 return
             if source.config is not None and is_renamed(entry, source):
@@ -182,10 +184,8 @@ class Registry(Shelf):
         successor = self._make(source)
         if successor is None:
             return
-        waits = successor.state is State.PACKING or (
-            self.rehearses and successor.state is State.READY and not successor.config.steps
-        )
-        if entry.state is State.READY and waits:
+        may_wait = (State.PACKING, State.READY) if self.rehearses else (State.PACKING,)
+        if entry.state is State.READY and successor.state in may_wait:
             self._successors[entry.slot] = successor
             successor.on_trial = self.rehearses
             if successor.state is State.PACKING:
@@ -279,20 +279,23 @@ class Registry(Shelf):
         current = self._current.get((entry.name, entry.version))
         if current is entry or current is None:
             entry.on_trial = not ok
-            entry.reason = "" if ok else f"on trial, because its first request failed: {message}"
+            why = "its steps cannot run" if entry.config.steps else "its first request failed"
+            entry.reason = "" if ok else f"on trial, because {why}: {message}"
             return []
         if ok:
             entry.on_trial = False
             return self._take_over(current, entry)
+        current.reason = f"{SERVES_ON}: {message}"
+        if entry.config.steps:
+            return []  # they may come yet
         del self._successors[current.slot]
-        current.reason = f"serving the version from before its last change: {message}"
         self._retire(entry)
         return [slot]
 
     def _on_successor_packed(self, old: Entry, entry: Entry, done: PackDone) -> list[int]:
         if not done.ok:
             del self._successors[old.slot]
-            old.reason = f"serving the version from before its last change: {done.message}"
+            old.reason = f"{SERVES_ON}: {done.message}"
             del self._slots[entry.slot]
             self._numbers.give_back(entry.slot)  # nobody has heard of it
             return []

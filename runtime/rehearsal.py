@@ -9,6 +9,7 @@ warm in a worker, or it is known why not, while clients still get the version be
 Invariants
  1. `decide` is called once for each version that was added, unless it was dropped.
  2. The time that a version has to answer begins when it is first asked: thousands may wait for their turn.
+ 3. Of an ensemble nothing is asked: its steps say whether it can be (`ensemble_trials`).
 
 Called by the catalogue.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from overcommit.runtime.children import Child
+from overcommit.runtime.ensemble_trials import EnsembleTrials
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import Rehearse, Rehearsed, Route
 
@@ -43,8 +45,9 @@ class _Trial:
 class Rehearsals:
     """Versions on trial, by slot."""
 
-    def __init__(self, fleet: Fleet, decide: Decide) -> None:
+    def __init__(self, fleet: Fleet, ensembles: EnsembleTrials, decide: Decide) -> None:
         self._fleet = fleet
+        self._ensembles = ensembles
         self._decide = decide
         self._trials: dict[int, _Trial] = {}
 
@@ -52,16 +55,20 @@ class Rehearsals:
         return len(self._trials)
 
     def __contains__(self, slot: int) -> bool:
-        return slot in self._trials
+        return slot in self._trials or slot in self._ensembles
 
     def add(self, route: Route, now_ns: int) -> None:
         """Try this version out."""
+        if route.steps:
+            self._ensembles.add(route.slot)
+            return
         self._trials[route.slot] = _Trial(route)
         self.step(now_ns)
 
     def drop(self, slot: int) -> None:
         """It is not wanted any more."""
         self._trials.pop(slot, None)
+        self._ensembles.drop(slot)
 
     def on_rehearsed(self, front: Child, said: Rehearsed, now_ns: int) -> None:
         """A front end has an answer."""
@@ -76,6 +83,7 @@ class Rehearsals:
 
     def step(self, now_ns: int) -> None:
         """Ask those who wait, again where who was asked has died."""
+        self._ensembles.step(now_ns)
         if not self._trials:
             return
         fronts = {front.incarnation: front for front in self._fleet.of_kind("front_end")}

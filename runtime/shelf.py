@@ -91,6 +91,13 @@ class Shelf:
         self.find(name)
         return self._by_name()[name]
 
+    def with_successors(self, name: str) -> Iterator[Entry]:
+        """Yield every version of a model, and those that wait to take their places.  Raises NotFound."""
+        for entry in self.versions(name):
+            yield entry
+            if entry.slot in self._successors:
+                yield self._successors[entry.slot]
+
     def successor_slot(self, entry: Entry) -> int:
         """Return the slot of the entry that waits to take its place; its own where none does."""
         return self._successors.get(entry.slot, entry).slot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +15,21 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MakeBert = Callable[[Path, int], None]
+KeptFolder = Callable[[str], Path]
 
 TESTS = Path(__file__).parent
 LONGEST_FIRST = ("conformance", "chaos", "server", "bench")
 # One process runs these, one after the other.  Some share a server, some make files in /dev/shm, and
 # some look there for files that were left behind.
 TOGETHER = ("conformance", "server/test_regions", "bench/test_scenarios", "bench/test_processes")
+
+KEPT = "s-"  # how names of folders begin that outlive the file of tests that made them
+
+
+def pytest_report_header() -> str:
+    """Say what is free: on a full disk hundreds of tests fail, each for a reason that looks like another."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    return f"free in {tempfile.gettempdir()}: {free / 1e9:.1f} GB (the whole suite takes up to 2)"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,13 +55,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+@pytest.fixture(scope="session")
+def kept_folder(tmp_path_factory: pytest.TempPathFactory) -> KeptFolder:
+    """Return a function that makes folders for fixtures of the session."""
+    return lambda name: tmp_path_factory.mktemp(KEPT + name)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _temporary_files_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _temporary_files_of_our_own(kept_folder: KeptFolder) -> Iterator[None]:
     """What tests and their servers put into TMPDIR is gone with it, and no neighbour sees it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+        patch.setenv("TMPDIR", str(kept_folder("t")))
         patch.setattr(tempfile, "tempdir", None)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_folders_left(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Remove the folders of a file's tests behind the last one of them, unless one failed.
+
+    All of them together are many gigabytes of models and images.
+    """
+    base, failed = tmp_path_factory.getbasetemp(), request.session.testsfailed
+    before = set(base.iterdir())
+    yield
+    if request.session.testsfailed == failed:
+        for folder in set(base.iterdir()) - before:
+            if not folder.name.startswith(KEPT):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,15 +145,15 @@ def bert_reference() -> Callable[[Path, list[list[int]]], Any]:
 
 
 @pytest.fixture(scope="session")
-def bert_repository(tmp_path_factory: pytest.TempPathFactory, make_bert: MakeBert) -> Path:
+def bert_repository(kept_folder: KeptFolder, make_bert: MakeBert) -> Path:
     """A repository with twelve distinct tiny encoders, `bert-00` to `bert-11`."""
-    root = tmp_path_factory.mktemp("repository")
+    root = kept_folder("repository")
     for number in range(12):
         make_bert(root / f"bert-{number:02}", number)
     return root
 
 
 @pytest.fixture(scope="session")
-def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_cache(kept_folder: KeptFolder) -> Path:
     """A cache folder that tests share, so that each model is packed once."""
-    return tmp_path_factory.mktemp("cache")
+    return kept_folder("cache")

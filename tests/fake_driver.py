@@ -83,10 +83,10 @@ class FakeGpu:
         """Inodes of the objects that a handle, a mapping or a descriptor in this process keeps."""
         kept = {_inode(memory.fd) for driver in self.drivers for memory in driver.memories()}
         for name in os.listdir("/proc/self/fd"):
-            try:
-                kept.add(_inode(int(name)))
-            except OSError:
-                continue
+            # By number alone a pipe, a socket or a file may pass for an object.
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:fake-gpu-"):
+                    kept.add(_inode(int(name)))
         return kept & self.inodes.keys()
 
     def used_bytes(self, device: int | None = None) -> int:

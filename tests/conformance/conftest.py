@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from model_rig import ADD, DATATYPES, ECHO, FAULTY, SLOW, add_extended_models, add_model
@@ -36,9 +37,9 @@ outputs = { y = "y" }
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(kept_folder: Callable[[str], Path]) -> Iterator[Server]:
     """The server, with every model ready."""
-    root = tmp_path_factory.mktemp("models")
+    root = kept_folder("models")
     for datatype in [*DATATYPES, "BYTES"]:
         add_model(root, f"echo-{datatype.lower()}", ECHO, {"x": datatype})
     add_model(root, "add", ADD, {"a": "INT32", "b": "INT32"})
@@ -58,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "30",
     )
     flags += ("--payload-memory", "192MiB")
-    with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
+    with Server(root, cache=kept_folder("cache"), flags=flags) as running:
         running.wait_until(
             lambda: all(row["state"] == "READY" for row in running.models().values())
         )
@@ -66,12 +67,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def extended(kept_folder: Callable[[str], Path]) -> Iterator[Server]:
     """A server with two front ends that takes clients' shared memory."""
-    root = tmp_path_factory.mktemp("models")
+    root = kept_folder("models")
     add_extended_models(root)
     flags = ("--allow-code", "--client-shared-memory", "--front-ends", "2")
-    with Server(root, cache=tmp_path_factory.mktemp("cache"), flags=flags) as running:
+    with Server(root, cache=kept_folder("cache"), flags=flags) as running:
         running.wait_until(
             lambda: all(row["state"] == "READY" for row in running.models().values())
         )

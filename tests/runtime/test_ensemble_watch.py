@@ -37,10 +37,10 @@ def named(spec: TensorSpec, name: str) -> TensorSpec:
 class World:
     """A registry, what names mean in it, and how often either changed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, rehearses: bool = False) -> None:
         self.folder = folder
         self.registry = Registry(folder / "cache")
-        self.registry.rehearses = True
+        self.registry.rehearses = rehearses
         self.rollout = Rollout(str(folder), self.registry)
         self.revision = 0
         self.now_ns = 0

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from overcommit.runtime.children import Child
+from overcommit.runtime.ensemble_trials import EnsembleTrials
+from overcommit.runtime.ensemble_watch import EnsembleWatch
 from overcommit.runtime.entries import new_entry, to_route
 from overcommit.runtime.fleet import Fleet
 from overcommit.runtime.front_end_messages import Rehearse, Rehearsed
+from overcommit.runtime.registry import Registry
 from overcommit.runtime.rehearsal import IN_FLIGHT_MAX, REHEARSAL_NS, RETRY_NS, Rehearsals
 from overcommit.runtime.repository import VersionSource
+from overcommit.runtime.rollout import Rollout
 
 
 @dataclass
@@ -38,7 +42,14 @@ class Fronts:
 
 def begin(fleet: Fronts, count: int) -> tuple[Rehearsals, list[tuple[int, bool]]]:
     decided: list[tuple[int, bool]] = []
-    trials = Rehearsals(cast(Fleet, fleet), lambda slot, ok, message: decided.append((slot, ok)))
+
+    def decide(slot: int, ok: bool, message: str) -> None:
+        decided.append((slot, ok))
+
+    registry = Registry("nowhere")
+    watch = EnsembleWatch(registry, Rollout("nowhere", registry), lambda: 0)
+    ensembles = EnsembleTrials(registry, watch, decide)
+    trials = Rehearsals(cast(Fleet, fleet), ensembles, decide)
     for slot in range(count):
         source = VersionSource(f"m{slot}", "1", f"/m{slot}", "a", None)
         trials.add(to_route(new_entry(slot, source)), 0)

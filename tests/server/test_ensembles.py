@@ -13,7 +13,7 @@ from serving import Server
 
 import overcommit
 from overcommit.runtime.errors import BadRequest, DeadlineExceeded, NotFound, Unavailable
-from overcommit.server.clients.exchange import ServerError
+from overcommit.server.clients.exchange import ModelState, ServerError
 from overcommit.server.limits import BULK_BYTES_MIN
 
 STEPS = """
@@ -178,8 +178,11 @@ def test_steps_that_cannot_run_are_said_in_the_index(client: overcommit.Client) 
     assert "'nowhere', which nothing gives" in state.reason
 
 
-def state_of(client: overcommit.Client, name: str) -> tuple[str, str]:
-    (state,) = [each for each in client.models() if each.name == name]
+def state_of(client: overcommit.Client, name: str, version: str = "1") -> tuple[str, str]:
+    """What the index says; of a version that is not there, nothing."""
+    state = next(
+        (e for e in client.models() if (e.name, e.version) == (name, version)), ModelState(name)
+    )
     return state.state, state.reason
 
 
@@ -231,6 +234,38 @@ def test_an_ensemble_is_ready_as_soon_as_its_step_is_there(
     assert "it is unloaded" in state_of(client, "early")[1]
     client.load("early")  # which brings its steps along
     assert client.is_ready("early")
+
+
+@pytest.mark.parametrize("kind", ["edited", "another version"])
+def test_what_served_before_serves_until_the_steps_of_a_new_ensemble_are_there(
+    server: Server, client: overcommit.Client, models: Path, tmp_path: Path, kind: str
+) -> None:
+    name, step = ("edited", "unborn") if kind == "edited" else ("versioned", "unmade")
+    version = "1" if kind == "edited" else "2"
+    add_ensemble(tmp_path, "old", "x", "y", ("echo", 'x = "x"', 'y = "y"'))
+    add_ensemble(tmp_path, "new", "x", "y", (step, 'x = "x"', 'y = "y"'))
+    add_model(tmp_path, step, FAULTY, {"x": "FP32"})
+    (tmp_path / name).mkdir()
+    (tmp_path / "old").rename(tmp_path / name / "1")
+    (tmp_path / name).rename(models / name)
+    server.wait_until(lambda: f"{name}/1" in server.models())
+    if kind == "edited":
+        (tmp_path / "new" / "model.toml").rename(models / name / "1" / "model.toml")
+        expected = "serving the version from before its last change: ensemble"
+    else:
+        (tmp_path / "new").rename(models / name / "2")
+        expected = f"ensemble '{name}', step 1 (model '{step}'): there is no"
+    server.wait_until(lambda: state_of(client, name, version)[1].startswith(expected))
+    assert client.infer(name, {"x": [[2.0]]})["y"][0, 0] == 2.0
+    assert client.is_ready(name)
+    with pytest.raises(BadRequest, match=rf"model '{step}'\): there is no model"):
+        client.load(name)
+    (tmp_path / step).rename(models / step)
+    server.wait_until(lambda: client.infer(name, {"x": [[2.0]]})["y"][0, 0] == 4.0)
+    assert state_of(client, name, version) == ("READY", "")
+    said = [line for line in server.log if f" {name} version {version}" in line]
+    assert ["it stays on trial" in line for line in said] == [True, False], said
+    assert "works: it takes over" in said[1]
 
 
 def test_what_does_not_fit_a_model_that_is_served_is_logged(
