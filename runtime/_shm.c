@@ -399,6 +399,17 @@ static PyObject *Ring_pop(Ring *self, PyObject *arg) {
   return out;
 }
 
+/* Which version the next submission is for, without taking it; -1: there is none, or it is no submission. */
+static PyObject *Submission_peek(Ring *self, PyObject *unused) {
+  (void)unused;
+  if (ring_side(self, 0) < 0) return NULL;
+  uint64_t tail = atomic_load_explicit(&self->ring->tail, memory_order_acquire);
+  if (tail == self->mine) return PyLong_FromLong(-1);
+  submission s;
+  memcpy(&s, self->slots + (self->mine & self->mask) * 64, sizeof s);
+  return PyLong_FromLong(s.seq == self->mine + 1 ? (long)s.model : -1);
+}
+
 static int ring_alive(Ring *self) {
   if (self->ring) return 0;
   PyErr_SetString(PyExc_ValueError, "the ring is not initialised");
@@ -445,10 +456,12 @@ static PyObject *Ring_slot_count(Ring *self, PyObject *unused) {
       {"depth", (PyCFunction)Ring_depth, METH_NOARGS, NULL},                                     \
       {"head", (PyCFunction)Ring_head, METH_NOARGS, NULL},                                       \
       {"tail", (PyCFunction)Ring_tail, METH_NOARGS, NULL},                                       \
-      {"slot_count", (PyCFunction)Ring_slot_count, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}
+      {"slot_count", (PyCFunction)Ring_slot_count, METH_NOARGS, NULL}
 
-static PyMethodDef submission_methods[] = {RING_METHODS(Submission_push)};
-static PyMethodDef completion_methods[] = {RING_METHODS(Completion_push)};
+static PyMethodDef submission_methods[] = {RING_METHODS(Submission_push),
+                                           {"peek", (PyCFunction)Submission_peek, METH_NOARGS, NULL},
+                                           {NULL, NULL, 0, NULL}};
+static PyMethodDef completion_methods[] = {RING_METHODS(Completion_push), {NULL, NULL, 0, NULL}};
 
 static PyTypeObject SubmissionRingType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "overcommit.runtime._shm.SubmissionRing",

@@ -93,6 +93,8 @@ class SubmissionRing:
         """Publish one submission (`submitted_ns` is filled in); False when the ring is full."""
     def pop(self, limit: int) -> list[Submission]:
         """Take up to `limit`; raises RingCorrupt."""
+    def peek(self) -> int:
+        """Slot of the version that the next submission is for, which stays there; -1: there is none."""
     def must_wake(self) -> bool:
         """Full fence, then: does the consumer sleep?  Producer, after push."""
     def depth(self) -> int: ...

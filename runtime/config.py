@@ -47,6 +47,8 @@ COPY_BYTES_MAX: Final = 32 * MIB
 QUIET_NS: Final = 10_000_000  # after so long without loads others are woken ahead of one
 # How long a mover looks for the message that its bell has announced: a decision of the supervisor's.
 DECISION_SPIN_NS: Final = 800_000
+# How long a supervisor looks for the wish that its bell has announced: what a worker does to a request.
+HERALD_SPIN_NS: Final = 400_000
 # How long an idle worker watches a state word that the mover has announced: a last step of a copy.
 ARRIVAL_SPIN_NS: Final = 500_000
 COPY_HERE_BYTES: Final = 4 * MIB  # a warm load up to here is copied by who receives its message

@@ -130,6 +130,11 @@ class House:
         for site in self.sites:
             self.boundary.run("the tick of a site", site.activations.tick, now_ns)
 
+    @property
+    def is_hungry(self) -> bool:
+        """Whether somebody waits for a lease to be dropped."""
+        return any(site.memory.table.hungry() for site in self.sites)
+
     # --- versions -------------------------------------------------------------------------------
     def title_of(self, slot: int) -> str:
         """Name the version in a slot for people."""

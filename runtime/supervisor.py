@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Final
 from overcommit.runtime.administration import Administration
 from overcommit.runtime.catalogue import Catalogue
 from overcommit.runtime.children import Child
-from overcommit.runtime.config import STOP_TIMEOUT_S, Settings
+from overcommit.runtime.config import HERALD_SPIN_NS, STOP_TIMEOUT_S, Settings
 from overcommit.runtime.errors import OvercommitError, ProtocolError
 from overcommit.runtime.front_end_messages import Admin, Counters, LinkBroken, Rehearsed, Used
 from overcommit.runtime.house import House
@@ -72,7 +72,7 @@ class Supervisor:
     def __init__(self, settings: Settings, wall_s: Callable[[], float] = local_s) -> None:
         self.phase = Phase.STARTING
         self._selector = selectors.DefaultSelector()
-        self._deadline_ns = 0
+        self._deadline_ns = self._heralded_ns = 0
         self._started_ns = time.monotonic_ns()
         self.house = House(
             settings, self._watch_forked, self._on_child_gone, wall_s, self._on_unborn
@@ -94,12 +94,7 @@ class Supervisor:
             self._register(self.catalogue.watch.fd, "the repository scan", self._on_scanned)
             self.catalogue.start()
             while self.phase is not Phase.STOPPED:
-                self._step()
-                timeout_s = self._run("the time of the next turn", self._timeout_s)
-                for key, _ in self._selector.select(TICK_S if timeout_s is None else timeout_s):
-                    key.data()
-                if pause_s := house.boundary.pause_s():
-                    time.sleep(pause_s)
+                self._turn()
         finally:
             self.close()
         return 0
@@ -135,6 +130,21 @@ class Supervisor:
         self._register(self._signals, "a signal", self._on_signal)
 
     # --- one turn -------------------------------------------------------------------------------
+    def _turn(self) -> None:
+        """Do what is due and what happens next; what the bell has announced comes before what is due."""
+        is_heralded = time.monotonic_ns() < self._heralded_ns
+        timeout_s: float | None = 0.0
+        if not is_heralded:
+            self._step()
+            timeout_s = self._run("the time of the next turn", self._timeout_s)
+        events = self._selector.select(TICK_S if timeout_s is None else timeout_s)
+        for key, _ in events:
+            key.data()
+        if is_heralded and events:  # what is due waits for no second bell
+            self._heralded_ns = 0
+        if pause_s := self.house.boundary.pause_s():
+            time.sleep(pause_s)
+
     def _timeout_s(self) -> float:
         now_ns = time.monotonic_ns()
         times = [now_ns + int(TICK_S * 1e9)]
@@ -333,12 +343,14 @@ class Supervisor:
             self.catalogue.departures.on_front_end_gone(child, now_ns)
 
     def _on_bell(self) -> None:
-        """A worker dropped a lease while somebody waits for room."""
+        """A worker dropped a lease while somebody waits for room; else one is about to ask for a version."""
         try:
             os.eventfd_read(self.house.fleet.bell)
         except BlockingIOError:
             return
         self.house.on_bell(time.monotonic_ns())
+        if not self.house.is_hungry:
+            self._heralded_ns = time.monotonic_ns() + HERALD_SPIN_NS
 
     def _on_scanned(self) -> None:
         try:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from typing import Final
 from overcommit.runtime import _shm
 from overcommit.runtime.batcher import Batcher
 from overcommit.runtime.bound import Version, Versions
-from overcommit.runtime.config import ATTACHES_UNSAID_MAX, NEVER_NS
+from overcommit.runtime.config import ATTACHES_UNSAID_MAX, NEVER_NS, QUIET_NS, VERSIONS_MAX
 from overcommit.runtime.control import ControlSocket
 from overcommit.runtime.delay_lane import queue_of
 from overcommit.runtime.door import Door
@@ -73,8 +74,10 @@ class Wishes:
         leases: _shm.LeasePage,
         door: Door,
         table: _shm.ResidencyTable,
+        supervisor_bell: int,
     ) -> None:
         self._table = table
+        self._supervisor_bell = supervisor_bell
         self._control = control
         self._batcher = batcher
         self._versions = versions
@@ -82,6 +85,7 @@ class Wishes:
         self._links = links
         self._leases = leases
         self._asked: dict[int, int] = {}  # slot -> when
+        self._asked_ns = 0  # when anything was asked for last
         self._attaching: dict[int, tuple[int, int, int]] = {}  # slot -> asked, placed, mapped
         self._attaches: deque[Attach] = deque(maxlen=ATTACHES_UNSAID_MAX)
         self._door = door
@@ -91,6 +95,19 @@ class Wishes:
         self.unsaid: set[int] = set()  # slots that got jobs since the page was told
         # By slot: mapped ahead, not resident when looked at last.
         self.coming: dict[int, Coming] = {}
+
+    def herald(self, rings: Sequence[_shm.SubmissionRing]) -> None:
+        """A request has woken this worker: if its version is not there, wake who will be asked for it.
+
+        A process that sleeps takes as long to wake up as a worker to see what a request is about.
+        """
+        if time.monotonic_ns() - self._asked_ns < QUIET_NS:
+            return
+        for ring in rings:
+            slot = ring.peek()
+            if 0 <= slot < VERSIONS_MAX and self._table.get(slot)[0] == _shm.ABSENT:
+                os.eventfd_write(self._supervisor_bell, 1)
+                return
 
     def want(self, slot: int, deadline_ns: int = NEVER_NS) -> None:
         """Jobs wait for this version: get its weights placed and its program loaded."""
@@ -102,7 +119,8 @@ class Wishes:
         told_ns = self._told.get(slot)
         if told_ns is None or (deadline_ns < told_ns and not self._door.has_expectation(slot)):
             earliest_ns, latest_ns = self._batcher.deadlines(slot)
-            self._asked.setdefault(slot, time.monotonic_ns())
+            self._asked_ns = time.monotonic_ns()
+            self._asked.setdefault(slot, self._asked_ns)
             self._told[slot] = earliest_ns
             self.note_waiting(slot)
             self._send(Activate(slot=slot, earliest_ns=earliest_ns, latest_ns=latest_ns))

@@ -107,7 +107,7 @@ class Worker:
         self.door = Door(self.batcher, self.links, judges=start.settings.admission)
         self.wishes = Wishes(
             *(control, self.batcher, self.versions, self._runner, self.links, self._leases),
-            *(self.door, self._table),
+            *(self.door, self._table, fds["supervisor_bell"]),
         )
         flights = None if pins is None else Flights(self._runner, self._status)
         self.deck = deck_of(flights, self.batcher, self.versions, self.wishes)
@@ -194,6 +194,8 @@ class Worker:
             until_ns = min(until_ns, now_ns + nap_ns)
         woken = _shm.wait(self._doorbell, self.control.fileno(), max(0, until_ns - now_ns))
         _shm.disarm(rings)
+        if woken & _shm.DOORBELL:
+            self.wishes.herald(rings)
         if woken & _shm.CONTROL:
             self._control_ns = 0  # a look for nothing costs as much as a small batch
 

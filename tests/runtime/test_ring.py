@@ -49,6 +49,31 @@ def test_what_is_pushed_is_popped_with_every_field() -> None:
     assert got[2] > 0  # submitted_ns
 
 
+def test_a_look_at_the_next_submission_leaves_it_there() -> None:
+    made = memory()
+    producer, consumer = ends(made)
+    assert consumer.peek() == -1
+    for model in (65535, 3):
+        assert producer.push(1, 1, 2, 3, 4, 5, _shm.SUBMIT, model, 0)
+    assert [consumer.peek(), consumer.peek(), consumer.depth()] == [65535, 65535, 2]
+    consumer.pop(1)
+    assert consumer.peek() == 3
+    consumer.pop(1)
+    assert consumer.peek() == -1
+    with pytest.raises(ValueError, match="only the consumer"):
+        producer.peek()
+
+
+def test_a_slot_that_lies_is_nothing_to_look_at() -> None:
+    made = memory()
+    producer, consumer = ends(made)
+    push(producer, 1)
+    struct.pack_into("=Q", made, _shm.RING_HEADER_BYTES, 77)
+    assert consumer.peek() == -1
+    with pytest.raises(_shm.RingCorrupt):
+        consumer.pop(1)
+
+
 def test_completions_carry_every_field() -> None:
     made = mmap.mmap(-1, _shm.ring_bytes(SLOTS))
     _shm.create_ring(made, 0, SLOTS, 2, 9, 7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,43 @@ def test_a_part_of_a_turn_that_fails_again_and_again_keeps_no_other_from_its_own
         failure.error == "RuntimeError" and failure.count >= 3
         for failure in supervisor.house.boundary.failures()
     )
+
+
+def test_what_the_bell_heralds_is_done_before_what_is_due(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "HERALD_SPIN_NS", 60 * 10**9)
+    monkeypatch.setattr(fleet_module, "spawn", failing(10**9, spawn))
+    supervisor = Supervisor(settings)
+    wish, bell = os.eventfd(0, os.EFD_NONBLOCK), supervisor.house.fleet.bell
+    done: list[str] = []
+    step = supervisor._step
+
+    def turn() -> None:
+        done.append("a turn")
+        step()
+
+    def take() -> None:
+        os.eventfd_read(wish)
+        done.append("a wish")
+        if done.count("a wish") == 2:
+            end()
+        else:  # it does not end there, but what is due comes between
+            os.eventfd_write(bell, 1)
+            os.eventfd_write(wish, 1)
+
+    monkeypatch.setattr(supervisor, "_step", turn)
+    monkeypatch.setattr(supervisor.catalogue, "start", lambda: None)  # what it sees is an event
+    supervisor._register(wish, "a wish", take)
+    os.eventfd_write(bell, 1)
+    later = threading.Timer(0.2, os.eventfd_write, (wish, 1))
+    later.start()
+    assert supervisor.run() == 0
+    later.join()
+    os.close(wish)
+    first = done.index("a wish")
+    assert first == 1, "the bell comes in the first turn, and then only what it is for"
+    assert "a turn" in done[first + 1 : done.index("a wish", first + 1)]
 
 
 @pytest.mark.parametrize("event", ["_on_bell", "_on_scanned"])

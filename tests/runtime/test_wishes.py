@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
+import threading
 
 import numpy as np
 import pytest
 from front_rig import Array, Front
 from worker_rig import Programs, Rig, X, info, plain, ready, vector_config
 
-from overcommit.runtime import _shm
+from overcommit.runtime import _shm, wishes
 from overcommit.runtime.arena import Mapping
 from overcommit.runtime.bound import Version
 from overcommit.runtime.config import NEVER_NS, PAGE_BYTES, ModelConfig
@@ -271,6 +273,42 @@ def test_a_lease_that_is_dropped_rings_a_hungry_supervisor(rig: Rig, front: Fron
     rig.table.set_hungry(True)
     rig.answered(front, front.submit(3, [X]))
     assert os.eventfd_read(rig.fds["supervisor_bell"]) == 1
+
+
+def rings_for(rig: Rig, front: Front, slot: int) -> bool:
+    """Whether a request for this version, to a worker that sleeps, wakes the supervisor."""
+    bell, rings = rig.fds["supervisor_bell"], rig.worker.links.rings
+    front.submit(slot, [X])
+    rig.worker.wishes.herald(rings)
+    rung = bool(select.select((bell,), (), (), 0)[0])
+    if rung:
+        os.eventfd_read(bell)
+    rig.settle()
+    rig.heard()
+    return rung
+
+
+def test_a_request_for_what_is_not_there_wakes_the_supervisor_ahead(
+    rig: Rig, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes, "QUIET_NS", 0)
+    ready(rig, front)
+    rig.worker.wishes.herald(rig.worker.links.rings)  # for nothing
+    assert not rings_for(rig, front, 3)
+    assert rings_for(rig, front, 5)
+    assert rings_for(rig, front, 6)
+    monkeypatch.setattr(wishes, "QUIET_NS", 10**18)  # who was asked just now is awake
+    assert not rings_for(rig, front, 7)
+
+
+def test_a_worker_that_sleeps_wakes_the_supervisor_before_it_asks(rig: Rig, front: Front) -> None:
+    asked = threading.Timer(0.1, lambda: front.submit(5, [X]))
+    asked.start()
+    rig.until(lambda: bool(select.select((rig.fds["supervisor_bell"],), (), (), 0)[0]))
+    asked.join()
+    assert rig.heard() == []
+    rig.settle()
+    assert rig.heard() == [Activate(slot=5)]
 
 
 def test_a_version_is_warmed_up_with_a_row_of_zeros_when_nothing_waits(
