@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,9 +18,11 @@ from overcommit.runtime.config import ModelConfig
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.errors import BadRequest, NotFound
 from overcommit.runtime.front_end_messages import Admin
-from overcommit.runtime.house import House
 from overcommit.runtime.labels import with_labels
 from overcommit.runtime.ledger import FIELDS, BatchRow
+
+if TYPE_CHECKING:  # front ends import this room, and none of the supervisor's
+    from overcommit.runtime.house import House
 
 
 class Account(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -36,6 +36,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Final
 
 from overcommit.runtime import _shm
 from overcommit.runtime.arena import Arena
@@ -78,6 +79,8 @@ from overcommit.runtime.prefetch_limits import PREFETCH_READS_IN_FLIGHT
 from overcommit.runtime.publishing import Publisher
 
 log = logging.getLogger("overcommit.mover")
+
+POPULATE_NICE: Final = 10
 
 Resize = Callable[[int], int]  # so many chunks of a GPU -> bytes
 
@@ -252,6 +255,8 @@ class Mover:
         return None
 
     def _populate(self) -> None:
+        # While a server starts, all others have more to do: it takes what they leave.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POPULATE_NICE)
         began_ns = time.monotonic_ns()
         for base in (None if self._copier.is_remote else self._device, self._host):
             if base is not None and not self._populate_one(base):

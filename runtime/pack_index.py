@@ -46,6 +46,7 @@ FORMAT: Final = 1
 RECORD_BYTES_MAX: Final = 1 * MIB
 RECORDS_MAX: Final = 4 * VERSIONS_MAX  # after that the file is written anew with what is in use
 SPARE_FACTS_MAX: Final = VERSIONS_MAX // 8
+ENCODINGS_MAX: Final = 1024
 _HEAD: Final = struct.Struct("<II")
 
 
@@ -85,6 +86,7 @@ class PackIndex:
         self._configs: dict[bytes, ModelConfig] = {}
         self._parts: dict[PartInfo, PartInfo] = {}  # one of each, too
         self._records = 0
+        self._encodings: dict[int, tuple[ModelConfig, bytes]] = {}  # by the object's identity
         self._load()
 
     def __len__(self) -> int:
@@ -93,13 +95,24 @@ class PackIndex:
     def key(self, folder: str, fingerprint: str, config: ModelConfig) -> bytes:
         """Name a version in a state."""
         digest = hashlib.blake2b(self._made_by, digest_size=16)
-        for part in (os.fsencode(folder), fingerprint.encode(), self._encoder.encode(config)):
+        for part in (os.fsencode(folder), fingerprint.encode(), self._encoded(config)):
             digest.update(len(part).to_bytes(4, "little"))
             digest.update(part)
         return digest.digest()
 
+    def _encoded(self, config: ModelConfig) -> bytes:
+        """Encode it; thousands of versions have the same object."""
+        known = self._encodings.get(id(config))
+        if known is not None and known[0] is config:
+            return known[1]
+        if len(self._encodings) >= ENCODINGS_MAX:
+            self._encodings.clear()
+        encoded = self._encoder.encode(config)
+        self._encodings[id(config)] = config, encoded
+        return encoded
+
     def take(self, folder: str, fingerprint: str, config: ModelConfig) -> PackDone | None:
-        """Return what packing would answer, if it is known and the image is still there.
+        """Return what packing would answer, but for the key, if it is known and the image is still there.
 
         Whoever takes a fact keeps it; here it is forgotten until it is put back.
         """
@@ -121,7 +134,6 @@ class PackIndex:
             job=0,
             ok=True,
             image_path=fact.image_path,
-            content_key=Path(fact.image_path).stem,
             program_key=fact.program_key,
             nbytes=fact.nbytes,
             engine=fact.engine,

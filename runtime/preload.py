@@ -37,11 +37,13 @@ PRELOAD_THREAD_ENV: Final = {
 def preload(modules: Sequence[str]) -> None:
     """Import torch and these modules.  A module that is missing is logged and left out."""
     os.environ.update(PRELOAD_THREAD_ENV)
+    gc.disable()
     for name in ("torch", *modules):
         try:
             importlib.import_module(name)
         except ImportError as error:
             log.warning("cannot preload %s: %s", name, error)
+    gc.enable()
     gc.collect()
     gc.freeze()
 

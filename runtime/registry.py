@@ -33,6 +33,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 from overcommit.runtime import ensemble
 from overcommit.runtime.config import VERSIONS_MAX, imaged
@@ -68,12 +69,17 @@ class Registry(Shelf):
         packs: bool = False,
     ) -> None:
         super().__init__()
-        self.index = PackIndex(cache_dir, packs=packs)
+        self._cache_dir, self._packs = cache_dir, packs
         self._numbers = Slots(slots_max)
         self._leaving: set[int] = set()
         self.rehearses = False  # whether new versions show that they work before they take over
         self._spares: dict[str, list[VersionSource]] = {}  # left out by version policies
         self._unloaded: set[str] = set()
+
+    @cached_property
+    def index(self) -> PackIndex:
+        """What is known from before; it is read when it is needed first, after processes were started."""
+        return PackIndex(self._cache_dir, packs=self._packs)
 
     # --- what the disk says ---------------------------------------------------------------------
     def apply_scan(self, sources: Iterable[VersionSource]) -> RegistryChanges:

@@ -153,7 +153,9 @@ def scan_model(
     known = {source.folder: source for source in former}
     found = []
     versions = list(_versions(root, model, before_ns, configs, known))
-    if versions and versions[0].name == versions[-1].name:
+    if is_lone(versions):
+        pass
+    elif versions and versions[0].name == versions[-1].name:
         versions = with_policy(versions)
     else:  # models in folders of folders
         groups = itertools.groupby(versions, key=lambda source: source.name)
@@ -162,6 +164,14 @@ def scan_model(
         old = known.get(source.folder)
         found.append(old if old is not None and old == source else source)
     return found
+
+
+def is_lone(versions: Sequence[VersionSource]) -> bool:
+    """Whether it is one version, and no policy to choose it by; so it is with most models."""
+    if len(versions) != 1 or versions[0].spare:
+        return False
+    config = versions[0].config
+    return config is None or config.naming is None
 
 
 def with_policy(versions: list[VersionSource]) -> list[VersionSource]:
@@ -280,9 +290,12 @@ def _scan_version(
         walk(root, folder, "", 0, files, entries)
         if files.nested and not files.has_own and not model_tomls and entries is not None:
             raise _Nested(outermost(files.nested))
-        tomls = sorted([*model_tomls, *files.tomls], key=lambda toml: model_files.RANKS[toml[0]])
+        tomls = [*model_tomls, *files.tomls]
+        if len(tomls) > 1:
+            tomls.sort(key=lambda toml: model_files.RANKS[toml[0]])
         digest = fingerprint_of(files, tomls)
-        files.newest_ns = max(files.newest_ns, *(mtime_ns for *_, mtime_ns in tomls), 0)
+        for *_, mtime_ns in model_tomls:
+            files.newest_ns = max(files.newest_ns, mtime_ns)
         # A time far ahead of our clock is no sign of somebody at work.
         if before_ns is not None and before_ns < files.newest_ns < before_ns + 2 * SETTLE_NS:
             return VersionSource(name, version, folder, digest, None, None, settling=True)

@@ -87,6 +87,8 @@ class Rollout:
         """Return what is no longer as front ends were told."""
         changed = []
         for name in dict.fromkeys(names):
+            if self._is_plain(name):
+                continue
             now = self._now(name)
             if now == self._told.get(name, ModelNames(name=name)):
                 continue
@@ -98,6 +100,15 @@ class Rollout:
             else:
                 self._told[name] = now
         return changed
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether there is nothing to tell of a name, and never was: so it is of nearly all."""
+        if name in self._told or name in self._said or not self._registry.has(name):
+            return False
+        return not any(
+            entry.on_trial or (entry.source_config is not None and entry.source_config.naming)
+            for entry in self._registry.versions(name)
+        )
 
     def _stateful_shares(self, name: str, weights: Collection[str]) -> list[str]:
         """Versions with a share whose requests are of sequences."""

@@ -37,6 +37,7 @@ from overcommit.runtime.repository import (
     SETTLE_NS,
     Folder,
     VersionSource,
+    is_lone,
     model_folders,
     scan_model,
     settled_before_ns,
@@ -201,9 +202,10 @@ class Scanner:
         if found == former and name in self._models:
             return False
         self._models[name] = found
-        for model, group in itertools.groupby(found, key=lambda source: source.name):
-            for text in missing_versions([*group]):
-                log.warning("model '%s': %s", model, text)
+        if not is_lone(found):
+            for model, group in itertools.groupby(found, key=lambda source: source.name):
+                for text in missing_versions([*group]):
+                    log.warning("model '%s': %s", model, text)
         for source in found:
             if source.name != name:
                 self._inside[source.name] = name
