@@ -216,24 +216,33 @@ class Administration:
     def _models(self, request: Admin) -> bytes:
         offset = _number(request, "offset", 0)
         limit = min(_number(request, "limit", 100), MODELS_PAGE_MAX)
-        registry, requests = self.house.registry, self.house.ledger.requests
+        requests = self.house.ledger.requests
+        chosen = self._chosen(request)
         if request.arguments.get("order") == "requests":
-            best = heapq.nlargest(
-                offset + limit, registry.entries(), key=lambda entry: requests(entry.slot)
-            )
+            best = heapq.nlargest(offset + limit, chosen, key=lambda entry: requests(entry.slot))
             entries = best[offset:]
         else:
-            entries = registry.page(offset, limit)
+            entries = chosen[offset : offset + limit]
         now_ns = time.monotonic_ns()
-        states = Counter(map(self.catalogue.ensembles.state, registry.entries()))
+        states = Counter(map(self.catalogue.ensembles.state, self.house.registry.entries()))
         return msgspec.json.encode(
             {
                 "models": [self._row(entry, now_ns) for entry in entries],
-                "total": len(self.house.registry),
+                "total": len(chosen),
                 "states": {state.name: count for state, count in states.items()},
                 **self._tiers(),
             }
         )
+
+    def _chosen(self, request: Admin) -> list[Entry]:
+        """Return the versions in a state (`state`), and of which something is to be said (`reason`)."""
+        state, reason = request.arguments.get("state", ""), request.arguments.get("reason", False)
+        state_of = self.catalogue.ensembles.state
+        return [
+            entry
+            for entry in self.house.registry.entries()
+            if (not state or state_of(entry).name == state) and (not reason or self._reason(entry))
+        ]
 
     def _model(self, request: Admin) -> bytes:
         """Everything about the versions of one model.  Raises NotFound."""

@@ -7,7 +7,7 @@ Invariants
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -29,6 +29,13 @@ from overcommit.server.openapi import answers
 
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
+
+STATES: Final = (
+    "READY",
+    "PACKING",
+    "UNAVAILABLE",
+    "UNLOADED",
+)  # of versions, as operators are told them
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
@@ -180,12 +187,21 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
         return await front.ask("metrics", model=model, names=names)
 
     @app.get("/v2/overcommit/models", tags=["operations"], responses=answers())
-    async def models(offset: int = 0, limit: int = 100, order: str = "name") -> Response:
+    async def models(
+        offset: int = 0,
+        limit: int = 100,
+        order: str = "name",
+        state: str = "",
+        reason: bool = False,
+    ) -> Response:
         if offset < 0 or not 0 < limit <= ADMIN_PAGE_MAX:
             raise BadRequest(f"offset must be 0 or more, limit 1 to {ADMIN_PAGE_MAX}")
         if order not in ("name", "requests"):
             raise BadRequest("order must be name or requests")
-        return await front.ask("models", offset=offset, limit=limit, order=order)
+        if state not in ("", *STATES):
+            raise BadRequest(f"state must be one of {', '.join(STATES)}")
+        page = {"offset": offset, "limit": limit, "order": order}
+        return await front.ask("models", **page, state=state, reason=reason)
 
     @app.get("/v2/overcommit/models/{name}", tags=["operations"], responses=answers(404))
     async def model_detail(name: str) -> Response:

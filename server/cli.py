@@ -246,13 +246,23 @@ def models(
     offset: Annotated[int, typer.Option(min=0, help="Versions to skip.")] = 0,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Versions to show.")] = 100,
     top: Annotated[bool, typer.Option("--top", help="Most asked first.")] = False,
+    state: Annotated[
+        str, typer.Option(help="Only those that are ready, packing, unavailable or unloaded.")
+    ] = "",
+    reasons: Annotated[
+        bool,
+        typer.Option("--reasons", help="Only those that do not serve, or not as their files are."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
     """Show the models of a running server, and in which tier they are."""
     from overcommit.server import client
 
+    def fetch(rows: int) -> dict[str, Any]:
+        return client.get_models(url, offset, rows, top, state.upper(), reasons)
+
     if as_json:
-        _print_json(client.get_models(url, offset, limit, top))
+        _print_json(fetch(limit))
         return
     from rich.console import Console
 
@@ -260,9 +270,9 @@ def models(
 
     console = Console()
     if watch:
-        tables.watch(console, lambda rows: client.get_models(url, offset, rows, top), limit, 1.0)
+        tables.watch(console, fetch, limit, 1.0)
     else:
-        console.print(tables.models_table(client.get_models(url, offset, limit, top)))
+        console.print(tables.models_table(fetch(limit)))
 
 
 @app.command()

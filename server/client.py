@@ -24,10 +24,18 @@ class ServerError(OvercommitError):
     code = "server_error"
 
 
-def get_models(url: str, offset: int, limit: int, top: bool = False) -> dict[str, Any]:
-    """Return one page of the server's models, by name or the most asked first, and its tiers."""
-    order = "&order=requests" if top else ""
-    page = _call(url, "GET", f"/v2/overcommit/models?offset={offset}&limit={limit}{order}")
+def get_models(
+    url: str, offset: int, limit: int, top: bool = False, state: str = "", reasons: bool = False
+) -> dict[str, Any]:
+    """Return one page of the server's models, by name or the most asked first, and its tiers.
+
+    `state`: of those that are in it alone; `reasons`: of which something is to be said.
+    """
+    query = f"offset={offset}&limit={limit}"
+    query += "&order=requests" if top else ""
+    query += f"&state={quote(state)}" if state else ""
+    query += "&reason=true" if reasons else ""
+    page = _call(url, "GET", f"/v2/overcommit/models?{query}")
     if not {"models", "total", "device", "host"} <= page.keys():
         raise ServerError(f"what answers at {url} is no overcommit server: it lists no models")
     return page

@@ -226,6 +226,12 @@ def test_models_shows_the_most_asked_first_when_told(url: str) -> None:
     assert FakeServer.asked[0][0] == "/v2/overcommit/models?offset=0&limit=5&order=requests"
 
 
+def test_models_shows_those_alone_that_are_asked_for(url: str) -> None:
+    assert run("models", "--url", url, "--state", "unavailable", "--reasons").exit_code == 0
+    path = "/v2/overcommit/models?offset=0&limit=100&state=UNAVAILABLE&reason=true"
+    assert FakeServer.asked[0][0] == path
+
+
 def test_models_as_json_is_what_the_server_says(url: str) -> None:
     assert json.loads(run("models", "--url", url, "--json").stdout) == PAGE
 

@@ -260,6 +260,11 @@ def test_what_served_before_serves_until_the_steps_of_a_new_ensemble_are_there(
     assert client.is_ready(name)
     with pytest.raises(BadRequest, match=rf"model '{step}'\): there is no model"):
         client.load(name)
+    state = "READY" if kind == "edited" else "UNAVAILABLE"
+    page = server.get(f"/v2/overcommit/models?state={state}&reason=true").json()
+    assert (name, version) in [(row["name"], row["version"]) for row in page["models"]]
+    assert all(row["reason"] and row["state"] == state for row in page["models"])
+    assert page["total"] == len(page["models"]) < sum(page["states"].values())
     (tmp_path / step).rename(models / step)
     server.wait_until(lambda: client.infer(name, {"x": [[2.0]]})["y"][0, 0] == 4.0)
     assert state_of(client, name, version) == ("READY", "")

@@ -405,6 +405,7 @@ def test_clients_that_leave_in_the_middle_of_long_bodies_cost_nothing(server: Se
         ("GET", "/v2/overcommit/models?limit=0", 400),
         ("GET", "/v2/overcommit/models?limit=x", 400),
         ("GET", "/v2/overcommit/models?order=size", 400),
+        ("GET", "/v2/overcommit/models?state=LOADING", 400),
         ("GET", "/v2/overcommit/models/nope", 404),
         ("GET", "/metrics?model=nope", 404),
         ("POST", "/v2/repository/index?limit=0", 400),
@@ -430,6 +431,8 @@ def test_health_metadata_and_docs(server: Server) -> None:
     assert len(page["models"]) == 5
     assert page["total"] == len(DATATYPES) + 2
     assert page["states"] == {"READY": page["total"]}
+    none = server.get("/v2/overcommit/models?state=UNLOADED").json()
+    assert (none["models"], none["total"], none["states"]) == ([], 0, page["states"])
 
 
 def test_the_pages_of_the_index_are_the_index(server: Server) -> None:
