@@ -27,6 +27,7 @@ The supervisor starts it; `main` returns on Stop.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -256,7 +257,8 @@ class Mover:
 
     def _populate(self) -> None:
         # While a server starts, all others have more to do: it takes what they leave.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POPULATE_NICE)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POPULATE_NICE)
         began_ns = time.monotonic_ns()
         for base in (None if self._copier.is_remote else self._device, self._host):
             if base is not None and not self._populate_one(base):
