@@ -28,7 +28,7 @@ from overcommit.runtime.config import (
 from overcommit.runtime.errors import ImageError
 from overcommit.runtime.loading import LoadState, Outcome, State, Step, Work
 from overcommit.runtime.messages import Extents, Message
-from overcommit.runtime.mover import Mover
+from overcommit.runtime.mover import POPULATE_NICE, Mover
 from overcommit.runtime.mover_messages import CANCELLED, Load, LoadDone, Populated, Urgency
 from overcommit.runtime.places import Base, Places
 from overcommit.runtime.prefetch_limits import PREFETCH_READS_IN_FLIGHT
@@ -434,3 +434,26 @@ def test_background_population_waits_while_a_load_runs(
     arena.close()
     assert log == ["populate", "read", "populate", "populate"]
     device.close()
+
+
+def test_pages_are_touched_at_a_low_priority_where_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def refuse(which: int, who: int, priority: int) -> None:
+        asked.append((which, who, priority))
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    device = Memory("device", 4 * MIB)
+    arena = Arena.from_fd(os.dup(device.arena.fd), device.arena.nbytes)
+    sent: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    mover = Mover(Base("device", arena.map_all(True), arena.nbytes), None, sent.put)
+    wait_for(sent, Populated)
+    mover.close()
+    arena.close()
+    device.close()
+    ((which, thread, priority),) = asked
+    assert (which, priority) == (os.PRIO_PROCESS, POPULATE_NICE)
+    assert thread != os.getpid(), "the thread alone, not the mover"
