@@ -200,7 +200,7 @@ def _add_repository(app: FastAPI, front: FrontEnd) -> None:
             raise BadRequest("order must be name or requests")
         if state not in ("", *STATES):
             raise BadRequest(f"state must be one of {', '.join(STATES)}")
-        page = {"offset": offset, "limit": limit, "order": order}
+        page: dict[str, int | str] = {"offset": offset, "limit": limit, "order": order}
         return await front.ask("models", **page, state=state, reason=reason)
 
     @app.get("/v2/overcommit/models/{name}", tags=["operations"], responses=answers(404))
