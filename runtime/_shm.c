@@ -407,7 +407,7 @@ static PyObject *Submission_peek(Ring *self, PyObject *unused) {
   if (tail == self->mine) return PyLong_FromLong(-1);
   submission s;
   memcpy(&s, self->slots + (self->mine & self->mask) * 64, sizeof s);
-  return PyLong_FromLong(s.seq == self->mine + 1 ? (long)s.model : -1);
+  return PyLong_FromLong(s.seq == self->mine + 1 && s.kind == SUBMIT ? (long)s.model : -1);
 }
 
 static int ring_alive(Ring *self) {

@@ -218,9 +218,12 @@ class ClientLoads:
         if not sought:
             return RepositoryError(f"failed to load '{name}': no version is there to be served")
         for version, fingerprint in sought.items():
-            entry = entries.get(version)
-            if not _works(entry, fingerprint):
-                reason = entry.reason if entry is not None else "it is not there"
+            entry, reason = entries.get(version), "it is not there"
+            if entry is not None and _works(entry, fingerprint):
+                reason = self._catalogue.ensembles.verdict(entry).problem
+            elif entry is not None:
+                reason = entry.reason or "it does not serve"
+            if reason:
                 return RepositoryError(f"failed to load '{name}' version {version}: {reason}")
         return None
 
@@ -247,10 +250,5 @@ def _gone(name: str) -> Unavailable:
     return Unavailable(f"model '{name}' was unloaded, removed or loaded again meanwhile")
 
 
-def _works(entry: Entry | None, fingerprint: str) -> bool:
-    return (
-        entry is not None
-        and entry.fingerprint == fingerprint
-        and entry.state is State.READY
-        and not entry.on_trial
-    )
+def _works(entry: Entry, fingerprint: str) -> bool:
+    return entry.fingerprint == fingerprint and entry.state is State.READY and not entry.on_trial

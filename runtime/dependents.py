@@ -31,8 +31,8 @@ def taken_along(registry: Registry, name: str, kept: Collection[str]) -> list[st
     if not _steps(registry, name):
         return []
     users: dict[str, set[str]] = {}  # model -> ensembles that are in service
-    for entry in registry.entries():
-        if entry.config.steps and entry.state is not State.UNLOADED:
+    for entry in registry.with_hidden():
+        if entry.config.steps and entry.state is not State.UNLOADED and not entry.retired:
             for step in entry.config.steps:
                 users.setdefault(step.model, set()).add(entry.name)
     gone = {name: None}
@@ -47,5 +47,6 @@ def taken_along(registry: Registry, name: str, kept: Collection[str]) -> list[st
 
 
 def _steps(registry: Registry, name: str) -> list[str]:
-    versions = registry.versions(name) if registry.has(name) else ()
+    """Of its versions, and of those that wait to take their places: they wait for these models."""
+    versions = registry.with_successors(name) if registry.has(name) else ()
     return [step.model for entry in versions for step in entry.config.steps]

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from overcommit.runtime.entries import Entry, State, to_route
@@ -65,7 +66,8 @@ class EnsembleWatch:
             self._routes.clear()
         found = self._verdicts.get(entry.slot)
         if found is None:
-            found = self._verdicts[entry.slot] = verdict_of(to_route(entry), self._find)
+            find = partial(self._find_after, entry) if entry.on_trial else self._find
+            found = self._verdicts[entry.slot] = verdict_of(to_route(entry), find)
         return found
 
     def state(self, entry: Entry) -> State:
@@ -97,6 +99,13 @@ class EnsembleWatch:
         self._not_before_ns = now_ns + max(SAY_NS, int(taken_ns / SAY_SHARE))
 
     # --- what steps lead to ---------------------------------------------------------------------
+    def _find_after(self, trial: Entry, name: str, version: str) -> Route | None:
+        """As `_find`, once the version on trial has taken over: its steps may lead back to it."""
+        found = self._find(name, version)
+        if found is None or found.name != trial.name:
+            return found
+        return to_route(trial) if not version or found.version == trial.version else found
+
     def _find(self, name: str, version: str) -> Route | None:
         """As a front end's routing table finds it, but for shares of a rollout."""
         if not self._registry.has(name):

@@ -81,7 +81,7 @@ from overcommit.runtime.publishing import Publisher
 
 log = logging.getLogger("overcommit.mover")
 
-POPULATE_NICE: Final = 10
+POPULATE_NICE: Final = 5
 
 Resize = Callable[[int], int]  # so many chunks of a GPU -> bytes
 

@@ -63,7 +63,7 @@ class Rehearsals:
             self._ensembles.add(route.slot)
             return
         self._trials[route.slot] = _Trial(route)
-        self.step(now_ns)
+        self._ask(now_ns)
 
     def drop(self, slot: int) -> None:
         """It is not wanted any more."""
@@ -82,8 +82,12 @@ class Rehearsals:
         self._decide(said.slot, said.ok, said.message)
 
     def step(self, now_ns: int) -> None:
-        """Ask those who wait, again where who was asked has died."""
+        """Ask those who wait, and look at the steps of ensembles."""
         self._ensembles.step(now_ns)
+        self._ask(now_ns)
+
+    def _ask(self, now_ns: int) -> None:
+        """Ask those who wait, again where who was asked has died."""
         if not self._trials:
             return
         fronts = {front.incarnation: front for front in self._fleet.of_kind("front_end")}

@@ -64,6 +64,7 @@ class Rollout:
         self._path = Path(cache_dir) / FILE_NAME
         self._registry = registry
         self._told: dict[str, ModelNames] = {}
+        self._by_alias: dict[str, tuple[str, str]] | None = None  # None: to be made anew
         self._said: dict[str, Said] = {}
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             self._said = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Said])
@@ -74,9 +75,10 @@ class Rollout:
 
     def alias(self, name: str) -> tuple[str, str]:
         """Return the model that a further name means, and a version or ""; else the name itself."""
-        found = (each for each in self._told.values() if name in each.aliases)
-        named = next(found, None)
-        return (name, "") if named is None else (named.name, named.aliases[name])
+        if self._by_alias is None:
+            told = reversed(self._told.values())  # who was first keeps it
+            self._by_alias = {a: (each.name, v) for each in told for a, v in each.aliases.items()}
+        return self._by_alias.get(name, (name, ""))
 
     def weights(self, name: str) -> Collection[str]:
         """Return the versions of a model that have shares of their own."""
@@ -89,6 +91,7 @@ class Rollout:
         for name in dict.fromkeys(names):
             if self._is_plain(name):
                 continue
+            self._by_alias = None
             now = self._now(name)
             if now == self._told.get(name, ModelNames(name=name)):
                 continue

@@ -304,9 +304,9 @@ class Supervisor:
             and any(site.is_complete for site in house.sites)
         ):
             self.phase = Phase.SERVING
-            self.catalogue.announce(self._age_s())
             gc.freeze()  # thousands of models: to look through all of them takes 0.1 s, now and then
             gc.enable()
+            self.catalogue.announce(self._age_s())
         if self.phase is Phase.DRAINING and child.seat.kind == "front_end":
             child.post(Drain(timeout_s=house.settings.drain_timeout_s))
 
@@ -351,8 +351,9 @@ class Supervisor:
             os.eventfd_read(self.house.fleet.bell)
         except BlockingIOError:
             return
+        was_hungry = self.house.is_hungry
         self.house.on_bell(time.monotonic_ns())
-        if not self.house.is_hungry:
+        if not was_hungry:
             self._heralded_ns = time.monotonic_ns() + HERALD_SPIN_NS
 
     def _on_scanned(self) -> None:

@@ -85,7 +85,7 @@ class Wishes:
         self._links = links
         self._leases = leases
         self._asked: dict[int, int] = {}  # slot -> when
-        self._asked_ns = 0  # when anything was asked for last
+        self._asked_ns = 0  # when anything was asked for, or heralded, last
         self._attaching: dict[int, tuple[int, int, int]] = {}  # slot -> asked, placed, mapped
         self._attaches: deque[Attach] = deque(maxlen=ATTACHES_UNSAID_MAX)
         self._door = door
@@ -101,11 +101,14 @@ class Wishes:
 
         A process that sleeps takes as long to wake up as a worker to see what a request is about.
         """
-        if time.monotonic_ns() - self._asked_ns < QUIET_NS:
+        now_ns = time.monotonic_ns()
+        if now_ns - self._asked_ns < QUIET_NS:
             return
         for ring in rings:
             slot = ring.peek()
-            if 0 <= slot < VERSIONS_MAX and self._table.get(slot)[0] == _shm.ABSENT:
+            is_new = 0 <= slot < VERSIONS_MAX and slot not in self._told
+            if is_new and self._table.get(slot)[0] == _shm.ABSENT:
+                self._asked_ns = now_ns  # so often it is not done, whatever becomes of the request
                 os.eventfd_write(self._supervisor_bell, 1)
                 return
 

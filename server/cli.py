@@ -251,7 +251,7 @@ def models(
     ] = "",
     reasons: Annotated[
         bool,
-        typer.Option("--reasons", help="Only those that do not serve, or not as their files are."),
+        typer.Option("--reasons", help="Only those of which there is something to say."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:

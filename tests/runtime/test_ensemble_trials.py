@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.runtime.test_ensemble_watch import STEP, World, ensemble
 from tests.runtime.test_registry import source
 
 from overcommit.runtime import ensemble_trials
+from overcommit.runtime.config import Step
 from overcommit.runtime.ensemble_trials import EnsembleTrials
 from overcommit.runtime.entries import Entry, State
 from overcommit.runtime.repository import VersionSource
@@ -69,6 +71,14 @@ def second(model: str = STEP) -> VersionSource:
     return dataclasses.replace(ensemble(model), version="2", folder="/models/pair/2")
 
 
+def handing_on(model: str) -> VersionSource:
+    """An ensemble of one ensemble."""
+    made = ensemble(model)
+    assert made.config is not None
+    step = Step(model=model, inputs={"x": "x"}, outputs={"y": "y"})
+    return dataclasses.replace(made, config=msgspec.structs.replace(made.config, steps=(step,)))
+
+
 def test_changed_files_take_over_when_their_step_is_there(world: Trying) -> None:
     before = world.serving()
     world.scan(source(), ensemble("other"))
@@ -114,7 +124,7 @@ def test_a_reason_is_said_once_and_another_one_too(world: Trying) -> None:
 def test_where_nothing_can_be_asked_the_newest_says_why(world: Trying) -> None:
     world.scan(source(), ensemble(), second("other"))
     world.look()
-    world.scan(ensemble(), second("other"))  # the first one's step is gone
+    world.scan(source(), second("other"))  # the first one is gone
     ((version, takes_over, reason),) = world.look()
     assert (version, takes_over, "model 'other'" in reason) == ("2", True, True)
     assert world.serving().version == "2"
@@ -150,15 +160,78 @@ def test_an_unloaded_ensemble_is_replaced_and_stays_unloaded(world: Trying) -> N
     assert "other" in world.registry.find("pair").fingerprint
 
 
+def test_a_step_of_the_serving_version_may_go_and_come_back(world: Trying) -> None:
+    world.scan(source(), ensemble(), second("other"))
+    world.look()
+    for _ in range(2):
+        world.registry.set_unloaded(STEP)
+        world.changed()
+        assert world.look() == []
+        assert world.serving().version == "1"
+        world.registry.set_loaded(STEP)
+        world.changed()
+        assert world.look() == []
+
+
+def test_a_version_on_trial_stays_so_over_an_unload(world: Trying) -> None:
+    world.scan(source(), ensemble(), second("other"))
+    world.look()
+    world.registry.set_unloaded("pair")
+    world.changed()
+    assert world.look() == []
+    for entry in world.registry.set_loaded("pair"):
+        if entry.on_trial:  # as the catalogue has it
+            world.trials.add(entry.slot)
+    world.changed()
+    ((version, takes_over, _),) = world.look()
+    assert (version, takes_over, world.serving().version) == ("2", False, "1")
+
+
+def test_who_is_refused_is_undecided_again_when_something_has_changed(world: Trying) -> None:
+    world.scan(source(), ensemble(), second("other"))
+    slot = world.registry.find("pair", "2").slot
+    assert slot in world.trials
+    world.look()
+    assert slot not in world.trials
+    world.changed()
+    assert slot in world.trials
+    world.look()
+    assert slot not in world.trials
+    world.trials.add(slot)  # somebody loads it
+    assert slot in world.trials
+    assert world.look() == []
+    assert slot not in world.trials
+
+
+@pytest.mark.parametrize("where", ["in its place", "another version"])
+def test_steps_that_would_lead_back_to_what_takes_over_are_a_circle(
+    world: Trying, where: str
+) -> None:
+    above = dataclasses.replace(handing_on("pair"), name="above")
+    world.scan(source(), ensemble(), above)
+    assert world.look() == []
+    assert world.watch.verdict(world.registry.find("above")).fate == "ready"
+    changed = [handing_on("above")]
+    if where == "another version":
+        changed = [
+            ensemble(),
+            dataclasses.replace(changed[0], version="2", folder="/models/pair/2"),
+        ]
+    world.scan(source(), *changed, above)
+    ((_, takes_over, reason),) = world.look()
+    assert (takes_over, "in a circle" in reason) == (False, True)
+    assert world.watch.verdict(world.registry.find("above")).fate == "ready"
+
+
 def test_thousands_take_over_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ensemble_trials, "DECISIONS_MAX", 2)
+    monkeypatch.setattr(ensemble_trials, "LOOK_NS", -1)
     world = Trying(tmp_path)
     first = [dataclasses.replace(ensemble(), name=f"pair-{n}") for n in range(5)]
     both = [*first, *(dataclasses.replace(each, version="2") for each in first)]
     world.pack(*world.scan(source(), *first))
     world.scan(source(), *both)
     world.trials.step(SECOND_NS)
-    assert len(world.said) == 2
+    assert len(world.said) == 1
     assert len(world.look()) == 5

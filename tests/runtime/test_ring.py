@@ -60,6 +60,8 @@ def test_a_look_at_the_next_submission_leaves_it_there() -> None:
     assert consumer.peek() == 3
     consumer.pop(1)
     assert consumer.peek() == -1
+    assert producer.push(1, 1, 2, 3, 4, 5, _shm.CANCEL, 3, 0)
+    assert consumer.peek() == -1
     with pytest.raises(ValueError, match="only the consumer"):
         producer.peek()
 

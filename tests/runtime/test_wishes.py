@@ -296,16 +296,31 @@ def test_a_request_for_what_is_not_there_wakes_the_supervisor_ahead(
     rig.worker.wishes.herald(rig.worker.links.rings)  # for nothing
     assert not rings_for(rig, front, 3)
     assert rings_for(rig, front, 5)
+    assert not rings_for(rig, front, 5)  # it was asked for, and waits
     assert rings_for(rig, front, 6)
     monkeypatch.setattr(wishes, "QUIET_NS", 10**18)  # who was asked just now is awake
     assert not rings_for(rig, front, 7)
 
 
+def test_the_supervisor_is_woken_so_often_at_most_whatever_becomes_of_the_requests(
+    rig: Rig, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wishes, "QUIET_NS", 10**18)
+    rig.worker.wishes._asked_ns = -(10**19)
+    rig.settle()
+    front.submit(5, [X])
+    for _ in range(3):
+        rig.worker.wishes.herald(rig.worker.links.rings)
+    assert os.eventfd_read(rig.fds["supervisor_bell"]) == 1
+
+
 def test_a_worker_that_sleeps_wakes_the_supervisor_before_it_asks(rig: Rig, front: Front) -> None:
-    asked = threading.Timer(0.1, lambda: front.submit(5, [X]))
+    asked = threading.Timer(0.2, lambda: front.submit(5, [X]))
+    rig.settle()
     asked.start()
-    rig.until(lambda: bool(select.select((rig.fds["supervisor_bell"],), (), (), 0)[0]))
+    rig.worker.sleep()
     asked.join()
+    assert os.eventfd_read(rig.fds["supervisor_bell"]) == 1
     assert rig.heard() == []
     rig.settle()
     assert rig.heard() == [Activate(slot=5)]

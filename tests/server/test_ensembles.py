@@ -268,9 +268,33 @@ def test_what_served_before_serves_until_the_steps_of_a_new_ensemble_are_there(
     (tmp_path / step).rename(models / step)
     server.wait_until(lambda: client.infer(name, {"x": [[2.0]]})["y"][0, 0] == 4.0)
     assert state_of(client, name, version) == ("READY", "")
+    server.wait_for_log(f"{name} version {version} works: it takes over")
     said = [line for line in server.log if f" {name} version {version}" in line]
     assert ["it stays on trial" in line for line in said] == [True, False], said
     assert "works: it takes over" in said[1]
+
+
+def test_a_load_looks_for_the_steps_of_what_is_new_and_brings_them_along(
+    server: Server, client: overcommit.Client, models: Path, tmp_path: Path
+) -> None:
+    add_ensemble(models, "grown", "x", "y", ("echo", 'x = "x"', 'y = "y"'))
+    server.wait_until(lambda: client.is_ready("grown"))
+    add_ensemble(tmp_path, "grown", "x", "y", ("fresh", 'x = "x"', 'y = "y"'))
+    add_model(models, "fresh", FAULTY, {"x": "FP32"})
+    (tmp_path / "grown" / "model.toml").rename(models / "grown" / "model.toml")
+    client.load("grown")
+    assert client.infer("grown", {"x": [[2.0]]})["y"][0, 0] == 4.0
+    # The next ones wait for a model that is unloaded: a load brings it back, and is told so.
+    add_model(models, "asleep", ECHO, {"x": "FP32"})
+    server.wait_until(lambda: client.is_ready("asleep"))
+    client.unload("asleep")
+    add_ensemble(tmp_path, "again", "x", "y", ("asleep", 'x = "x"', 'y = "y"'))
+    (tmp_path / "again" / "model.toml").rename(models / "grown" / "model.toml")
+    server.wait_until(lambda: "it is unloaded" in state_of(client, "grown")[1])
+    assert client.infer("grown", {"x": [[2.0]]})["y"][0, 0] == 4.0
+    client.load("grown")
+    assert state_of(client, "grown") == ("READY", "")
+    assert client.infer("grown", {"x": [[2.0]]})["y"][0, 0] == 2.0
 
 
 def test_what_does_not_fit_a_model_that_is_served_is_logged(
