@@ -6,7 +6,7 @@ the log) when thrashing begins and ends.  Where there are several sites, `spread
 
 Invariants
  1. It changes nothing but the order of eviction, and that only with the setting `damping`.
- 2. A look costs at most LOOKED_AT_MAX readings of counters, however many versions there are.
+ 2. A look costs at most twice LOOKED_AT_MAX readings of counters, however many versions there are.
 
 Called by the site, from the supervisor's one thread.
 """
@@ -79,7 +79,8 @@ class Pressure:
         uses = {slot: usage.uses for slot, usage in usages.items()}
         self.waiting = {slot: usage.waiting for slot, usage in usages.items() if usage.waiting}
         self.loaded = tuple(load.slot for load in loads)
-        self._demand.look(uses, now_ns)
+        absent = [slot for slot in self._demand.known() if slot not in uses][:LOOKED_AT_MAX]
+        self._demand.look(uses | {slot: self._gate.usage(slot).uses for slot in absent}, now_ns)
         look = Look(now_ns, self._residency.forecast.busy_ns(now_ns), loads, uses)
         reading = self._thrashing.take(look, self._residency.unique_bytes)
         if self._damps and reading.stay_ns != former.stay_ns:

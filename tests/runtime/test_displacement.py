@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from residency_world import MS, SECOND, World
 
+from overcommit.runtime.config import Settings
 from overcommit.runtime.displacement import HELD_NS, MANY, PATIENCE_S, SHARE, Demand, patience_s
+from overcommit.runtime.pressure import Pressure
 from overcommit.runtime.pump import WISHES_TRIED_MAX
 from overcommit.runtime.residents import State
 
@@ -34,6 +37,42 @@ def test_a_rate_fades_and_of_what_is_not_looked_at_is_forgotten() -> None:
     demand.look({1: 80}, 12 * SECOND)
     assert demand.rate(1) == 4.0
     assert demand.rate(2) == 0.0
+
+
+class Looks:
+    """What a look at the pressure needs of a site: who is on DEVICE, and how often each was used."""
+
+    def __init__(self) -> None:
+        self.there: list[int] = []
+        self.uses: dict[int, int] = {}
+        self.device = SimpleNamespace(capacity_bytes=1 << 30)
+        self.forecast = SimpleNamespace(busy_ns=lambda now_ns: 0)
+        self.timings = SimpleNamespace(activations=[])
+        self.weigh_displacement = self.set_stay = lambda _: None
+
+    def device_slots(self) -> list[int]:
+        return self.there
+
+    def unique_bytes(self, slot: int) -> int:
+        return 1
+
+    def usage(self, slot: int) -> SimpleNamespace:
+        return SimpleNamespace(uses=self.uses.get(slot, 0), waiting=0)
+
+
+def test_who_is_never_there_when_it_is_looked_is_asked_for_all_the_same() -> None:
+    """A giant and the small ones that it pushes out, in turn, as long as a look takes to come."""
+    site = cast(Any, Looks())
+    pressure = Pressure(Settings(), site, site, site, lambda: None)
+    site.there = [1, GIANT]
+    for second in range(1, 20):
+        site.uses = {1: second, GIANT: second}
+        pressure.tick(second * SECOND)
+        site.there = [1]
+    assert pressure._demand.rate(GIANT) == pytest.approx(pressure._demand.rate(1)) == 1.0
+    for second in range(20, 40):
+        pressure.tick(second * SECOND)  # nobody asks any more
+    assert pressure._demand.known() == []
 
 
 def test_a_counter_that_falls_is_no_negative_rate() -> None:
