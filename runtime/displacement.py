@@ -45,7 +45,7 @@ class Demand:
     def __init__(self) -> None:
         self._rates: dict[int, float] = {}
         self._uses: Mapping[int, int] = {}
-        self._new: list[int] = []  # whom the last look saw first: their rates are not known yet
+        self._new: set[int] = set()  # whom the last look saw first: their rates are not known yet
         self._at_ns = 0
 
     def look(self, uses: Mapping[int, int], now_ns: int) -> None:
@@ -58,13 +58,14 @@ class Demand:
                 new = 0.0 if former is None else max(0, total - former) / span_s
                 rates[slot] = FADE * self._rates.get(slot, new) + (1 - FADE) * new
             self._rates = rates
-        self._new = [slot for slot in uses if slot not in self._uses]
+        self._new = uses.keys() - self._uses.keys()
         self._uses, self._at_ns = uses, now_ns
 
     def known(self) -> list[int]:
         """Return who was asked for lately, or may be: who was evicted is asked for all the same."""
-        known = [slot for slot, rate in self._rates.items() if rate >= RATE_KEPT_MIN]
-        return [*known, *(slot for slot in self._new if self._rates.get(slot, 0.0) < RATE_KEPT_MIN)]
+        return [
+            slot for slot in self._uses if slot in self._new or self.rate(slot) >= RATE_KEPT_MIN
+        ]
 
     def rate(self, slot: int) -> float:
         """Return the requests a second for this version, 0 if that is not known."""

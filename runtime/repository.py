@@ -153,9 +153,7 @@ def scan_model(
     known = {source.folder: source for source in former}
     found = []
     versions = list(_versions(root, model, before_ns, configs, known))
-    if is_lone(versions):
-        pass
-    elif versions and versions[0].name == versions[-1].name:
+    if versions and versions[0].name == versions[-1].name:
         versions = with_policy(versions)
     else:  # models in folders of folders
         groups = itertools.groupby(versions, key=lambda source: source.name)
@@ -176,6 +174,8 @@ def is_lone(versions: Sequence[VersionSource]) -> bool:
 
 def with_policy(versions: list[VersionSource]) -> list[VersionSource]:
     """Mark what the model's version policy, as its highest version has it, leaves out."""
+    if is_lone(versions):
+        return versions
     naming = next((v.config.naming for v in reversed(versions) if v.config is not None), None)
     if naming is None or not (naming.latest or naming.specific):
         return [replace(v, spare=False) if v.spare else v for v in versions]

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 import overcommit
 from overcommit.runtime.config import VERSIONS_MAX, TensorSpec
+from overcommit.runtime.entries import State
 from overcommit.runtime.errors import BadRequest, NotFound, OvercommitError
 from overcommit.runtime.front_end_messages import Route
 from overcommit.server import app_extensions, docs_page, embeddings, load_overrides, openapi
@@ -30,12 +31,7 @@ from overcommit.server.openapi import answers
 if TYPE_CHECKING:
     from overcommit.server.frontend import FrontEnd
 
-STATES: Final = (
-    "READY",
-    "PACKING",
-    "UNAVAILABLE",
-    "UNLOADED",
-)  # of versions, as operators are told them
+STATES: Final = tuple(State.__members__)  # of versions, as operators are told them
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
